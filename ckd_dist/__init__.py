@@ -1,0 +1,1 @@
+"""Distributed knowledge distillation from a teacher's checkpoints."""

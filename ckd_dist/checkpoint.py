@@ -1,0 +1,95 @@
+"""Files that are whole or absent: atomic writes, a run's trajectory of checkpoints, and exact resume."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import torch
+
+from ckd_dist.config import UserError, require
+
+
+def write_atomically(path: Path, write: Callable[[BinaryIO], Any]) -> None:
+    """Let `write` fill a file that appears as `path` only when whole: temporary name, fsync, rename, fsync of the
+    folder. A process killed at any moment leaves the old file or the new one."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    with open(temporary, "wb") as file:
+        write(file)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+    sync_folder(path.parent)
+
+
+def sync_folder(folder: Path) -> None:
+    """Make the names in `folder` survive a power cut."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def save(path: Path, state: dict) -> None:
+    """Write `state` (tensors, numbers, strings, lists and dicts of them) to `path`, atomically."""
+    write_atomically(path, lambda file: torch.save(state, file))
+
+
+def load(path: str | Path, option: str) -> dict:
+    """Read a file of `save` onto the CPU, executing nothing of it; raises `UserError` naming `option`."""
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        raise UserError(f"{option}: no such file: {path}") from None
+    except IsADirectoryError:
+        raise UserError(f"{option}: {path} is a folder: name a file") from None
+    except Exception as error:  # torch raises many kinds here: for a damaged archive, a pickle that it refuses, ...
+        raise UserError(f"{option}: {path} is not a file of tensors that torch loads safely ({_first(error)})") from None
+    require(isinstance(state, dict), f"{option}: {path} holds a {type(state).__name__}, not a checkpoint")
+    return state
+
+
+def _first(error: Exception) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0][:120]
+
+
+# ------------------------------------------------------------------------------------------- trajectory
+
+
+def checkpoint_path(run: str | Path, epoch: int) -> Path:
+    """Where the weights after `epoch` epochs of a run are kept."""
+    return Path(run) / "checkpoints" / f"epoch_{epoch:04d}.pt"
+
+
+def trajectory(run: str | Path, option: str) -> dict[int, Path]:
+    """Epoch -> file of every checkpoint that a run kept, in order; raises `UserError` when there is none."""
+    folder = Path(run) / "checkpoints"
+    require(folder.is_dir(), f"{option}: {run} is not a run folder: it has no folder `checkpoints`")
+    found = {int(m[1]): path for path in folder.iterdir() if (m := re.fullmatch(r"epoch_(\d+)\.pt", path.name))}
+    require(bool(found), f"{option}: {folder} holds no epoch_*.pt: let train_teacher finish an epoch to keep")
+    return dict(sorted(found.items()))
+
+
+def choose(available: dict[int, Any], epochs: list[int], option: str) -> list[int]:
+    """The wanted epochs, or the last one; raises `UserError` for one that is not there."""
+    missing = [epoch for epoch in epochs if epoch not in available]
+    require(
+        not missing,
+        f"{option}: no checkpoint of epoch {', '.join(map(str, missing))}; there are {', '.join(map(str, available))}",
+    )
+    return epochs or [max(available)]
+
+
+def weights_sha256(weights: dict[str, torch.Tensor]) -> str:
+    """sha256 over names, dtypes, shapes and bytes of a state dict: the identity of a model's weights."""
+    digest = hashlib.sha256()
+    for name in sorted(weights):
+        tensor = weights[name].detach().cpu().contiguous()
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+        digest.update(tensor.view(-1).view(torch.uint8).numpy().tobytes() if tensor.numel() else b"")
+    return digest.hexdigest()

@@ -1,0 +1,409 @@
+"""The options of every command, and how they are read: defaults < YAML < command line.
+
+Nothing here imports torch, so that ``--help`` and a refused option are answered at once.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import difflib
+import os
+import re
+import sys
+import traceback
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Literal, NoReturn, TypeVar
+
+import jsonargparse
+
+T = TypeVar("T")
+
+
+class UserError(ValueError):
+    """Bad input: shown to the user as one line that names the option or file and the mend."""
+
+
+class TrainingError(RuntimeError):
+    """Training cannot go on (a loss that is not finite): one line, exit status 1."""
+
+
+def require(condition: bool, message: str) -> None:
+    """Raise `UserError(message)` unless `condition` holds."""
+    if not condition:
+        raise UserError(message)
+
+
+# ------------------------------------------------------------------------------------------- sections
+
+
+@dataclass(kw_only=True)
+class LoaderConfig:
+    """How images are read."""
+
+    batch_size: int = 128
+    """Images an optimiser step, over all ranks; for cache_logits and evaluate: images a forward pass."""
+    image_size: int | None = None
+    """Side of the square image a model sees, in pixels; default: the stored size of small images, else 224."""
+    workers: int | None = None
+    """Decoding threads of each rank; default: its share of the cores on a GPU node, 1 on a CPU."""
+    os_cache: bool = True
+    """Read through the system's page cache; false: each rank reads pages into memory of its own."""
+
+    def __post_init__(self) -> None:
+        require(self.batch_size >= 1, f"data.batch_size is {self.batch_size}: give 1 or more")
+        require(
+            self.image_size is None or self.image_size >= 8,
+            f"data.image_size is {self.image_size}: give 8 or more",
+        )
+        require(self.workers is None or self.workers >= 1, f"data.workers is {self.workers}: give 1 or more")
+
+
+@dataclass(kw_only=True)
+class ViewDataConfig(LoaderConfig):
+    """Where the images come from and how their views are drawn."""
+
+    train: str
+    """Training images: a .beton file of data_prep.write_beton."""
+    augment: Literal["random_resized_crop", "pad_crop"] | None = None
+    """Kind of view; default: the store's, else pad_crop for images of one size up to 64 px, else
+    random_resized_crop."""
+    crop_scale_min: float | None = None
+    """Smallest share of the area that random_resized_crop keeps; default: the store's, else 0.08."""
+    flip: bool | None = None
+    """Mirror half of the views; default: the store's, else true."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        scale = self.crop_scale_min
+        require(scale is None or 0 < scale <= 1, f"data.crop_scale_min is {scale}: give a number in (0, 1]")
+
+
+@dataclass(kw_only=True)
+class TrainDataConfig(ViewDataConfig):
+    """Where the images come from and how their views are drawn."""
+
+    val: str | None = None
+    """Images to evaluate on after every epoch: a .beton file."""
+    views: int | None = None
+    """Number of distinct views: epoch e uses view e mod views; default: as many as the store holds, else a
+    new view every epoch."""
+    view_seed: int | None = None
+    """Seed of the views, apart from --seed; default: the store's, else 0."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require(self.views is None or self.views >= 1, f"data.views is {self.views}: give 1 or more")
+        require(
+            self.view_seed is None or self.view_seed >= 0,
+            f"data.view_seed is {self.view_seed}: give 0 or more",
+        )
+
+
+@dataclass(kw_only=True)
+class EvalDataConfig(LoaderConfig):
+    """Where the images come from."""
+
+    val: str
+    """Images to evaluate on: a .beton file of data_prep.write_beton."""
+
+
+@dataclass(kw_only=True)
+class ModelConfig:
+    """The network."""
+
+    name: str
+    """resnet8/20/32/56/110, wrn_16_2, wrn_40_1, wrn_40_2, mobilenetv2_075 (32x32 images), or any
+    classification model of torchvision, such as resnet50."""
+    weights: str | None = None
+    """Initial weights: a file with a state dict, or a checkpoint of this system."""
+
+
+@dataclass(kw_only=True)
+class OptimConfig:
+    """Optimiser and learning-rate schedule."""
+
+    name: Literal["sgd", "adamw"] = "sgd"
+    """sgd is SGD with Nesterov momentum."""
+    lr: float = 0.1
+    """Peak learning rate."""
+    momentum: float = 0.9
+    """Momentum of sgd."""
+    weight_decay: float = 5e-4
+    """L2 penalty (sgd) or decoupled decay (adamw)."""
+    decay_norm_and_bias: bool = True
+    """Apply weight decay to biases and normalisation weights too; ImageNet recipes set false."""
+    schedule: Literal["cosine", "linear", "step", "multistep", "constant"] = "cosine"
+    """Shape of the learning rate after warm-up."""
+    warmup_epochs: float = 0.0
+    """Linear rise from 0 to lr over so many epochs."""
+    step_epochs: int = 60
+    """step: multiply by gamma after every so many epochs."""
+    milestones: list[int] = field(default_factory=list)
+    """multistep: epochs at which the rate is multiplied by gamma."""
+    gamma: float = 0.1
+    """Factor of step and multistep."""
+    clip_grad_norm: float | None = None
+    """Largest L2 norm of the whole gradient; default: no clipping."""
+
+    def __post_init__(self) -> None:
+        require(self.lr > 0, f"optim.lr is {self.lr}: give a positive number")
+        require(self.weight_decay >= 0, f"optim.weight_decay is {self.weight_decay}: give 0 or more")
+        require(self.warmup_epochs >= 0, f"optim.warmup_epochs is {self.warmup_epochs}: give 0 or more")
+        require(self.step_epochs >= 1, f"optim.step_epochs is {self.step_epochs}: give 1 or more")
+        require(
+            bool(self.milestones) == (self.schedule == "multistep"),
+            "optim.milestones goes with --optim.schedule multistep, and multistep needs it",
+        )
+        clip = self.clip_grad_norm
+        require(clip is None or clip > 0, f"optim.clip_grad_norm is {clip}: give a positive number")
+
+
+@dataclass(kw_only=True)
+class KDConfig:
+    """The distillation loss: alpha * CE(label) + (1 - alpha) * T^2 * KL(teacher/T || student/T)."""
+
+    alpha: float = 0.5
+    """Weight of the label's cross entropy."""
+    temperature: float = 5.0
+    """Temperature T of both softmaxes."""
+
+    def __post_init__(self) -> None:
+        require(0 <= self.alpha <= 1, f"kd.alpha is {self.alpha}: give a number from 0 to 1")
+        require(self.temperature > 0, f"kd.temperature is {self.temperature}: give a positive number")
+
+
+@dataclass(kw_only=True)
+class TeacherConfig:
+    """Where the teacher's logits come from; neither store nor run: the student is trained plainly."""
+
+    store: str | None = None
+    """Logit store written by cache_logits."""
+    run: str | None = None
+    """Run folder of train_teacher: the teacher runs online, at every step."""
+    checkpoints: list[int] = field(default_factory=list)
+    """Epochs of the teacher's checkpoints; several make an ensemble (mean of logits); default: the last."""
+
+    def __post_init__(self) -> None:
+        require(
+            self.store is None or self.run is None,
+            "teacher.store and teacher.run are both given: choose cached logits or the online teacher",
+        )
+        require(
+            not self.checkpoints or bool(self.store or self.run),
+            "teacher.checkpoints is given without a teacher: add --teacher.store or --teacher.run",
+        )
+        require(
+            len(set(self.checkpoints)) == len(self.checkpoints),
+            f"teacher.checkpoints {self.checkpoints} names a checkpoint twice",
+        )
+
+
+@dataclass(kw_only=True)
+class TrajectoryConfig:
+    """The teacher's run."""
+
+    run: str
+    """Run folder of train_teacher."""
+    checkpoints: list[int] = field(default_factory=list)
+    """Epochs of the checkpoints to cache; default: all of the run."""
+
+
+# ------------------------------------------------------------------------------------------- commands
+
+
+@dataclass(kw_only=True)
+class TrainConfig:
+    """What every training has in common."""
+
+    data: TrainDataConfig
+    model: ModelConfig
+    run_dir: str
+    """Folder of this run; given again, the run goes on from its last saved step."""
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    epochs: int = 8
+    """Passes over the training images."""
+    label_smoothing: float = 0.0
+    """Share of the label's probability that is spread over all classes."""
+    seed: int = 0
+    """Seed of the initial weights, the order of the images and dropout."""
+    amp: Literal["bfloat16", "float16", "off"] = "bfloat16"
+    """Mixed precision: autocast to this type (float16 with a gradient scaler), or float32 throughout."""
+    compile: bool = False
+    """Compile the model with torch.compile."""
+    save_every: int | None = None
+    """Epochs between the checkpoints that are kept; default: ten of a teacher's run, a student's last one."""
+    save_last_every: int = 1000
+    """Steps between the saves that exact resume goes on from (and at every epoch's end)."""
+    log_every: int = 50
+    """Steps between the lines of metrics.jsonl."""
+    tensorboard: bool = False
+    """Write TensorBoard event files too (needs the extra `tensorboard`)."""
+
+    def __post_init__(self) -> None:
+        require(self.epochs >= 1, f"epochs is {self.epochs}: give 1 or more")
+        require(0 <= self.label_smoothing < 1, f"label_smoothing is {self.label_smoothing}: give [0, 1)")
+        require(self.seed >= 0, f"seed is {self.seed}: give 0 or more")
+        require(self.save_every is None or self.save_every >= 1, f"save_every is {self.save_every}: give 1 or more")
+        require(self.save_last_every >= 1, f"save_last_every is {self.save_last_every}: give 1 or more")
+        require(self.log_every >= 1, f"log_every is {self.log_every}: give 1 or more")
+
+
+@dataclass(kw_only=True)
+class TrainTeacherConfig(TrainConfig):
+    """Train a teacher and keep its trajectory of checkpoints."""
+
+
+@dataclass(kw_only=True)
+class DistillConfig(TrainConfig):
+    """Train a student from a teacher's cached or online logits, or plainly."""
+
+    teacher: TeacherConfig = field(default_factory=TeacherConfig)
+    kd: KDConfig = field(default_factory=KDConfig)
+
+
+@dataclass(kw_only=True)
+class CacheConfig:
+    """Compute the logits of a teacher's checkpoints once, for every image and view."""
+
+    data: ViewDataConfig
+    teacher: TrajectoryConfig
+    store: str
+    """Folder of the logit store; given again, caching goes on with the first missing shard."""
+    views: int = 1
+    """Number of views of every image: as many epochs as a student sees before they repeat."""
+    seed: int = 0
+    """Seed of the views."""
+    amp: Literal["bfloat16", "float16", "off"] = "bfloat16"
+    """Precision of the teacher's forward pass."""
+    shard_size: int = 65536
+    """Records (images of one view) in a shard file."""
+
+    def __post_init__(self) -> None:
+        require(self.views >= 1, f"views is {self.views}: give 1 or more")
+        require(self.seed >= 0, f"seed is {self.seed}: give 0 or more")
+        require(self.shard_size >= 1, f"shard_size is {self.shard_size}: give 1 or more")
+
+
+@dataclass(kw_only=True)
+class EvaluateConfig:
+    """Evaluate a checkpoint: each image is counted once, whatever the number of processes."""
+
+    data: EvalDataConfig
+    checkpoint: str
+    """A file of a run's checkpoints folder."""
+    amp: Literal["bfloat16", "float16", "off"] = "bfloat16"
+    """Precision of the forward pass."""
+
+
+# ------------------------------------------------------------------------------------------- reading
+
+
+def load_config(
+    cls: type[T], argv: Sequence[str] | None = None, *, prog: str | None = None, description: str | None = None
+) -> T:
+    """Read a `cls` from its defaults, ``--config X.yaml`` and dotted options, later ones winning.
+
+    Raises `UserError`, one line, for an unknown key (with the nearest known one), a value of the wrong type or
+    a contradiction. ``--help`` and ``--print_config`` print and raise `SystemExit(0)`.
+    """
+    jsonargparse.set_parsing_settings(docstring_parse_attribute_docstrings=True)
+    parser = jsonargparse.ArgumentParser(
+        prog=prog, description=description or cls.__doc__, exit_on_error=False, formatter_class=_HelpFormatter
+    )
+    parser.add_argument("--config", action="config", help="YAML file with any of the options below.")
+    parser.add_class_arguments(cls)
+    try:
+        return cls(**_sections(parser.instantiate(parser.parse_args(argv)), cls))
+    except jsonargparse.ArgumentError as error:
+        cause: BaseException | None = error
+        while cause is not None and not isinstance(cause, UserError):
+            cause = cause.__cause__ or cause.__context__
+        raise UserError(str(cause) if cause else _one_line(str(error), parser)) from None
+
+
+def to_dict(config: object) -> dict:
+    """The resolved configuration as plain dicts and lists, as written to config.yaml."""
+    assert dataclasses.is_dataclass(config) and not isinstance(config, type)
+    return dataclasses.asdict(config)
+
+
+class _HelpFormatter(jsonargparse.DefaultHelpFormatter, argparse.RawDescriptionHelpFormatter):
+    """Help with the module's text as it stands, and without the usage block, which lists every option twice."""
+
+    def add_usage(self, usage, actions, groups, prefix=None):
+        super().add_usage("%(prog)s [--config X.yaml] [--section.option VALUE ...]", actions, groups, prefix)
+
+
+def _sections(namespace: jsonargparse.Namespace, cls: type) -> dict:
+    return {f.name: getattr(namespace, f.name) for f in dataclasses.fields(cls)}
+
+
+def _one_line(message: str, parser: jsonargparse.ArgumentParser) -> str:
+    """jsonargparse's message on one line, with the nearest known option for an unknown one."""
+    message = re.sub(r"\s*\n\s*", " ", message.strip())
+    message = re.sub(r"Expected a <class '(\w+)'>", r"expected \1", message)
+    message = re.sub(r"Expected a typing\.Literal\[(.*?)\]", r"expected one of \1", message)
+    known = [option[2:] for action in parser._actions for option in action.option_strings if option[:2] == "--"]
+    unknown = None
+    if match := re.search(r"unrecognized arguments: (.*)", message):
+        unknown = match[1].split()[0].lstrip("-").split("=")[0]
+        message = f"unknown option --{unknown}"
+    elif match := re.search(r"Group '([^']*)' does not accept option '([^']*)'", message):
+        unknown = f"{match[1]}.{match[2]}"
+        message = f"unknown key {unknown} in the configuration file"
+    elif match := re.search(r"Option '([^']*)' is not accepted", message):
+        unknown = match[1]
+        message = f"unknown key {unknown} in the configuration file"
+    elif match := re.search(r"required: (.*)", message):
+        message = f"missing option: --{match[1].replace(', ', ', --')}"
+    elif match := re.search(r'Parser key "([^"]*)": *(.*)', message):
+        message = f"option {match[1]}: {match[2]}"
+    if unknown and (near := difflib.get_close_matches(unknown, known, n=1)):
+        message += f"; did you mean --{near[0]}?"
+    return f"{message} (see --help)"
+
+
+# ------------------------------------------------------------------------------------------- running
+
+
+def run_command(main: Callable[[T], None], cls: type[T], module: str) -> NoReturn:
+    """Run an entry point as a process of a user's command, and exit with its status.
+
+    Bad input is one line on stderr and status 2. Input is bad on every rank alike, so rank 0 alone speaks; what
+    befalls one rank only (a full disk, a bug) that rank reports, with its number. Always ends the process at
+    once: a rank that fails must not wait for its peers, its loader threads or a collective.
+    """
+    rank = int(os.environ.get("RANK", "0"))
+    status = 0
+    try:
+        prog = f"python -m {module}"
+        if rank and {"-h", "--help"} & set(sys.argv):
+            raise SystemExit(0)
+        main(load_config(cls, prog=prog, description=sys.modules[main.__module__].__doc__))
+    except UserError as error:
+        status = 2
+        if rank == 0:
+            print(f"error: {error}", file=sys.stderr)
+    except TrainingError as error:
+        status = 1
+        if rank == 0:
+            print(f"error: {error}", file=sys.stderr)
+    except OSError as error:
+        status = 2
+        where = f": {error.filename}" if error.filename else ""
+        print(f"error: rank {rank}: {error.strerror or error}{where}", file=sys.stderr)
+    except KeyboardInterrupt:
+        status = 130
+    except SystemExit as error:
+        status = error.code if isinstance(error.code, int) else 1
+    except BaseException as error:
+        status = 1
+        if re.search(r"Connection (closed|reset) by peer|Broken pipe", str(error)):
+            print(f"error: rank {rank}: stopped, another rank has failed", file=sys.stderr)
+        else:
+            traceback.print_exc()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)

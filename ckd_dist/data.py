@@ -1,0 +1,345 @@
+"""From a .beton file to batches on the device: decoded, normalised, labelled, with sample ids and cached rows."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from queue import Empty, Full
+
+import numba
+import numpy as np
+import torch
+from ffcv.fields.basics import IntDecoder
+from ffcv.loader import Loader, OrderOption
+from ffcv.loader.epoch_iterator import EpochIterator
+from ffcv.memory_managers import OSCacheManager
+from ffcv.pipeline import PipelineSpec
+from ffcv.pipeline.compiler import Compiler
+from ffcv.transforms import ToTensor
+
+from ckd_dist import dist
+from ckd_dist.config import LoaderConfig, UserError, ViewDataConfig, require
+from ckd_dist.views import SampleIdDecoder, ViewDecoder, ViewRecipe
+
+Rows = Callable[[np.ndarray, int], np.ndarray]
+"""(sample ids [n], view) -> one row a sample [n, width]; called in the loader's thread."""
+
+
+# ------------------------------------------------------------------------------------------- description
+
+
+@dataclass(frozen=True, kw_only=True)
+class DatasetInfo:
+    """What the JSON beside a .beton file says of it."""
+
+    path: Path
+    dataset: str
+    split: str
+    count: int
+    num_classes: int
+    content_hash: str
+    """sha256 of labels, sizes and stored image bytes in sample order."""
+    mean: tuple[float, float, float]
+    """Of pixels in [0, 1], for normalisation."""
+    std: tuple[float, float, float]
+    min_size: tuple[int, int]
+    """Smallest (height, width) stored, in pixels."""
+    max_size: tuple[int, int]
+
+    @property
+    def small(self) -> bool:
+        """Whether the images are of one size, up to 64 px, as CIFAR's are."""
+        return self.min_size == self.max_size and max(self.max_size) <= 64
+
+    def image_size(self, wanted: int | None) -> int:
+        """Side of the images that models see: `wanted`, else the stored size of small images, else 224."""
+        return wanted or (max(self.max_size) if self.small else 224)
+
+
+def read_info(path: str | Path, option: str) -> DatasetInfo:
+    """Read the description beside the .beton file `path`, which the user gave as `option`.
+
+    Raises `UserError` where either file is missing or they do not belong together.
+    """
+    path = Path(path)
+    description = Path(f"{path}.json")
+    require(path.is_file(), f"{option}: no such file: {path} (write it with python -m data_prep.write_beton)")
+    require(description.is_file(), f"{option}: {description} is missing: write {path} anew with data_prep.write_beton")
+    try:
+        values = json.loads(description.read_text())
+        require(values["format"] == 1, f"{option}: {description} has format {values['format']}, this version reads 1")
+        info = DatasetInfo(
+            path=path,
+            dataset=values["dataset"],
+            split=values["split"],
+            count=values["count"],
+            num_classes=values["num_classes"],
+            content_hash=values["content_hash"],
+            mean=tuple(values["normalization"]["mean"]),
+            std=tuple(values["normalization"]["std"]),
+            min_size=tuple(values["image_size"]["min"]),
+            max_size=tuple(values["image_size"]["max"]),
+        )
+        stored, described = path.stat().st_size, values["beton_bytes"]
+    except (json.JSONDecodeError, KeyError, TypeError) as error:
+        raise UserError(f"{option}: {description} is damaged ({error!r}): write {path} anew") from None
+    require(stored == described, f"{option}: {path} has {stored} bytes, {description} says {described}: write it anew")
+    return info
+
+
+def train_recipe(config: ViewDataConfig, info: DatasetInfo, cached: ViewRecipe | None = None) -> ViewRecipe:
+    """The views to train on: what the options say, else the `cached` recipe, else what fits the images.
+
+    Raises `UserError` where an option contradicts `cached` or the images.
+    """
+    kind = config.augment or (cached.kind if cached else "pad_crop" if info.small else "random_resized_crop")
+    require(
+        kind != "pad_crop" or info.min_size == info.max_size,
+        "data.augment pad_crop needs images of one size: use random_resized_crop",
+    )
+    default = cached or ViewRecipe(kind=kind)
+    scale = default.scale if config.crop_scale_min is None else (config.crop_scale_min, 1.0)
+    flip = default.flip if config.flip is None else 0.5 * config.flip
+    recipe = ViewRecipe(kind=kind, scale=scale, ratio=default.ratio, padding=default.padding, flip=flip)
+    require(
+        cached is None or recipe == cached,
+        f"data.augment, data.crop_scale_min or data.flip asks for views {recipe.to_dict()}, the store holds "
+        f"{cached and cached.to_dict()}: leave these options out",
+    )
+    return recipe
+
+
+def eval_recipe(info: DatasetInfo) -> ViewRecipe:
+    """The whole of a small image; the central 224/256 of a photograph's shorter side."""
+    return ViewRecipe(kind="center_crop", center_share=1.0 if info.small else 224 / 256, flip=0.0)
+
+
+# ------------------------------------------------------------------------------------------- order
+
+
+def shuffled_ids(count: int, seed: int, epoch: int) -> np.ndarray:
+    """The order of an epoch: a permutation of all sample ids, int64 [count], the same on every rank."""
+    return np.random.default_rng([seed, epoch]).permutation(count)
+
+
+def rank_share(batch_size: int) -> slice:
+    """The part of every global batch that this rank takes; parts differ by one image at most."""
+    rank, world = dist.rank(), dist.world_size()
+    require(batch_size >= world, f"data.batch_size {batch_size} is smaller than the {world} processes that share it")
+    return slice(batch_size * rank // world, batch_size * (rank + 1) // world)
+
+
+def train_ids(count: int, batch_size: int, seed: int, epoch: int, first_step: int = 0) -> np.ndarray:
+    """This rank's sample ids of an epoch, batch after batch, from step `first_step` of it; int64.
+
+    Step s trains on ids [s * batch_size, (s + 1) * batch_size) of the shuffled order, whatever the world size. What
+    remains after the last whole batch is left out.
+    """
+    steps = count // batch_size
+    batches = shuffled_ids(count, seed, epoch)[: steps * batch_size].reshape(steps, batch_size)
+    return batches[first_step:, rank_share(batch_size)].reshape(-1)
+
+
+# ------------------------------------------------------------------------------------------- FFCV, mended
+
+
+def _compile_reader(self):
+    # FFCV's version marks numba's interned uint8 array type immutable, which breaks every function compiled for that
+    # type from the second loader of a process on.
+    read_only = numba.types.Array(numba.types.uint8, 1, "C", readonly=True)
+    index = numba.types.uint64[::1]
+
+    def read(address, state):
+        size = state[2][np.searchsorted(state[1], address)]
+        return state[0][address : address + size]
+
+    return Compiler.compile(read, read_only(numba.types.uint64, numba.types.Tuple([read_only, index, index])))
+
+
+def _set_num_threads(cls, count):
+    # FFCV's version also sets torch's thread count, for the whole process, at the start of every epoch.
+    cls.num_threads = count
+    numba.set_num_threads(count)
+
+
+OSCacheManager.compile_reader = _compile_reader
+Compiler.set_num_threads = classmethod(_set_num_threads)
+
+
+class _Epoch(EpochIterator):
+    """FFCV's pipeline thread over the samples `order`: it ends when told to, and its errors reach the consumer."""
+
+    def __init__(self, loader: Loader, order: np.ndarray, view: int, rows: Rows | None):
+        self.error: BaseException | None = None
+        self.view, self.rows = view, rows
+        super().__init__(loader, order)
+
+    def run(self):
+        try:
+            super().run()
+        except BaseException as error:
+            self.error = error
+            while not self.terminate_event.is_set():
+                try:
+                    return self.output_queue.put(None, timeout=0.5)
+                except Full:
+                    pass
+
+    def run_pipeline(self, b_ix, batch_indices, batch_slot, cuda_event):
+        result = super().run_pipeline(b_ix, batch_indices, batch_slot, cuda_event)
+        return (*result, self.rows(batch_indices, self.view) if self.rows else None)
+
+    def __next__(self):
+        try:
+            return super().__next__()
+        except StopIteration:
+            if self.error is not None:
+                raise self.error from None
+            raise
+
+    def close(self):
+        """End the thread, also when it waits to hand over a batch that nobody wants."""
+        super().close()
+        while self.is_alive():
+            try:
+                self.output_queue.get(timeout=0.05)
+            except Empty:
+                pass
+
+
+# ------------------------------------------------------------------------------------------- loader
+
+
+@dataclass
+class Batch:
+    """Images of one step on one rank, on the rank's device."""
+
+    images: torch.Tensor
+    """float32 [n, 3, size, size], normalised, channels_last."""
+    labels: torch.Tensor
+    """int64 [n]."""
+    ids: torch.Tensor
+    """Sample ids, int64 [n], on the CPU."""
+    teacher_logits: torch.Tensor | None = None
+    """float32 [n, classes]."""
+
+
+class BetonLoader:
+    """Batches of any sample ids of a .beton file, in any order, under any view.
+
+    `seconds_waited` adds up the time that the consumer waited for data.
+    """
+
+    def __init__(
+        self,
+        info: DatasetInfo,
+        config: LoaderConfig,
+        recipe: ViewRecipe,
+        *,
+        batch_size: int,
+        image_size: int,
+        device: torch.device,
+        view_seed: int = 0,
+        mean: tuple[float, float, float] | None = None,
+        std: tuple[float, float, float] | None = None,
+    ):
+        self.info, self.batch_size, self.device = info, batch_size, device
+        self.seconds_waited = 0.0
+        self._decoder = ViewDecoder(recipe, image_size, view_seed)
+        on_gpu = device.type == "cuda"
+        try:
+            self._loader = Loader(
+                str(info.path),
+                batch_size=batch_size,
+                num_workers=config.workers or (dist.cores_per_rank() if on_gpu else 1),
+                os_cache=config.os_cache,
+                order=OrderOption.SEQUENTIAL,
+                drop_last=False,
+                pipelines={
+                    "image": [self._decoder, ToTensor()],
+                    "label": [IntDecoder(), ToTensor()],
+                    "id": PipelineSpec("label", decoder=SampleIdDecoder(), transforms=[ToTensor()]),
+                },
+            )
+        except (AssertionError, ValueError, IndexError, KeyError) as error:
+            raise UserError(f"{info.path} is not a .beton file that this FFCV reads ({error})") from error
+        mean_, std_ = (
+            torch.tensor(v, device=device).view(1, 3, 1, 1) for v in (mean or info.mean, std or info.std)
+        )
+        self._scale, self._shift = 1 / (255 * std_), -mean_ / std_
+        self._copy_stream = torch.cuda.Stream(device) if on_gpu else None
+
+    def batches(self, ids: np.ndarray, view: int = 0, rows: Rows | None = None) -> Iterator[Batch]:
+        """Yield the samples `ids` in order under `view`, `batch_size` at a time; the last batch may be smaller.
+
+        With `rows`, the loader's thread fetches them ahead of the consumer and `teacher_logits` holds them. An error
+        of the thread is raised here.
+        """
+        if len(ids) == 0:
+            return
+        self._decoder.view = view
+        epoch = _Epoch(self._loader, np.asarray(ids, dtype=np.uint64), view, rows)
+        try:
+            ahead = None
+            while True:
+                started = time.perf_counter()
+                arrays = next(epoch, None)
+                self.seconds_waited += time.perf_counter() - started
+                copied = self._start_copy(arrays) if arrays is not None else None
+                if ahead is not None:
+                    yield self._finish(*ahead)
+                if copied is None:
+                    return
+                ahead = copied
+        finally:
+            epoch.close()
+
+    # FFCV reuses its buffers after a few batches, so every tensor is copied off them as soon as it arrives; on a GPU by a
+    # stream of its own, while the step before computes.
+
+    def _start_copy(self, arrays) -> tuple[list[torch.Tensor | None], torch.cuda.Event | None]:
+        images, labels, ids, rows = arrays
+        rows = None if rows is None else torch.from_numpy(rows)
+        ids = ids[:, 0].clone()
+        if self._copy_stream is None:
+            # The clone of the bytes; normalising here would hold four times the memory one batch longer.
+            return [images.clone(), labels[:, 0].clone(), ids, rows], None
+        with torch.cuda.stream(self._copy_stream):
+            tensors = [
+                images.to(self.device, non_blocking=True),
+                labels[:, 0].to(self.device, non_blocking=True),
+                ids,
+                None if rows is None else rows.to(self.device, non_blocking=True),
+            ]
+            event = torch.cuda.Event()
+            event.record()
+        return tensors, event
+
+    def _finish(self, tensors: list[torch.Tensor | None], event: torch.cuda.Event | None) -> Batch:
+        if event is not None:
+            event.synchronize()  # the copy began a step ago: this only makes sure that FFCV may reuse the buffer
+            for tensor in tensors:
+                if tensor is not None and tensor.is_cuda:
+                    tensor.record_stream(torch.cuda.current_stream())
+        images, labels, ids, rows = tensors
+        assert images is not None and labels is not None and ids is not None
+        return Batch(
+            images=torch.addcmul(self._shift, images.permute(0, 3, 1, 2).float(), self._scale),
+            labels=labels,
+            ids=ids,
+            teacher_logits=None if rows is None else rows.float(),
+        )
+
+    def image_digests(self, ids: np.ndarray, view: int) -> list[str]:
+        """sha256 of the decoded uint8 image [size, size, 3] of each sample: tells one JPEG or resize library
+        from another."""
+        self._decoder.view = view
+        epoch = _Epoch(self._loader, np.asarray(ids, dtype=np.uint64), view, None)
+        try:
+            return [hashlib.sha256(image.numpy().tobytes()).hexdigest() for arrays in epoch for image in arrays[0]]
+        finally:
+            epoch.close()

@@ -1,0 +1,128 @@
+"""Processes: the group, its collectives, and the share of the machine that each rank gets."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+from typing import TypeVar
+
+import torch
+import torch.distributed as td
+
+from ckd_dist.config import UserError, require
+
+T = TypeVar("T")
+
+
+@contextmanager
+def process_group() -> Iterator[torch.device]:
+    """Join the ranks that torchrun or srun started, if any, and yield this rank's device.
+
+    nccl where every rank has a GPU of its own; gloo on CPUs, and where ranks share a GPU. A process started
+    plainly is rank 0 of 1. Raises `UserError` when the environment is half set.
+    """
+    names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+    missing = [name for name in names if name not in os.environ]
+    launched = "RANK" in os.environ or "WORLD_SIZE" in os.environ
+    require(
+        not launched or not missing,
+        f"the environment sets RANK or WORLD_SIZE but not {', '.join(missing)}: start with torchrun, or unset them",
+    )
+    gpus = torch.cuda.device_count()
+    if gpus:
+        device = torch.device("cuda", local_rank() % gpus)
+        torch.cuda.set_device(device)
+        torch.backends.cudnn.benchmark = True
+    else:
+        device = torch.device("cpu")
+        torch.set_num_threads(cores_per_rank())
+    if launched:
+        backend = "nccl" if gpus >= local_world_size() else "gloo"
+        td.init_process_group(
+            backend,
+            timeout=timedelta(minutes=10),
+            device_id=device if backend == "nccl" else None,
+        )
+    try:
+        yield device
+    finally:
+        if launched:
+            td.destroy_process_group()
+
+
+def rank() -> int:
+    """This process's number among all; 0 leads."""
+    return td.get_rank() if td.is_initialized() else 0
+
+
+def world_size() -> int:
+    """Number of processes over all nodes."""
+    return td.get_world_size() if td.is_initialized() else 1
+
+
+def local_rank() -> int:
+    """This process's number on its node."""
+    return int(os.environ.get("LOCAL_RANK", "0"))
+
+
+def local_world_size() -> int:
+    """Number of processes on this node."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+
+
+def cores_per_rank() -> int:
+    """Cores of this node divided among its ranks, at least 1."""
+    return max(1, len(os.sched_getaffinity(0)) // local_world_size())
+
+
+def all_reduce_sum(tensor: torch.Tensor) -> torch.Tensor:
+    """Sum `tensor` over all ranks, in place, and return it."""
+    if td.is_initialized():
+        td.all_reduce(tensor)
+    return tensor
+
+
+def broadcast_tensors(tensors: Iterator[torch.Tensor]) -> None:
+    """Overwrite each tensor with rank 0's, in place."""
+    if td.is_initialized():
+        for tensor in tensors:
+            td.broadcast(tensor, src=0)
+
+
+def barrier() -> None:
+    """Wait for all ranks."""
+    if td.is_initialized():
+        td.barrier()
+
+
+def on_main(function: Callable[[], T]) -> T:
+    """Call `function` on rank 0 alone and return its (picklable) result on every rank.
+
+    A `UserError` or `OSError` of rank 0 is raised on every rank as a `UserError`, so that all stop together.
+    """
+    if not td.is_initialized():
+        return function()
+    box: list[tuple[T | None, str | None]] = [(None, None)]
+    if td.get_rank() == 0:
+        try:
+            box = [(function(), None)]
+        except UserError as error:
+            box = [(None, str(error))]
+        except OSError as error:
+            box = [(None, f"{error.strerror or error}: {error.filename or ''}")]
+    td.broadcast_object_list(box, src=0)
+    result, message = box[0]
+    if message is not None:
+        raise UserError(message)
+    return result  # type: ignore[return-value]
+
+
+def gather_objects(value: T) -> list[T]:
+    """Every rank's (picklable) `value`, in rank order, on every rank."""
+    if not td.is_initialized():
+        return [value]
+    values: list = [None] * td.get_world_size()
+    td.all_gather_object(values, value)
+    return values

@@ -1,0 +1,387 @@
+"""THE train loop and THE evaluation loop: teacher and student both run in them.
+
+A run is a pure function of its configuration: step s trains on images that depend on (seed, s) alone, so a run that
+was killed goes on from its last saved step and ends with the weights of one that never was.
+"""
+
+from __future__ import annotations
+
+import resource
+import time
+from collections.abc import Callable
+from typing import NoReturn
+
+import numpy as np
+import torch
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+from ckd_dist import checkpoint, dist, losses
+from ckd_dist.config import TrainConfig, TrainingError, require, to_dict
+from ckd_dist.data import Batch, BetonLoader, DatasetInfo, Rows, eval_recipe, rank_share, read_info, train_ids
+from ckd_dist.log import ProgressDisplay, RunFolder, format_seconds, say
+from ckd_dist.models import build_model, load_weights
+from ckd_dist.optim import build_optimizer, learning_rate
+from ckd_dist.views import ViewRecipe
+
+Loss = Callable[[torch.Tensor, Batch], dict[str, torch.Tensor]]
+"""(logits [n, classes], batch) -> values of [n]; `loss` is minimised, the others are logged."""
+
+OnlineTeacher = Callable[[torch.Tensor], torch.Tensor]
+"""images of a batch -> teacher logits, float32 [n, classes]."""
+
+
+def autocast(device: torch.device, amp: str) -> torch.autocast:
+    """Mixed precision as `--amp` asks: bfloat16, float16 or off."""
+    return torch.autocast(device.type, getattr(torch, amp, None), enabled=amp != "off")
+
+
+def to_device(model: nn.Module, device: torch.device) -> nn.Module:
+    """The model on the device in channels_last order, ready for inference."""
+    return model.to(device, memory_format=torch.channels_last).eval().requires_grad_(False)
+
+
+@torch.inference_mode()
+def forward_logits(model: nn.Module, images: torch.Tensor, amp: str) -> torch.Tensor:
+    """Logits of a model in eval mode, float32 [n, classes], without gradients."""
+    with autocast(images.device, amp):
+        return model(images).float()
+
+
+# ------------------------------------------------------------------------------------------- evaluation
+
+
+def evaluate(model: nn.Module, loader: BetonLoader, amp: str) -> dict[str, float]:
+    """`top1` and `top5` in percent and the mean `loss` over every image of the file, each counted once.
+
+    Collective: each rank takes a contiguous share; rank 0's batch-norm statistics count for all.
+    """
+    dist.broadcast_tensors(model.buffers())
+    was_training = model.training
+    model.eval()
+    count = loader.info.count
+    sums = torch.zeros(4, dtype=torch.float64, device=loader.device)
+    for batch in loader.batches(np.array_split(np.arange(count), dist.world_size())[dist.rank()]):
+        logits = forward_logits(model, batch.images, amp)
+        hits = logits.topk(min(5, logits.shape[1])).indices.eq(batch.labels[:, None])
+        loss = losses.cross_entropy(logits, batch.labels).sum()
+        sums += torch.stack([hits[:, 0].sum(), hits.sum(), loss, torch.tensor(len(hits), device=loss.device)])
+    model.train(was_training)
+    top1, top5, loss_sum, seen = dist.all_reduce_sum(sums).tolist()
+    assert seen == count
+    return {"top1": 100 * top1 / count, "top5": 100 * top5 / count, "loss": loss_sum / count}
+
+
+# ------------------------------------------------------------------------------------------- training
+
+
+class Learner:
+    """A model in training: its optimiser, loss and run folder. Holds all that exact resume needs."""
+
+    def __init__(
+        self, config: TrainConfig, loss: Loss, run: RunFolder, device: torch.device, metadata: dict, steps_per_epoch: int
+    ):
+        self.config, self.loss, self.run, self.device = config, loss, run, device
+        self.metadata, self.steps_per_epoch = metadata, steps_per_epoch
+        torch.manual_seed(config.seed)
+        model = build_model(metadata["model"], metadata["num_classes"])
+        if config.model.weights:
+            load_weights(model, config.model.weights)
+        self.model = model.to(device, memory_format=torch.channels_last)
+        self.optimizer = build_optimizer(self.model, config.optim)
+        self.scaler = torch.amp.GradScaler(device.type, enabled=config.amp == "float16")
+        self.step = 0
+        self.seconds = self.seconds_waited = 0.0
+        self.evaluation: dict[str, float] = {}
+        self._sums: dict[str, torch.Tensor] = {}
+        self._load_last()
+        self.model.train()
+        self._forward: nn.Module = self.model
+        if dist.world_size() > 1:
+            # Batch-norm statistics need no broadcast at every step: a forward pass in train mode does not read them.
+            ids = [device.index] if device.type == "cuda" else None
+            self._forward = DistributedDataParallel(
+                self.model, device_ids=ids, broadcast_buffers=False, gradient_as_bucket_view=True
+            )
+        if config.compile:
+            self._forward = torch.compile(self._forward)
+
+    def train_step(self, batch: Batch) -> None:
+        """One optimiser step on this rank's part of the global batch."""
+        config, step = self.config, self.step
+        rate = learning_rate(step, config.optim, steps_per_epoch=self.steps_per_epoch, epochs=config.epochs)
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+        torch.manual_seed((config.seed << 40) + (step << 12) + dist.rank())  # dropout, the same after a resume
+        with autocast(self.device, config.amp):
+            logits = self._forward(batch.images)
+        logits = logits.float()
+        values = self.loss(logits, batch)
+        # DDP averages over ranks, so this is the gradient of the mean over the global batch, however it is shared out.
+        loss = values["loss"].sum() * (dist.world_size() / config.data.batch_size)
+        self.scaler.scale(loss).backward()
+        if config.optim.clip_grad_norm is not None:
+            self.scaler.unscale_(self.optimizer)
+            nn.utils.clip_grad_norm_(self.model.parameters(), config.optim.clip_grad_norm)
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        self.optimizer.zero_grad(set_to_none=True)
+        self._count(logits.detach(), batch.labels, {name: value.detach() for name, value in values.items()})
+        self.step += 1
+
+    def _count(self, logits: torch.Tensor, labels: torch.Tensor, values: dict[str, torch.Tensor]) -> None:
+        """Add to the sums of this log line, on the device: the host waits for them only when the line is due."""
+        values["top1"] = 100.0 * (logits.argmax(dim=1) == labels)
+        if not self._sums:
+            zero = torch.zeros((), device=self.device)
+            self._sums = {**dict.fromkeys(values, zero), "_count": zero, "_bad_step": zero - 1}
+        for name, value in values.items():
+            self._sums[name] = self._sums[name] + value.sum()
+        self._sums["_count"] = self._sums["_count"] + len(labels)
+        finite = torch.isfinite(values["loss"]).all() | (self._sums["_bad_step"] >= 0)
+        self._sums["_bad_step"] = torch.where(finite, self._sums["_bad_step"], float(self.step))
+
+    def log(self, seconds: float, waited: float) -> dict[str, float]:
+        """Write the mean of every value over the steps since the last line, which took `seconds`, `waited` of them for
+        data; collective. Raises `TrainingError` on every rank when the
+        loss was not finite on any."""
+        bad_step = int(self._sums.pop("_bad_step"))
+        totals = dist.all_reduce_sum(torch.stack(list(self._sums.values())).double()).tolist()
+        sums = dict(zip(self._sums, totals, strict=True))
+        count = sums.pop("_count")
+        self._sums = {}
+        if not np.isfinite(sums["loss"]):
+            bad_steps = [step for step in dist.gather_objects(bad_step) if step >= 0]
+            self._stop(f"the loss is not finite at step {min(bad_steps, default=self.step)}")
+        self.seconds += seconds
+        self.seconds_waited += waited
+        values = {name: total / count for name, total in sums.items()}
+        self.run.log(
+            "train",
+            self.step,
+            (self.step - 1) // self.steps_per_epoch,
+            **values,
+            lr=self.optimizer.param_groups[0]["lr"],
+            seconds=seconds,
+            images_per_s=count / seconds,
+            data_wait_fraction=waited / seconds,
+        )
+        return values
+
+    def _stop(self, reason: str) -> NoReturn:
+        kept = sorted((self.run.path / "checkpoints").glob("*.pt"), key=lambda path: path.stat().st_mtime)
+        last = f"the last good checkpoint is {kept[-1]}" if kept else "no checkpoint was saved yet"
+        raise TrainingError(f"{reason}: lower --optim.lr or set --optim.clip_grad_norm; {last}")
+
+    # -------------------------------------------------------------------------------------- saving
+
+    def check_weights(self) -> None:
+        """Raise `TrainingError`, on every rank, unless every weight is finite: nothing else is ever saved."""
+        norms = torch.stack(torch._foreach_norm([p.detach() for p in self.model.parameters()]))
+        if not torch.isfinite(norms).all():
+            self._stop(f"the weights are not finite after step {self.step}")
+
+    def save_last(self) -> None:
+        """Save all that exact resume needs."""
+        if dist.rank() == 0:
+            state = {
+                "weights": self.model.state_dict(),
+                "optimizer": self.optimizer.state_dict(),
+                "scaler": self.scaler.state_dict(),
+                "step": self.step,
+                "seconds": self.seconds,
+                "seconds_waited": self.seconds_waited,
+                "evaluation": self.evaluation,
+            }
+            checkpoint.save(self.run.path / "checkpoints" / "last.pt", state)
+
+    def _load_last(self) -> None:
+        path = self.run.path / "checkpoints" / "last.pt"
+        if not dist.on_main(path.exists):
+            self.run.rewind(0)
+            return
+        state = checkpoint.load(path, "run_dir")
+        self.model.load_state_dict(state["weights"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.scaler.load_state_dict(state["scaler"])
+        self.step, self.evaluation = state["step"], state["evaluation"]
+        self.seconds, self.seconds_waited = state["seconds"], state["seconds_waited"]
+        self.run.rewind(self.step)
+        say(f"{self.run.path}: going on after step {self.step} (epoch {self.step / self.steps_per_epoch:.2f})")
+
+    def save_checkpoint(self, epoch: int) -> None:
+        """Keep the weights after `epoch` epochs, with the metadata to use them alone."""
+        if dist.rank() == 0:
+            metadata = {**self.metadata, "epoch": epoch, "evaluation": self.evaluation}
+            state = {"weights": self.model.state_dict(), "metadata": metadata}
+            checkpoint.save(checkpoint.checkpoint_path(self.run.path, epoch), state)
+
+    def write_summary(self) -> None:
+        """Write summary.json: the last evaluation, never a best one, and what the training took."""
+        images = self.step * self.config.data.batch_size
+        on_gpu = self.device.type == "cuda"
+        memory = (
+            torch.cuda.max_memory_allocated() if on_gpu else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        )
+        self.run.write_summary(
+            {
+                **self.evaluation,
+                "train_seconds": self.seconds,
+                "images_per_s": images / self.seconds,
+                "data_wait_fraction": self.seconds_waited / self.seconds,
+                "peak_memory_bytes": memory,
+                "epochs": self.config.epochs,
+                "steps": self.step,
+                "parameters": sum(p.numel() for p in self.model.parameters()),
+                "world_size": dist.world_size(),
+            }
+        )
+
+
+def fit(
+    learners: list[Learner],
+    loader: BetonLoader,
+    val_loader: BetonLoader | None,
+    config: TrainConfig,
+    *,
+    save_every: int,
+    view_of_epoch: Callable[[int], int],
+    teacher: OnlineTeacher | None = None,
+    rows: Rows | None = None,
+) -> None:
+    """Train `learners` together: each takes a step on every batch. Usually there is one.
+
+    Learners that were saved at different steps by a kill meet again: one that is ahead waits for the batch it needs.
+    """
+    batch_size, steps_per_epoch = config.data.batch_size, learners[0].steps_per_epoch
+    start = min(learner.step for learner in learners)
+    clock = _Clock(loader)
+    with ProgressDisplay(config.epochs * steps_per_epoch * batch_size, done=start * batch_size) as progress:
+        for epoch in range(start // steps_per_epoch, config.epochs):
+            first = max(start, epoch * steps_per_epoch)
+            ids = train_ids(loader.info.count, batch_size, config.seed, epoch, first - epoch * steps_per_epoch)
+            note = ""
+            clock.restart()
+            for done, batch in enumerate(loader.batches(ids, view_of_epoch(epoch), rows), start=first + 1):
+                if teacher is not None:
+                    batch.teacher_logits = teacher(batch.images)
+                active = [learner for learner in learners if learner.step < done]
+                for learner in active:
+                    learner.train_step(batch)
+                epoch_ends = done % steps_per_epoch == 0
+                save = done % config.save_last_every == 0 and not epoch_ends
+                if done % config.log_every == 0 or epoch_ends or save:
+                    seconds, waited = clock.lap()
+                    for learner in active:
+                        values = learner.log(seconds, waited)
+                        note = f"loss {values['loss']:.3f}  top1 {values['top1']:.1f}"
+                if save:
+                    for learner in active:
+                        learner.check_weights()
+                        learner.save_last()
+                    clock.restart()
+                progress.update(done * batch_size, f"epoch {epoch + 1}/{config.epochs}", note)
+            for learner in learners:
+                if learner.step == (epoch + 1) * steps_per_epoch:
+                    _end_epoch(learner, epoch + 1, val_loader, keep=(epoch + 1) % save_every == 0)
+    for learner in learners:
+        learner.write_summary()
+
+
+def _end_epoch(learner: Learner, epoch: int, val_loader: BetonLoader | None, keep: bool) -> None:
+    """Evaluate, keep the weights if it is their turn, and save what resume needs, in this order: a kill in between
+    repeats all of it."""
+    learner.check_weights()
+    if val_loader is not None:
+        learner.evaluation = evaluate(learner.model, val_loader, learner.config.amp)
+        learner.run.log("val", learner.step, epoch - 1, **learner.evaluation)
+        say(
+            f"epoch {epoch}/{learner.config.epochs}  val top1 {learner.evaluation['top1']:.2f}  "
+            f"top5 {learner.evaluation['top5']:.2f}  loss {learner.evaluation['loss']:.4f}  "
+            f"({format_seconds(learner.seconds)} of training)"
+        )
+    if keep or epoch == learner.config.epochs:
+        learner.save_checkpoint(epoch)
+    learner.save_last()
+
+
+class _Clock:
+    """Seconds of training, evaluation and saving left out, and of waiting for data among them."""
+
+    def __init__(self, loader: BetonLoader):
+        self._loader = loader
+        self.restart()
+
+    def restart(self) -> None:
+        """Forget what has passed."""
+        self._time, self._waited = time.perf_counter(), self._loader.seconds_waited
+
+    def lap(self) -> tuple[float, float]:
+        """(seconds, seconds waited) since the last lap or restart."""
+        if self._loader.device.type == "cuda":
+            torch.cuda.synchronize()
+        time_, waited = self._time, self._waited
+        self.restart()
+        return self._time - time_, self._waited - waited
+
+
+def train(
+    config: TrainConfig,
+    loss: Loss,
+    *,
+    device: torch.device,
+    info: DatasetInfo,
+    recipe: ViewRecipe,
+    view_seed: int,
+    view_of_epoch: Callable[[int], int],
+    save_every: int,
+    teacher: OnlineTeacher | None = None,
+    rows: Rows | None = None,
+) -> None:
+    """Train the model that `config` describes on views of `info`'s images, in its run folder; collective."""
+    batch_size, image_size = config.data.batch_size, info.image_size(config.data.image_size)
+    require(
+        batch_size <= info.count,
+        f"data.batch_size {batch_size} is larger than the {info.count} images of {info.path}",
+    )
+    share = rank_share(batch_size)
+    val_info = read_info(config.data.val, "data.val") if config.data.val else None
+    require(
+        val_info is None or val_info.num_classes == info.num_classes,
+        f"data.val has {val_info and val_info.num_classes} classes, data.train {info.num_classes}",
+    )
+    metadata = {
+        "model": config.model.name,
+        "num_classes": info.num_classes,
+        "image_size": image_size,
+        "mean": list(info.mean),
+        "std": list(info.std),
+        "dataset": {"name": info.dataset, "content_hash": info.content_hash, "count": info.count},
+    }
+    run = RunFolder(config.run_dir, to_dict(config), tensorboard=config.tensorboard)
+    learner = Learner(config, loss, run, device, metadata, info.count // batch_size)
+    if run.summary is not None and learner.step == config.epochs * learner.steps_per_epoch:
+        say(f"{run.path}: complete already, top1 {run.summary.get('top1', float('nan')):.2f}")
+        return
+    common = {"image_size": image_size, "device": device, "mean": info.mean, "std": info.std}
+    loader = BetonLoader(
+        info, config.data, recipe, batch_size=share.stop - share.start, view_seed=view_seed, **common
+    )
+    val_loader = None
+    if val_info is not None:
+        val_batch = max(1, batch_size // dist.world_size())
+        val_loader = BetonLoader(val_info, config.data, eval_recipe(val_info), batch_size=val_batch, **common)
+    say(
+        f"{run.path}: {metadata['model']} at {image_size} px on {info.count} images of {info.dataset}, "
+        f"{config.epochs} epochs of {learner.steps_per_epoch} steps, {dist.world_size()} processes on {device.type}"
+    )
+    fit(
+        [learner],
+        loader,
+        val_loader,
+        config,
+        save_every=save_every,
+        view_of_epoch=view_of_epoch,
+        teacher=teacher,
+        rows=rows,
+    )

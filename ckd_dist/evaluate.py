@@ -1,0 +1,39 @@
+"""Evaluate a checkpoint: each image is counted once, whatever the number of processes.
+
+  torchrun --nproc_per_node=8 -m ckd_dist.evaluate --data.val test.beton \\
+      --checkpoint runs/teacher/checkpoints/epoch_0040.pt
+
+Prints one JSON object: top1 and top5 in percent, the mean loss in nats, the number of images.
+"""
+
+import json
+
+from ckd_dist.config import EvaluateConfig, require, run_command
+
+
+def main(config: EvaluateConfig) -> None:
+    from ckd_dist import data, dist, engine, log, models  # torch: only once the options are known to be good
+
+    with dist.process_group() as device:
+        model, metadata = models.load_model(config.checkpoint, "checkpoint")
+        info = data.read_info(config.data.val, "data.val")
+        require(
+            info.num_classes == metadata["num_classes"],
+            f"data.val has {info.num_classes} classes, the checkpoint {metadata['num_classes']}",
+        )
+        loader = data.BetonLoader(
+            info,
+            config.data,
+            data.eval_recipe(info),
+            batch_size=config.data.batch_size,
+            image_size=config.data.image_size or metadata["image_size"],
+            device=device,
+            mean=metadata["mean"],
+            std=metadata["std"],
+        )
+        result = engine.evaluate(engine.to_device(model, device), loader, config.amp)
+        log.say(json.dumps({**result, "images": info.count}))
+
+
+if __name__ == "__main__":
+    run_command(main, EvaluateConfig, "ckd_dist.evaluate")

@@ -1,0 +1,53 @@
+"""Optimisers, parameter groups, and learning-rate schedules as pure functions of the step."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import nn
+
+from ckd_dist.config import OptimConfig
+
+
+def build_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.Optimizer:
+    """SGD with Nesterov momentum or AdamW over `parameter_groups`; fused where the device has it."""
+    groups = parameter_groups(model, config.weight_decay, config.decay_norm_and_bias)
+    if config.name == "adamw":
+        return torch.optim.AdamW(groups, lr=config.lr, fused=True)
+    return torch.optim.SGD(groups, lr=config.lr, momentum=config.momentum, nesterov=config.momentum > 0, fused=True)
+
+
+def parameter_groups(model: nn.Module, weight_decay: float, decay_norm_and_bias: bool) -> list[dict]:
+    """One group with weight decay and, unless `decay_norm_and_bias`, one without it: parameters of fewer than two
+    dimensions, that is biases and the scales and shifts of normalisation."""
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    if decay_norm_and_bias:
+        return [{"params": parameters, "weight_decay": weight_decay}]
+    return [
+        {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": weight_decay},
+        {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
+    ]
+
+
+def learning_rate(step: int, config: OptimConfig, *, steps_per_epoch: int, epochs: int) -> float:
+    """Learning rate of optimiser step `step`, counted from 0 over the whole run.
+
+    Warm-up rises linearly to `config.lr`; cosine and linear then fall to 0 at the last step's end; step and multistep
+    count epochs from the start of the run.
+    """
+    warmup = config.warmup_epochs * steps_per_epoch
+    if step < warmup:
+        return config.lr * (step + 1) / warmup if warmup >= 1 else config.lr
+    total = epochs * steps_per_epoch
+    progress = (step - warmup) / max(1, total - warmup)
+    epoch = step // steps_per_epoch
+    if config.schedule == "cosine":
+        return config.lr * 0.5 * (1 + math.cos(math.pi * progress))
+    if config.schedule == "linear":
+        return config.lr * (1 - progress)
+    if config.schedule == "step":
+        return config.lr * config.gamma ** (epoch // config.step_epochs)
+    if config.schedule == "multistep":
+        return config.lr * config.gamma ** sum(epoch >= milestone for milestone in config.milestones)
+    return config.lr

@@ -1,0 +1,36 @@
+"""Train a teacher and keep its trajectory of checkpoints.
+
+  torchrun --nproc_per_node=8 -m ckd_dist.train_teacher --data.train train.beton --data.val holdout.beton \\
+      --model.name resnet50 --epochs 40 --data.batch_size 1024 --optim.lr 2 --run_dir runs/teacher
+
+The same command again goes on from the last saved step.
+"""
+
+from ckd_dist.config import TrainTeacherConfig, run_command
+
+# Students use views 0, 1, 2, ...: the teacher must not have been fitted to the very images that it is asked about.
+FIRST_VIEW = 1 << 20
+
+
+def main(config: TrainTeacherConfig) -> None:
+    from ckd_dist import data, dist, engine, losses  # torch: only once the options are known to be good
+
+    def loss(logits, batch):
+        return {"loss": losses.cross_entropy(logits, batch.labels, config.label_smoothing)}
+
+    with dist.process_group() as device:
+        info = data.read_info(config.data.train, "data.train")
+        engine.train(
+            config,
+            loss,
+            device=device,
+            info=info,
+            recipe=data.train_recipe(config.data, info),
+            view_seed=config.data.view_seed or 0,
+            view_of_epoch=lambda epoch: FIRST_VIEW + epoch % (config.data.views or config.epochs),
+            save_every=config.save_every or max(1, config.epochs // 10),
+        )
+
+
+if __name__ == "__main__":
+    run_command(main, TrainTeacherConfig, "ckd_dist.train_teacher")

@@ -1,0 +1,246 @@
+"""A view is a pure function: view(seed, view id, sample id) -> (crop box, flip).
+
+Every draw comes from a counter-based generator keyed by those three integers, inside the FFCV decoder: it does not
+depend on thread, rank, batch size, world size or order. So a teacher pass and a student pass see byte-identical
+images, and cached logits are addressed by (view, sample). The box does not depend on the output's resolution.
+
+The generator is splitmix64 (Steele, Lea, Flood, "Fast splittable pseudorandom number generators", OOPSLA 2014) used as a
+hash: draw n of a stream is the finalised value of key + n * golden gamma.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
+from typing import Literal
+
+import numpy as np
+from ffcv.fields.basics import IntDecoder
+from ffcv.fields.rgb_image import IMAGE_MODES, SimpleRGBImageDecoder
+from ffcv.libffcv import imdecode, resize_crop
+from ffcv.pipeline.allocation_query import AllocationQuery
+from ffcv.pipeline.compiler import Compiler
+from numba import int64, njit, uint64
+
+# fastmath stays off for the draws: reassociated sums differ between machines, and one ulp moves a crop by a pixel.
+_exact = njit(nogil=True, error_model="numpy", fastmath=False)
+
+# Compiled once for the process: FFCV would compile them anew for every loader.
+_imdecode = njit(nogil=True, error_model="numpy")(imdecode)
+_resize_crop = njit(nogil=True, error_model="numpy")(resize_crop)
+
+# Counters of the draws within a stream. The ten attempts at a crop take the first twenty.
+_TOP, _LEFT, _FLIP = 100, 101, 102
+
+Box = Callable[[int, int, int], tuple[int, int, int, int]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ViewRecipe:
+    """How a view is drawn; equal recipes and seeds give equal images."""
+
+    kind: Literal["random_resized_crop", "pad_crop", "center_crop"]
+    """random_resized_crop for photographs, pad_crop for small images of one size, center_crop for evaluation."""
+    scale: tuple[float, float] = (0.08, 1.0)
+    """random_resized_crop: range of the crop's share of the area."""
+    ratio: tuple[float, float] = (3 / 4, 4 / 3)
+    """random_resized_crop: range of the crop's width over height."""
+    padding: int = 4
+    """pad_crop: black pixels added on each side before a crop of the image's own size."""
+    center_share: float = 1.0
+    """center_crop: side of the square as a share of the image's shorter side."""
+    flip: float = 0.5
+    """Probability of a mirrored view."""
+
+    def to_dict(self) -> dict:
+        """As plain JSON values."""
+        return {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(self).items()}
+
+    @classmethod
+    def from_dict(cls, values: dict) -> ViewRecipe:
+        """Inverse of `to_dict`."""
+        return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
+
+
+@_exact
+def _splitmix(z):
+    z = (z ^ (z >> uint64(30))) * uint64(0xBF58476D1CE4E5B9)
+    z = (z ^ (z >> uint64(27))) * uint64(0x94D049BB133111EB)
+    return z ^ (z >> uint64(31))
+
+
+@_exact
+def stream_key(seed, view, sample):
+    """64-bit key of the stream of draws that belongs to one (seed, view, sample)."""
+    key = _splitmix(uint64(seed) + uint64(0x9E3779B97F4A7C15))
+    key = _splitmix(key ^ (uint64(view) + uint64(0xD1B54A32D192ED03)))
+    return _splitmix(key ^ (uint64(sample) + uint64(0x8CB92BA72F3D8DD7)))
+
+
+@_exact
+def uniform(key, n):
+    """Draw n of the stream: a float64 in [0, 1), exact."""
+    z = _splitmix(key + uint64(n + 1) * uint64(0x9E3779B97F4A7C15))
+    return (z >> uint64(11)) * (1.0 / 9007199254740992.0)
+
+
+@_exact
+def _exp(x):
+    """exp(x) for |x| < 1 from + and * alone: the libraries' versions differ by an ulp between machines."""
+    term, total = 1.0, 1.0
+    for k in range(1, 20):
+        term = term * x / k
+        total = total + term
+    return total
+
+
+def crop_box(recipe: ViewRecipe) -> Box:
+    """Compiled function (key, height, width) -> (top, left, height, width) of the recipe's crop, in pixels.
+
+    random_resized_crop follows torchvision's RandomResizedCrop.get_params. A pad_crop's box may reach over the
+    image's border: what lies outside is black.
+    """
+    if recipe.kind == "random_resized_crop":
+        (scale_min, scale_max), (ratio_min, ratio_max) = recipe.scale, recipe.ratio
+        log_min, log_max = math.log(ratio_min), math.log(ratio_max)
+
+        def box(key, height, width):
+            area = float(height) * float(width)
+            n = 0
+            for _ in range(10):
+                target = area * (scale_min + (scale_max - scale_min) * uniform(key, n))
+                ratio = _exp(log_min + (log_max - log_min) * uniform(key, n + 1))
+                n += 2
+                w = int64(math.floor(math.sqrt(target * ratio) + 0.5))
+                h = int64(math.floor(math.sqrt(target / ratio) + 0.5))
+                if 0 < w <= width and 0 < h <= height:
+                    top = int64(uniform(key, _TOP) * (height - h + 1))
+                    left = int64(uniform(key, _LEFT) * (width - w + 1))
+                    return top, left, h, w
+            w, h = int64(width), int64(height)
+            if width < height * ratio_min:
+                h = min(h, int64(math.floor(width / ratio_min + 0.5)))
+            elif width > height * ratio_max:
+                w = min(w, int64(math.floor(height * ratio_max + 0.5)))
+            return (height - h) // 2, (width - w) // 2, h, w
+
+    elif recipe.kind == "pad_crop":
+        padding = recipe.padding
+
+        def box(key, height, width):
+            top = int64(uniform(key, _TOP) * (2 * padding + 1)) - padding
+            left = int64(uniform(key, _LEFT) * (2 * padding + 1)) - padding
+            return top, left, int64(height), int64(width)
+
+    else:
+        share = recipe.center_share
+
+        def box(key, height, width):
+            side = max(int64(share * min(height, width)), int64(1))
+            return (height - side) // 2, (width - side) // 2, side, side
+
+    return _exact(box)
+
+
+@_exact
+def _copy_padded(image, top, left, out):
+    """out[y, x] = image[top + y, left + x], black where that lies outside."""
+    height, width, _ = image.shape
+    out[:] = 0
+    for y in range(max(0, -top), min(out.shape[0], height - top)):
+        for x in range(max(0, -left), min(out.shape[1], width - left)):
+            for c in range(3):
+                out[y, x, c] = image[top + y, left + x, c]
+
+
+@_exact
+def _mirror(image):
+    height, width, channels = image.shape
+    for y in range(height):
+        for x in range(width // 2):
+            for c in range(channels):
+                image[y, x, c], image[y, width - 1 - x, c] = image[y, width - 1 - x, c], image[y, x, c]
+
+
+def _channel(*values: int) -> tuple[AllocationQuery, ...]:
+    """Buffers that carry integers in [0, 2**31) into compiled code as their shape, and hold no bytes.
+
+    FFCV asks an operation for its buffers anew at each epoch and hands them to the compiled function as arguments:
+    so a value that changes between epochs needs no recompilation, and belongs to that epoch's iterator alone.
+    """
+    return tuple(AllocationQuery((0, value), np.dtype("u1")) for value in values)
+
+
+class ViewDecoder(SimpleRGBImageDecoder):
+    """FFCV decoder of the field `image`: view `view` of every sample, uint8 [batch, size, size, 3].
+
+    `view` may be set between epochs; it is read when an epoch starts.
+    """
+
+    def __init__(self, recipe: ViewRecipe, size: int, seed: int = 0, view: int = 0):
+        super().__init__()
+        self.recipe, self.size, self.seed, self.view = recipe, size, seed, view
+
+    def declare_state_and_memory(self, previous_state):
+        byte = np.dtype("u1")
+        height, width = self.metadata["height"], self.metadata["width"]
+        largest = int((height.astype("u8") * width).max()) * 3
+        any_jpeg = bool((self.metadata["mode"] == IMAGE_MODES["jpg"]).any())
+        shape = (self.size, self.size, 3)
+        resized_padding = self.recipe.kind == "pad_crop" and (self.size, self.size) != (height[0], width[0])
+        return (
+            replace(previous_state, jit_mode=True, shape=shape, dtype=byte),
+            (
+                AllocationQuery(shape, byte),
+                AllocationQuery((largest if any_jpeg else 0,), byte),
+                AllocationQuery((largest if resized_padding else 0,), byte),
+                *_channel(self.seed >> 31, self.seed & 0x7FFFFFFF, self.view),
+            ),
+        )
+
+    def generate_code(self):
+        jpeg, read, parallel_range = IMAGE_MODES["jpg"], self.memory_read, Compiler.get_iterator()
+        box, flip = crop_box(self.recipe), self.recipe.flip
+
+        def decode(batch_indices, memory, metadata, storage_state):
+            out, decoded, padded, seed_high, seed_low, view_ = memory
+            seed, view = (seed_high.shape[2] << 31) | seed_low.shape[2], view_.shape[2]
+            for b in parallel_range(len(batch_indices)):
+                sample = batch_indices[b]
+                field = metadata[sample]
+                data = read(field["data_ptr"], storage_state)
+                height, width = np.int64(field["height"]), np.int64(field["width"])
+                if field["mode"] == jpeg:
+                    _imdecode(data, decoded[b], height, width, height, width, 0, 0, 1, 1, False, False)
+                    image = decoded[b][: 3 * height * width].reshape(height, width, 3)
+                else:
+                    image = data.reshape(height, width, 3)
+                key = stream_key(seed, view, sample)
+                top, left, h, w = box(key, height, width)
+                if top >= 0 and left >= 0 and top + h <= height and left + w <= width:
+                    _resize_crop(image, top, top + h, left, left + w, out[b])
+                elif h == out.shape[1] and w == out.shape[2]:
+                    _copy_padded(image, top, left, out[b])
+                else:
+                    crop = padded[b][: 3 * h * w].reshape(h, w, 3)
+                    _copy_padded(image, top, left, crop)
+                    _resize_crop(crop, 0, h, 0, w, out[b])
+                if uniform(key, _FLIP) < flip:
+                    _mirror(out[b])
+            return out[: len(batch_indices)]
+
+        decode.is_parallel = True
+        return decode
+
+
+class SampleIdDecoder(IntDecoder):
+    """FFCV decoder that yields each sample's id, int64 [batch, 1], from any field."""
+
+    def generate_code(self):
+        def decode(batch_indices, out, metadata, storage_state):
+            for b in range(len(batch_indices)):
+                out[b, 0] = batch_indices[b]
+            return out[: len(batch_indices)]
+
+        return decode
