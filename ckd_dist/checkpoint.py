@@ -35,6 +35,15 @@ def sync_folder(folder: Path) -> None:
         os.close(descriptor)
 
 
+def file_sha256(path: Path) -> str:
+    """sha256 of a file's content."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while chunk := file.read(1 << 20):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
 def save(path: Path, state: dict) -> None:
     """Write `state` (tensors, numbers, strings, lists and dicts of them) to `path`, atomically."""
     write_atomically(path, lambda file: torch.save(state, file))

@@ -6,6 +6,7 @@ was killed goes on from its last saved step and ends with the weights of one tha
 
 from __future__ import annotations
 
+import inspect
 import resource
 import time
 from collections.abc import Callable
@@ -99,9 +100,13 @@ class Learner:
         self._forward: nn.Module = self.model
         if dist.world_size() > 1:
             # Batch-norm statistics need no broadcast at every step: a forward pass in train mode does not read them.
-            ids = [device.index] if device.type == "cuda" else None
+            known = inspect.signature(DistributedDataParallel).parameters
+            sync_buffers = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"
             self._forward = DistributedDataParallel(
-                self.model, device_ids=ids, broadcast_buffers=False, gradient_as_bucket_view=True
+                self.model,
+                device_ids=[device.index] if device.type == "cuda" else None,
+                gradient_as_bucket_view=True,
+                **{sync_buffers: False},
             )
         if config.compile:
             self._forward = torch.compile(self._forward)

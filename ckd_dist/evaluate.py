@@ -8,7 +8,7 @@ Prints one JSON object: top1 and top5 in percent, the mean loss in nats, the num
 
 import json
 
-from ckd_dist.config import EvaluateConfig, require, run_command
+from ckd_dist.config import EvaluateConfig, run_command
 
 
 def main(config: EvaluateConfig) -> None:
@@ -17,10 +17,7 @@ def main(config: EvaluateConfig) -> None:
     with dist.process_group() as device:
         model, metadata = models.load_model(config.checkpoint, "checkpoint")
         info = data.read_info(config.data.val, "data.val")
-        require(
-            info.num_classes == metadata["num_classes"],
-            f"data.val has {info.num_classes} classes, the checkpoint {metadata['num_classes']}",
-        )
+        models.require_classes(metadata, info.num_classes, "checkpoint")
         loader = data.BetonLoader(
             info,
             config.data,

@@ -58,6 +58,12 @@ def load_model(path: str | Path, option: str) -> tuple[nn.Module, dict]:
     return model, metadata
 
 
+def require_classes(metadata: dict, num_classes: int, option: str) -> None:
+    """Raise `UserError` unless a checkpoint has as many classes as the images."""
+    found = metadata["num_classes"]
+    require(found == num_classes, f"{option}: the checkpoint has {found} classes, the images have {num_classes}")
+
+
 def load_weights(model: nn.Module, path: str) -> None:
     """Initial weights from `path`: a state dict, or a checkpoint of this system; raises `UserError` on any mismatch."""
     option = "model.weights"

@@ -11,29 +11,32 @@ hash: draw n of a stream is the finalised value of key + n * golden gamma.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from typing import Literal
 
+import ffcv._libffcv
 import numpy as np
 from ffcv.fields.basics import IntDecoder
 from ffcv.fields.rgb_image import IMAGE_MODES, SimpleRGBImageDecoder
-from ffcv.libffcv import imdecode, resize_crop
 from ffcv.pipeline.allocation_query import AllocationQuery
 from ffcv.pipeline.compiler import Compiler
-from numba import int64, njit, uint64
+from llvmlite import binding
+from numba import int64, njit, types, uint64
 
-# fastmath stays off for the draws: reassociated sums differ between machines, and one ulp moves a crop by a pixel.
-_exact = njit(nogil=True, error_model="numpy", fastmath=False)
-
-# Compiled once for the process: FFCV would compile them anew for every loader.
-_imdecode = njit(nogil=True, error_model="numpy")(imdecode)
-_resize_crop = njit(nogil=True, error_model="numpy")(resize_crop)
+# fastmath stays off: reassociated sums differ between machines, and one ulp moves a crop by a pixel. The disk cache
+# saves every process seconds of compilation; for it, FFCV's C functions are named symbols, not addresses.
+_compiled = njit(nogil=True, error_model="numpy", fastmath=False, cache=True)
+binding.load_library_permanently(ffcv._libffcv.__file__)
+_resize = types.ExternalFunction("resize", types.void(*[int64] * 11))
+_imdecode = types.ExternalFunction(
+    "imdecode", types.void(types.uintp, types.uint64, *[types.uint32] * 2, types.uintp, *[types.uint32] * 8)
+)
 
 # Counters of the draws within a stream. The ten attempts at a crop take the first twenty.
 _TOP, _LEFT, _FLIP = 100, 101, 102
 
-Box = Callable[[int, int, int], tuple[int, int, int, int]]
+_RANDOM_RESIZED_CROP, _PAD_CROP, _CENTER_CROP = 0, 1, 2
+_KINDS = {"random_resized_crop": _RANDOM_RESIZED_CROP, "pad_crop": _PAD_CROP, "center_crop": _CENTER_CROP}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,20 +60,25 @@ class ViewRecipe:
         """As plain JSON values."""
         return {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(self).items()}
 
+    def numbers(self) -> tuple:
+        """As compiled code takes it."""
+        ratio = (math.log(self.ratio[0]), math.log(self.ratio[1]))
+        return (_KINDS[self.kind], *self.scale, *self.ratio, *ratio, self.padding, self.center_share, self.flip)
+
     @classmethod
     def from_dict(cls, values: dict) -> ViewRecipe:
         """Inverse of `to_dict`."""
         return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
 
 
-@_exact
+@_compiled
 def _splitmix(z):
     z = (z ^ (z >> uint64(30))) * uint64(0xBF58476D1CE4E5B9)
     z = (z ^ (z >> uint64(27))) * uint64(0x94D049BB133111EB)
     return z ^ (z >> uint64(31))
 
 
-@_exact
+@_compiled
 def stream_key(seed, view, sample):
     """64-bit key of the stream of draws that belongs to one (seed, view, sample)."""
     key = _splitmix(uint64(seed) + uint64(0x9E3779B97F4A7C15))
@@ -78,14 +86,14 @@ def stream_key(seed, view, sample):
     return _splitmix(key ^ (uint64(sample) + uint64(0x8CB92BA72F3D8DD7)))
 
 
-@_exact
+@_compiled
 def uniform(key, n):
     """Draw n of the stream: a float64 in [0, 1), exact."""
     z = _splitmix(key + uint64(n + 1) * uint64(0x9E3779B97F4A7C15))
     return (z >> uint64(11)) * (1.0 / 9007199254740992.0)
 
 
-@_exact
+@_compiled
 def _exp(x):
     """exp(x) for |x| < 1 from + and * alone: the libraries' versions differ by an ulp between machines."""
     term, total = 1.0, 1.0
@@ -95,55 +103,71 @@ def _exp(x):
     return total
 
 
-def crop_box(recipe: ViewRecipe) -> Box:
-    """Compiled function (key, height, width) -> (top, left, height, width) of the recipe's crop, in pixels.
+@_compiled
+def _crop_box(key, height, width, recipe):
+    """Box (top, left, height, width) in pixels; random_resized_crop as torchvision's RandomResizedCrop.get_params."""
+    kind, scale_min, scale_max, ratio_min, ratio_max, log_min, log_max, padding, share, _ = recipe
+    if kind == _PAD_CROP:
+        top = int64(uniform(key, _TOP) * (2 * padding + 1)) - padding
+        left = int64(uniform(key, _LEFT) * (2 * padding + 1)) - padding
+        return top, left, height, width
+    if kind == _CENTER_CROP:
+        side = max(int64(share * min(height, width)), int64(1))
+        return (height - side) // 2, (width - side) // 2, side, side
+    area = float(height) * float(width)
+    n = 0
+    for _ in range(10):
+        target = area * (scale_min + (scale_max - scale_min) * uniform(key, n))
+        ratio = _exp(log_min + (log_max - log_min) * uniform(key, n + 1))
+        n += 2
+        w = int64(math.floor(math.sqrt(target * ratio) + 0.5))
+        h = int64(math.floor(math.sqrt(target / ratio) + 0.5))
+        if 0 < w <= width and 0 < h <= height:
+            top = int64(uniform(key, _TOP) * (height - h + 1))
+            left = int64(uniform(key, _LEFT) * (width - w + 1))
+            return top, left, h, w
+    w, h = width, height
+    if width < height * ratio_min:
+        h = min(h, int64(math.floor(width / ratio_min + 0.5)))
+    elif width > height * ratio_max:
+        w = min(w, int64(math.floor(height * ratio_max + 0.5)))
+    return (height - h) // 2, (width - w) // 2, h, w
 
-    random_resized_crop follows torchvision's RandomResizedCrop.get_params. A pad_crop's box may reach over the
-    image's border: what lies outside is black.
+
+@_compiled
+def _is_mirrored(key, recipe):
+    return uniform(key, _FLIP) < recipe[9]
+
+
+def view(
+    recipe: ViewRecipe, seed: int, view_id: int, sample_id: int, height: int, width: int
+) -> tuple[tuple[int, int, int, int], bool]:
+    """The pure function: box (top, left, height, width) in pixels of a height x width image, and whether it is mirrored.
+
+    A pad_crop's box may reach over the image's border: what lies outside is black.
     """
-    if recipe.kind == "random_resized_crop":
-        (scale_min, scale_max), (ratio_min, ratio_max) = recipe.scale, recipe.ratio
-        log_min, log_max = math.log(ratio_min), math.log(ratio_max)
-
-        def box(key, height, width):
-            area = float(height) * float(width)
-            n = 0
-            for _ in range(10):
-                target = area * (scale_min + (scale_max - scale_min) * uniform(key, n))
-                ratio = _exp(log_min + (log_max - log_min) * uniform(key, n + 1))
-                n += 2
-                w = int64(math.floor(math.sqrt(target * ratio) + 0.5))
-                h = int64(math.floor(math.sqrt(target / ratio) + 0.5))
-                if 0 < w <= width and 0 < h <= height:
-                    top = int64(uniform(key, _TOP) * (height - h + 1))
-                    left = int64(uniform(key, _LEFT) * (width - w + 1))
-                    return top, left, h, w
-            w, h = int64(width), int64(height)
-            if width < height * ratio_min:
-                h = min(h, int64(math.floor(width / ratio_min + 0.5)))
-            elif width > height * ratio_max:
-                w = min(w, int64(math.floor(height * ratio_max + 0.5)))
-            return (height - h) // 2, (width - w) // 2, h, w
-
-    elif recipe.kind == "pad_crop":
-        padding = recipe.padding
-
-        def box(key, height, width):
-            top = int64(uniform(key, _TOP) * (2 * padding + 1)) - padding
-            left = int64(uniform(key, _LEFT) * (2 * padding + 1)) - padding
-            return top, left, int64(height), int64(width)
-
-    else:
-        share = recipe.center_share
-
-        def box(key, height, width):
-            side = max(int64(share * min(height, width)), int64(1))
-            return (height - side) // 2, (width - side) // 2, side, side
-
-    return _exact(box)
+    key = stream_key(seed, view_id, sample_id)
+    return _crop_box(key, height, width, recipe.numbers()), _is_mirrored(key, recipe.numbers())
 
 
-@_exact
+@_compiled
+def _resize_crop(image, top, left, height, width, out):
+    _resize(
+        0,
+        image.ctypes.data,
+        image.shape[0],
+        image.shape[1],
+        top,
+        top + height,
+        left,
+        left + width,
+        out.ctypes.data,
+        out.shape[0],
+        out.shape[1],
+    )
+
+
+@_compiled
 def _copy_padded(image, top, left, out):
     """out[y, x] = image[top + y, left + x], black where that lies outside."""
     height, width, _ = image.shape
@@ -154,13 +178,43 @@ def _copy_padded(image, top, left, out):
                 out[y, x, c] = image[top + y, left + x, c]
 
 
-@_exact
+@_compiled
 def _mirror(image):
     height, width, channels = image.shape
     for y in range(height):
         for x in range(width // 2):
             for c in range(channels):
                 image[y, x, c], image[y, width - 1 - x, c] = image[y, width - 1 - x, c], image[y, x, c]
+
+
+@_compiled
+def _render(data, is_jpeg, height, width, seed, view_id, sample, recipe, decoded, padded, out):
+    """Fill `out`, uint8 [size, size, 3], with a view of the stored image `data`; the other two are room to work."""
+    if is_jpeg:
+        _imdecode(
+            data.ctypes.data, data.size, height, width, decoded.ctypes.data, height, width, 0, 0, 1, 1, 0, 0
+        )
+        image = decoded[: 3 * height * width].reshape(height, width, 3)
+        _render_image(image, seed, view_id, sample, recipe, padded, out)
+    else:
+        _render_image(data.reshape(height, width, 3), seed, view_id, sample, recipe, padded, out)
+
+
+@_compiled
+def _render_image(image, seed, view_id, sample, recipe, padded, out):
+    height, width, _ = image.shape
+    key = stream_key(seed, view_id, sample)
+    top, left, h, w = _crop_box(key, height, width, recipe)
+    if top >= 0 and left >= 0 and top + h <= height and left + w <= width:
+        _resize_crop(image, top, left, h, w, out)
+    elif h == out.shape[0] and w == out.shape[1]:
+        _copy_padded(image, top, left, out)
+    else:
+        crop = padded[: 3 * h * w].reshape(h, w, 3)
+        _copy_padded(image, top, left, crop)
+        _resize_crop(crop, 0, 0, h, w, out)
+    if _is_mirrored(key, recipe):
+        _mirror(out)
 
 
 def _channel(*values: int) -> tuple[AllocationQuery, ...]:
@@ -201,33 +255,20 @@ class ViewDecoder(SimpleRGBImageDecoder):
 
     def generate_code(self):
         jpeg, read, parallel_range = IMAGE_MODES["jpg"], self.memory_read, Compiler.get_iterator()
-        box, flip = crop_box(self.recipe), self.recipe.flip
+        recipe = self.recipe.numbers()
 
         def decode(batch_indices, memory, metadata, storage_state):
             out, decoded, padded, seed_high, seed_low, view_ = memory
-            seed, view = (seed_high.shape[2] << 31) | seed_low.shape[2], view_.shape[2]
+            seed, view_id = (seed_high.shape[2] << 31) | seed_low.shape[2], view_.shape[2]
             for b in parallel_range(len(batch_indices)):
                 sample = batch_indices[b]
                 field = metadata[sample]
                 data = read(field["data_ptr"], storage_state)
                 height, width = np.int64(field["height"]), np.int64(field["width"])
-                if field["mode"] == jpeg:
-                    _imdecode(data, decoded[b], height, width, height, width, 0, 0, 1, 1, False, False)
-                    image = decoded[b][: 3 * height * width].reshape(height, width, 3)
-                else:
-                    image = data.reshape(height, width, 3)
-                key = stream_key(seed, view, sample)
-                top, left, h, w = box(key, height, width)
-                if top >= 0 and left >= 0 and top + h <= height and left + w <= width:
-                    _resize_crop(image, top, top + h, left, left + w, out[b])
-                elif h == out.shape[1] and w == out.shape[2]:
-                    _copy_padded(image, top, left, out[b])
-                else:
-                    crop = padded[b][: 3 * h * w].reshape(h, w, 3)
-                    _copy_padded(image, top, left, crop)
-                    _resize_crop(crop, 0, h, 0, w, out[b])
-                if uniform(key, _FLIP) < flip:
-                    _mirror(out[b])
+                is_jpeg = field["mode"] == jpeg
+                _render(
+                    data, is_jpeg, height, width, seed, view_id, sample, recipe, decoded[b], padded[b], out[b]
+                )
             return out[: len(batch_indices)]
 
         decode.is_parallel = True
