@@ -3,18 +3,21 @@
   torchrun --nproc_per_node=8 -m ckd_dist.cache_logits --data.train train.beton --teacher.run runs/teacher \\
       --store stores/teacher --views 16 --data.batch_size 256
 
-Each image is decoded once for all checkpoints. The same command again goes on with the first missing shard; the finished
-store is the same, byte for byte, however often it was interrupted and whatever the number of processes.
+Each image is decoded once for all checkpoints. The same command again goes on with the first missing shard; the
+finished store is the same, byte for byte, however often it was interrupted and whatever the number of processes.
 """
 
 import time
 from pathlib import Path
 
+import numpy as np
+
 from ckd_dist.config import CacheConfig, run_command
 
 
 def main(config: CacheConfig) -> None:
-    from ckd_dist import checkpoint, data, dist, engine, log, models  # torch: only once the options are known to be good
+    # Imported here because torch takes seconds: only once the options are known to be good.
+    from ckd_dist import checkpoint, data, dist, engine, log, models
     from ckd_dist.store.manifest import Manifest, Shard, member_name
     from ckd_dist.store.writer import ShardWriter, is_written, open_store
 
@@ -86,7 +89,7 @@ def main(config: CacheConfig) -> None:
             for shards in mine:
                 writers = [ShardWriter(store, shard, manifest) for shard in shards]
                 view, first, last = shards[0].view, shards[0].first, shards[0].last
-                for batch in loader.batches(range(first, last + 1), view):
+                for batch in loader.batches(np.arange(first, last + 1), view):
                     for writer in writers:
                         logits = engine.forward_logits(teachers[writer.shard.checkpoint], batch.images, config.amp)
                         writer.append(logits.cpu().numpy())

@@ -58,7 +58,9 @@ def load(path: str | Path, option: str) -> dict:
     except IsADirectoryError:
         raise UserError(f"{option}: {path} is a folder: name a file") from None
     except Exception as error:  # torch raises many kinds here: for a damaged archive, a pickle that it refuses, ...
-        raise UserError(f"{option}: {path} is not a file of tensors that torch loads safely ({_first(error)})") from None
+        raise UserError(
+            f"{option}: {path} is not a file of tensors that torch loads safely ({_first(error)})"
+        ) from None
     require(isinstance(state, dict), f"{option}: {path} holds a {type(state).__name__}, not a checkpoint")
     return state
 

@@ -14,7 +14,7 @@ import sys
 import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Literal, NoReturn, TypeVar
+from typing import Any, Literal, NoReturn, TypeVar
 
 import jsonargparse
 
@@ -327,6 +327,14 @@ def to_dict(config: object) -> dict:
     """The resolved configuration as plain dicts and lists, as written to config.yaml."""
     assert dataclasses.is_dataclass(config) and not isinstance(config, type)
     return dataclasses.asdict(config)
+
+
+def flatten(values: dict, prefix: str = "") -> dict[str, Any]:
+    """Nested dicts as one dict with dotted keys."""
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        flat.update(flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value})
+    return flat
 
 
 class _HelpFormatter(jsonargparse.DefaultHelpFormatter, argparse.RawDescriptionHelpFormatter):

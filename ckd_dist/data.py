@@ -8,21 +8,13 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from queue import Empty, Full
 
-import numba
 import numpy as np
 import torch
-from ffcv.fields.basics import IntDecoder
-from ffcv.loader import Loader, OrderOption
-from ffcv.loader.epoch_iterator import EpochIterator
-from ffcv.memory_managers import OSCacheManager
-from ffcv.pipeline import PipelineSpec
-from ffcv.pipeline.compiler import Compiler
-from ffcv.transforms import ToTensor
 
 from ckd_dist import dist
 from ckd_dist.config import LoaderConfig, UserError, ViewDataConfig, require
+from ckd_dist.ffcv_mended import Epoch, IntDecoder, Loader, OrderOption, PipelineSpec, ToTensor
 from ckd_dist.views import SampleIdDecoder, ViewDecoder, ViewRecipe
 
 Rows = Callable[[np.ndarray, int], np.ndarray]
@@ -144,73 +136,6 @@ def train_ids(count: int, batch_size: int, seed: int, epoch: int, first_step: in
     return batches[first_step:, rank_share(batch_size)].reshape(-1)
 
 
-# ------------------------------------------------------------------------------------------- FFCV, mended
-
-
-def _compile_reader(self):
-    # FFCV's version marks numba's interned uint8 array type immutable, which breaks every function compiled for that
-    # type from the second loader of a process on.
-    read_only = numba.types.Array(numba.types.uint8, 1, "C", readonly=True)
-    index = numba.types.uint64[::1]
-
-    def read(address, state):
-        size = state[2][np.searchsorted(state[1], address)]
-        return state[0][address : address + size]
-
-    return Compiler.compile(read, read_only(numba.types.uint64, numba.types.Tuple([read_only, index, index])))
-
-
-def _set_num_threads(cls, count):
-    # FFCV's version also sets torch's thread count, for the whole process, at the start of every epoch.
-    cls.num_threads = count
-    numba.set_num_threads(count)
-
-
-OSCacheManager.compile_reader = _compile_reader
-Compiler.set_num_threads = classmethod(_set_num_threads)
-
-
-class _Epoch(EpochIterator):
-    """FFCV's pipeline thread over the samples `order`: it ends when told to, and its errors reach the consumer."""
-
-    def __init__(self, loader: Loader, order: np.ndarray, view: int, rows: Rows | None):
-        self.error: BaseException | None = None
-        self.view, self.rows = view, rows
-        super().__init__(loader, order)
-
-    def run(self):
-        try:
-            super().run()
-        except BaseException as error:
-            self.error = error
-            while not self.terminate_event.is_set():
-                try:
-                    return self.output_queue.put(None, timeout=0.5)
-                except Full:
-                    pass
-
-    def run_pipeline(self, b_ix, batch_indices, batch_slot, cuda_event):
-        result = super().run_pipeline(b_ix, batch_indices, batch_slot, cuda_event)
-        return (*result, self.rows(batch_indices, self.view) if self.rows else None)
-
-    def __next__(self):
-        try:
-            return super().__next__()
-        except StopIteration:
-            if self.error is not None:
-                raise self.error from None
-            raise
-
-    def close(self):
-        """End the thread, also when it waits to hand over a batch that nobody wants."""
-        super().close()
-        while self.is_alive():
-            try:
-                self.output_queue.get(timeout=0.05)
-            except Empty:
-                pass
-
-
 # ------------------------------------------------------------------------------------------- loader
 
 
@@ -267,9 +192,7 @@ class BetonLoader:
             )
         except (AssertionError, ValueError, IndexError, KeyError) as error:
             raise UserError(f"{info.path} is not a .beton file that this FFCV reads ({error})") from error
-        mean_, std_ = (
-            torch.tensor(v, device=device).view(1, 3, 1, 1) for v in (mean or info.mean, std or info.std)
-        )
+        mean_, std_ = (torch.tensor(v, device=device).view(1, 3, 1, 1) for v in (mean or info.mean, std or info.std))
         self._scale, self._shift = 1 / (255 * std_), -mean_ / std_
         self._copy_stream = torch.cuda.Stream(device) if on_gpu else None
 
@@ -281,8 +204,7 @@ class BetonLoader:
         """
         if len(ids) == 0:
             return
-        self._decoder.view = view
-        epoch = _Epoch(self._loader, np.asarray(ids, dtype=np.uint64), view, rows)
+        epoch = self._epoch(ids, view, rows)
         try:
             ahead = None
             while True:
@@ -298,15 +220,18 @@ class BetonLoader:
         finally:
             epoch.close()
 
-    # FFCV reuses its buffers after a few batches, so every tensor is copied off them as soon as it arrives; on a GPU by a
-    # stream of its own, while the step before computes.
+    def _epoch(self, ids: np.ndarray, view: int, rows: Rows | None) -> Epoch:
+        self._decoder.view = view
+        return Epoch(self._loader, np.asarray(ids, dtype=np.uint64), lambda batch: rows(batch, view) if rows else None)
+
+    # FFCV reuses its buffers after a few batches, so every tensor is copied off them as soon as it arrives; on a GPU
+    # by a stream of its own, while the step before computes.
 
     def _start_copy(self, arrays) -> tuple[list[torch.Tensor | None], torch.cuda.Event | None]:
         images, labels, ids, rows = arrays
         rows = None if rows is None else torch.from_numpy(rows)
         ids = ids[:, 0].clone()
         if self._copy_stream is None:
-            # The clone of the bytes; normalising here would hold four times the memory one batch longer.
             return [images.clone(), labels[:, 0].clone(), ids, rows], None
         with torch.cuda.stream(self._copy_stream):
             tensors = [
@@ -337,8 +262,7 @@ class BetonLoader:
     def image_digests(self, ids: np.ndarray, view: int) -> list[str]:
         """sha256 of the decoded uint8 image [size, size, 3] of each sample: tells one JPEG or resize library
         from another."""
-        self._decoder.view = view
-        epoch = _Epoch(self._loader, np.asarray(ids, dtype=np.uint64), view, None)
+        epoch = self._epoch(ids, view, None)
         try:
             return [hashlib.sha256(image.numpy().tobytes()).hexdigest() for arrays in epoch for image in arrays[0]]
         finally:

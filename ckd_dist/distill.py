@@ -3,16 +3,19 @@
   torchrun --nproc_per_node=8 -m ckd_dist.distill --data.train train.beton --data.val holdout.beton \\
       --model.name resnet18 --teacher.store stores/teacher --teacher.checkpoints [20] --run_dir runs/student
 
---teacher.checkpoints [20,40] distills from the ensemble of both. --teacher.run runs/teacher, instead of --teacher.store,
-runs the teacher at every step. Neither of them: the plain student, for the baseline. The same command again goes on
-from the last saved step.
+--teacher.checkpoints [20,40] distills from the ensemble of both. --teacher.run runs/teacher, instead of
+--teacher.store, runs the teacher at every step. Neither of them: the plain student, for the baseline. The same
+command again goes on from the last saved step.
 """
+
+from functools import partial
 
 from ckd_dist.config import DistillConfig, require, run_command
 
 
 def main(config: DistillConfig) -> None:
-    from ckd_dist import checkpoint, data, dist, engine, log, losses, models  # torch: once the options are good
+    # Imported here because torch takes seconds: only once the options are known to be good.
+    from ckd_dist import checkpoint, data, dist, engine, log, losses, models
     from ckd_dist.store.reader import StoreReader
 
     def plain_loss(logits, batch):
@@ -34,14 +37,15 @@ def main(config: DistillConfig) -> None:
 
     with dist.process_group() as device:
         info = data.read_info(config.data.train, "data.train")
-        reader = teacher = None
+        reader: StoreReader | None = None
+        teacher: engine.OnlineTeacher | None = None
         seed, views = config.data.view_seed, config.data.views
         if config.teacher.store:
             reader = StoreReader(config.teacher.store, config.teacher.checkpoints, info)
             cached = reader.manifest
             require(
                 seed in (None, cached.view_seed),
-                f"data.view_seed is {seed}, {config.teacher.store} holds views of seed {cached.view_seed}: leave it out",
+                f"data.view_seed is {seed}, the store holds views of seed {cached.view_seed}: leave it out",
             )
             require(
                 (views or 1) <= cached.views,
@@ -64,10 +68,7 @@ def main(config: DistillConfig) -> None:
                     )
                 members.append(engine.to_device(model, device))
 
-            def teacher(images):
-                logits = [engine.forward_logits(member, images, config.amp) for member in members]
-                return losses.ensemble_logits(logits).clone()  # a clone may be saved for backward
-
+            teacher = partial(engine.online_logits, members, amp=config.amp)
             log.say(f"teacher: online, {', '.join(f'epoch {epoch}' for epoch in epochs)}")
         if views and views < config.epochs:
             log.say(f"{views} views for {config.epochs} epochs: epoch {views + 1} sees the first view again, and so on")
@@ -76,12 +77,12 @@ def main(config: DistillConfig) -> None:
             distillation_loss if reader or teacher else plain_loss,
             device=device,
             info=info,
-            recipe=data.train_recipe(config.data, info, reader and reader.recipe),
+            recipe=data.train_recipe(config.data, info, reader.recipe if reader else None),
             view_seed=seed or 0,
             view_of_epoch=lambda epoch: epoch % (views or config.epochs),
             save_every=config.save_every or config.epochs,
             teacher=teacher,
-            rows=reader and reader.rows,
+            rows=reader.rows if reader else None,
         )
 
 

@@ -10,6 +10,7 @@ import inspect
 import resource
 import time
 from collections.abc import Callable
+from functools import partial
 from typing import NoReturn
 
 import numpy as np
@@ -39,7 +40,7 @@ def autocast(device: torch.device, amp: str) -> torch.autocast:
 
 def to_device(model: nn.Module, device: torch.device) -> nn.Module:
     """The model on the device in channels_last order, ready for inference."""
-    return model.to(device, memory_format=torch.channels_last).eval().requires_grad_(False)
+    return model.to(device).to(memory_format=torch.channels_last).eval().requires_grad_(False)
 
 
 @torch.inference_mode()
@@ -47,6 +48,16 @@ def forward_logits(model: nn.Module, images: torch.Tensor, amp: str) -> torch.Te
     """Logits of a model in eval mode, float32 [n, classes], without gradients."""
     with autocast(images.device, amp):
         return model(images).float()
+
+
+def online_logits(members: list[nn.Module], images: torch.Tensor, amp: str) -> torch.Tensor:
+    """Logits of a teacher, or the mean of an ensemble's, float32 [n, classes].
+
+    Each member's logits are rounded as the dense store rounds them, so that cached and online teachers give the same
+    numbers.
+    """
+    logits = [forward_logits(member, images, amp).half() for member in members]
+    return losses.ensemble_logits(logits).clone()  # made outside inference mode: autograd may save it
 
 
 # ------------------------------------------------------------------------------------------- evaluation
@@ -80,7 +91,13 @@ class Learner:
     """A model in training: its optimiser, loss and run folder. Holds all that exact resume needs."""
 
     def __init__(
-        self, config: TrainConfig, loss: Loss, run: RunFolder, device: torch.device, metadata: dict, steps_per_epoch: int
+        self,
+        config: TrainConfig,
+        loss: Loss,
+        run: RunFolder,
+        device: torch.device,
+        metadata: dict,
+        steps_per_epoch: int,
     ):
         self.config, self.loss, self.run, self.device = config, loss, run, device
         self.metadata, self.steps_per_epoch = metadata, steps_per_epoch
@@ -88,7 +105,7 @@ class Learner:
         model = build_model(metadata["model"], metadata["num_classes"])
         if config.model.weights:
             load_weights(model, config.model.weights)
-        self.model = model.to(device, memory_format=torch.channels_last)
+        self.model = model.to(device).to(memory_format=torch.channels_last)
         self.optimizer = build_optimizer(self.model, config.optim)
         self.scaler = torch.amp.GradScaler(device.type, enabled=config.amp == "float16")
         self.step = 0
@@ -97,7 +114,7 @@ class Learner:
         self._sums: dict[str, torch.Tensor] = {}
         self._load_last()
         self.model.train()
-        self._forward: nn.Module = self.model
+        self._forward: Callable[[torch.Tensor], torch.Tensor] = self.model
         if dist.world_size() > 1:
             # Batch-norm statistics need no broadcast at every step: a forward pass in train mode does not read them.
             known = inspect.signature(DistributedDataParallel).parameters
@@ -106,7 +123,7 @@ class Learner:
                 self.model,
                 device_ids=[device.index] if device.type == "cuda" else None,
                 gradient_as_bucket_view=True,
-                **{sync_buffers: False},
+                **{sync_buffers: False},  # type: ignore[arg-type]
             )
         if config.compile:
             self._forward = torch.compile(self._forward)
@@ -368,14 +385,17 @@ def train(
     if run.summary is not None and learner.step == config.epochs * learner.steps_per_epoch:
         say(f"{run.path}: complete already, top1 {run.summary.get('top1', float('nan')):.2f}")
         return
-    common = {"image_size": image_size, "device": device, "mean": info.mean, "std": info.std}
-    loader = BetonLoader(
-        info, config.data, recipe, batch_size=share.stop - share.start, view_seed=view_seed, **common
+    make_loader = partial(
+        BetonLoader,
+        config=config.data,
+        batch_size=share.stop - share.start,
+        image_size=image_size,
+        device=device,
+        mean=info.mean,
+        std=info.std,
     )
-    val_loader = None
-    if val_info is not None:
-        val_batch = max(1, batch_size // dist.world_size())
-        val_loader = BetonLoader(val_info, config.data, eval_recipe(val_info), batch_size=val_batch, **common)
+    loader = make_loader(info, recipe=recipe, view_seed=view_seed)
+    val_loader = make_loader(val_info, recipe=eval_recipe(val_info)) if val_info else None
     say(
         f"{run.path}: {metadata['model']} at {image_size} px on {info.count} images of {info.dataset}, "
         f"{config.epochs} epochs of {learner.steps_per_epoch} steps, {dist.world_size()} processes on {device.type}"

@@ -12,7 +12,8 @@ from ckd_dist.config import EvaluateConfig, run_command
 
 
 def main(config: EvaluateConfig) -> None:
-    from ckd_dist import data, dist, engine, log, models  # torch: only once the options are known to be good
+    # Imported here because torch takes seconds: only once the options are known to be good.
+    from ckd_dist import data, dist, engine, log, models
 
     with dist.process_group() as device:
         model, metadata = models.load_model(config.checkpoint, "checkpoint")

@@ -1,4 +1,4 @@
-"""What a run leaves and shows: the run folder, metrics.jsonl as the record, a progress bar or plain lines as the screen."""
+"""What a run leaves and what it shows: the run folder with its records, and a progress bar or plain lines."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from ckd_dist import dist
 from ckd_dist.checkpoint import write_atomically
-from ckd_dist.config import UserError, require
+from ckd_dist.config import UserError, flatten, require
 
 # Settings that may differ when a run goes on: they change how it is done, not what comes out.
 _FREE = ("data.workers", "data.os_cache", "save_last_every", "log_every", "tensorboard")
@@ -46,7 +46,7 @@ class RunFolder:
     def _prepare(self, config: dict) -> None:
         saved = self.path / "config.yaml"
         if saved.exists():
-            old, new = _flat(yaml.safe_load(saved.read_text()) or {}), _flat(config)
+            old, new = flatten(yaml.safe_load(saved.read_text()) or {}), flatten(config)
             for key in sorted((old.keys() | new.keys()) - set(_FREE)):
                 require(
                     old.get(key) == new.get(key),
@@ -89,13 +89,6 @@ class RunFolder:
         write_atomically(self.path / name, lambda file: file.write(text.encode()))
 
 
-def _flat(values: dict, prefix: str = "") -> dict[str, Any]:
-    flat = {}
-    for key, value in values.items():
-        flat.update(_flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value})
-    return flat
-
-
 def _step_of(line: str) -> float:
     try:
         return json.loads(line)["step"]
@@ -106,7 +99,7 @@ def _step_of(line: str) -> float:
 def environment() -> dict:
     """What a result depends on beside the configuration: command, commit, versions, machine."""
     names = ("ckd_dist", "torch", "torchvision", "ffcv", "numpy", "numba")
-    versions = {}
+    versions: dict[str, str | None] = {}
     for name in names:
         try:
             versions[name] = importlib.metadata.version(name)

@@ -31,8 +31,8 @@ def distillation(
     temperature: float,
     label_smoothing: float = 0.0,
 ) -> dict[str, torch.Tensor]:
-    """The paper's loss, alpha * CE(label) + (1 - alpha) * T^2 * KL(teacher/T || student/T), as [n] under `loss`, and its
-    parts under `ce` and `kd`.
+    """The paper's loss, alpha * CE(label) + (1 - alpha) * T^2 * KL(teacher/T || student/T), as [n] under `loss`, and
+    its parts under `ce` and `kd`.
 
     Wang et al., "Efficient Knowledge Distillation from Model Checkpoints" (arXiv 2210.06458), as its published code
     computes it: alpha weighs the label.

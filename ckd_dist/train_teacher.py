@@ -13,7 +13,8 @@ FIRST_VIEW = 1 << 20
 
 
 def main(config: TrainTeacherConfig) -> None:
-    from ckd_dist import data, dist, engine, losses  # torch: only once the options are known to be good
+    # Imported here because torch takes seconds: only once the options are known to be good.
+    from ckd_dist import data, dist, engine, losses
 
     def loss(logits, batch):
         return {"loss": losses.cross_entropy(logits, batch.labels, config.label_smoothing)}

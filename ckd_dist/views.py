@@ -4,31 +4,28 @@ Every draw comes from a counter-based generator keyed by those three integers, i
 depend on thread, rank, batch size, world size or order. So a teacher pass and a student pass see byte-identical
 images, and cached logits are addressed by (view, sample). The box does not depend on the output's resolution.
 
-The generator is splitmix64 (Steele, Lea, Flood, "Fast splittable pseudorandom number generators", OOPSLA 2014) used as a
-hash: draw n of a stream is the finalised value of key + n * golden gamma.
+The generator is splitmix64 (Steele, Lea, Flood, "Fast splittable pseudorandom number generators", OOPSLA 2014) used
+as a hash: draw n of a stream is the finalised value of key + n * golden gamma.
 """
 
 from __future__ import annotations
 
 import math
 from dataclasses import asdict, dataclass, replace
-from typing import Literal
+from typing import Any, Literal
 
-import ffcv._libffcv
 import numpy as np
-from ffcv.fields.basics import IntDecoder
-from ffcv.fields.rgb_image import IMAGE_MODES, SimpleRGBImageDecoder
-from ffcv.pipeline.allocation_query import AllocationQuery
-from ffcv.pipeline.compiler import Compiler
 from llvmlite import binding
 from numba import int64, njit, types, uint64
+
+from ckd_dist.ffcv_mended import IMAGE_MODES, AllocationQuery, Compiler, IntDecoder, SimpleRGBImageDecoder, libffcv
 
 # fastmath stays off: reassociated sums differ between machines, and one ulp moves a crop by a pixel. The disk cache
 # saves every process seconds of compilation; for it, FFCV's C functions are named symbols, not addresses.
 _compiled = njit(nogil=True, error_model="numpy", fastmath=False, cache=True)
-binding.load_library_permanently(ffcv._libffcv.__file__)
-_resize = types.ExternalFunction("resize", types.void(*[int64] * 11))
-_imdecode = types.ExternalFunction(
+binding.load_library_permanently(libffcv.lib._name)
+_resize: Any = types.ExternalFunction("resize", types.void(*[int64] * 11))
+_imdecode: Any = types.ExternalFunction(
     "imdecode", types.void(types.uintp, types.uint64, *[types.uint32] * 2, types.uintp, *[types.uint32] * 8)
 )
 
@@ -142,7 +139,7 @@ def _is_mirrored(key, recipe):
 def view(
     recipe: ViewRecipe, seed: int, view_id: int, sample_id: int, height: int, width: int
 ) -> tuple[tuple[int, int, int, int], bool]:
-    """The pure function: box (top, left, height, width) in pixels of a height x width image, and whether it is mirrored.
+    """The pure function: box (top, left, height, width) in pixels of a height x width image, and whether to mirror.
 
     A pad_crop's box may reach over the image's border: what lies outside is black.
     """
@@ -191,9 +188,7 @@ def _mirror(image):
 def _render(data, is_jpeg, height, width, seed, view_id, sample, recipe, decoded, padded, out):
     """Fill `out`, uint8 [size, size, 3], with a view of the stored image `data`; the other two are room to work."""
     if is_jpeg:
-        _imdecode(
-            data.ctypes.data, data.size, height, width, decoded.ctypes.data, height, width, 0, 0, 1, 1, 0, 0
-        )
+        _imdecode(data.ctypes.data, data.size, height, width, decoded.ctypes.data, height, width, 0, 0, 1, 1, 0, 0)
         image = decoded[: 3 * height * width].reshape(height, width, 3)
         _render_image(image, seed, view_id, sample, recipe, padded, out)
     else:
@@ -266,12 +261,10 @@ class ViewDecoder(SimpleRGBImageDecoder):
                 data = read(field["data_ptr"], storage_state)
                 height, width = np.int64(field["height"]), np.int64(field["width"])
                 is_jpeg = field["mode"] == jpeg
-                _render(
-                    data, is_jpeg, height, width, seed, view_id, sample, recipe, decoded[b], padded[b], out[b]
-                )
+                _render(data, is_jpeg, height, width, seed, view_id, sample, recipe, decoded[b], padded[b], out[b])
             return out[: len(batch_indices)]
 
-        decode.is_parallel = True
+        decode.is_parallel = True  # type: ignore[attr-defined]
         return decode
 
 

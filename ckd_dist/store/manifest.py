@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from ckd_dist.checkpoint import write_atomically
-from ckd_dist.config import UserError, require
+from ckd_dist.config import UserError, flatten, require
 
 FORMAT = 1
 
@@ -64,13 +64,11 @@ class Manifest:
     def shards(self, checkpoint: str, view: int) -> list[Shard]:
         """All shards of one view of one checkpoint, in order."""
         count, size = self.dataset["count"], self.shard_size
-        return [
-            Shard(checkpoint, view, first, min(first + size, count) - 1) for first in range(0, count, size)
-        ]
+        return [Shard(checkpoint, view, first, min(first + size, count) - 1) for first in range(0, count, size)]
 
     def require_same(self, other: Manifest, here: str, there: str) -> None:
         """Raise `UserError` naming the first field in which `self` (described as `here`) differs from `other`."""
-        mine, theirs = _flat(self.identity), _flat(other.identity)
+        mine, theirs = flatten(self.identity), flatten(other.identity)
         for key in sorted(mine.keys() | theirs.keys()):
             a, b = mine.get(key), theirs.get(key)
             require(a == b, f"{here} has {key} {a}, {there} has {b}: they do not belong together")
@@ -97,10 +95,3 @@ class Manifest:
 def member_name(epoch: int) -> str:
     """Name of a checkpoint's folder in a store."""
     return f"epoch_{epoch:04d}"
-
-
-def _flat(values: dict, prefix: str = "") -> dict:
-    flat = {}
-    for key, value in values.items():
-        flat.update(_flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value})
-    return flat

@@ -58,7 +58,7 @@ class ShardWriter:
         self._path.parent.mkdir(parents=True, exist_ok=True)
         self._digest = hashlib.sha256()
         self._written = 0
-        self._file = open(self._temporary, "wb")
+        self._file = open(self._temporary, "wb")  # noqa: SIM115  closed by commit
         np.lib.format.write_array_header_1_0(
             _Tee(self._file, self._digest),
             {"descr": "<f2", "fortran_order": False, "shape": (shard.count, self._classes)},
@@ -67,7 +67,9 @@ class ShardWriter:
     def append(self, logits: np.ndarray) -> None:
         """Write the next records: float32 [n, classes], rounded to float16."""
         if not np.isfinite(logits).all() or np.abs(logits).max(initial=0) > 65504:
-            raise TrainingError(f"{self.shard.checkpoint} gives logits that float16 cannot hold: is it a good checkpoint?")
+            raise TrainingError(
+                f"{self.shard.checkpoint} gives logits that float16 cannot hold: is it a good checkpoint?"
+            )
         records = np.ascontiguousarray(logits, dtype="<f2")
         self._file.write(records.data)
         self._digest.update(records.data)

@@ -1,0 +1,111 @@
+"""The one door to FFCV: what this package uses of it, with its faults mended.
+
+Each mend says what it is for, so that it can go when FFCV no longer needs it (seen with 1.0.2).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from queue import Empty, Full
+
+import numba
+import numba.typed
+import numpy as np
+
+# FFCV keeps two constants in a numba dictionary, which costs seconds of compilation at every import. Nothing reads it
+# from compiled code: a plain dictionary does.
+_numba_dict, numba.typed.Dict = numba.typed.Dict, dict
+
+from ffcv import libffcv  # noqa: E402
+from ffcv.fields.basics import IntDecoder  # noqa: E402
+from ffcv.fields.rgb_image import IMAGE_MODES, SimpleRGBImageDecoder  # noqa: E402
+from ffcv.loader import Loader, OrderOption  # noqa: E402
+from ffcv.loader.epoch_iterator import EpochIterator  # noqa: E402
+from ffcv.memory_managers import OSCacheManager  # noqa: E402
+from ffcv.pipeline import PipelineSpec  # noqa: E402
+from ffcv.pipeline.allocation_query import AllocationQuery  # noqa: E402
+from ffcv.pipeline.compiler import Compiler  # noqa: E402
+from ffcv.transforms import ToTensor  # noqa: E402
+
+numba.typed.Dict = _numba_dict
+
+__all__ = [
+    "IMAGE_MODES",
+    "AllocationQuery",
+    "Compiler",
+    "Epoch",
+    "IntDecoder",
+    "Loader",
+    "OrderOption",
+    "PipelineSpec",
+    "SimpleRGBImageDecoder",
+    "ToTensor",
+    "libffcv",
+]
+
+
+def _compile_reader(self):
+    # FFCV's version marks numba's interned uint8 array type immutable, which breaks every function compiled for that
+    # type from the second loader of a process on.
+    read_only = numba.types.Array(numba.types.uint8, 1, "C", readonly=True)
+    index = numba.types.uint64[::1]
+
+    def read(address, state):
+        size = state[2][np.searchsorted(state[1], address)]
+        return state[0][address : address + size]
+
+    return Compiler.compile(read, read_only(numba.types.uint64, numba.types.Tuple([read_only, index, index])))
+
+
+def _set_num_threads(cls, count):
+    # FFCV's version also sets torch's thread count, for the whole process, at the start of every epoch.
+    cls.num_threads = count
+    numba.set_num_threads(count)
+
+
+OSCacheManager.compile_reader = _compile_reader
+Compiler.set_num_threads = classmethod(_set_num_threads)
+
+
+class Epoch(EpochIterator):
+    """FFCV's pipeline thread over the samples `order`: it ends when told to, and its errors reach the consumer.
+
+    (FFCV's own leaves the consumer waiting for ever after an error, and itself when the consumer goes away.) `extra`,
+    called in the thread with each batch's sample ids, adds its result to the batch.
+    """
+
+    def __init__(self, loader: Loader, order: np.ndarray, extra: Callable[[np.ndarray], object]):
+        self.error: BaseException | None = None
+        self._extra = extra
+        super().__init__(loader, order)
+
+    def run(self):
+        try:
+            super().run()
+        except BaseException as error:
+            self.error = error
+            while not self.terminate_event.is_set():
+                try:
+                    return self.output_queue.put(None, timeout=0.5)
+                except Full:
+                    pass
+
+    def run_pipeline(self, b_ix, batch_indices, batch_slot, cuda_event):
+        return (*super().run_pipeline(b_ix, batch_indices, batch_slot, cuda_event), self._extra(batch_indices))
+
+    def __next__(self):
+        try:
+            return super().__next__()
+        except StopIteration:
+            if self.error is not None:
+                raise self.error from None
+            raise
+
+    def close(self):
+        """End the thread, also when it waits to hand over a batch that nobody wants."""
+        super().close()
+        while self.is_alive():
+            try:
+                self.output_queue.get(timeout=0.05)
+            except Empty:
+                pass
