@@ -65,7 +65,8 @@ class ViewRecipe:
     @classmethod
     def from_dict(cls, values: dict) -> ViewRecipe:
         """Inverse of `to_dict`."""
-        return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
+        arguments: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
+        return cls(**arguments)
 
 
 @_compiled
@@ -131,11 +132,6 @@ def _crop_box(key, height, width, recipe):
     return (height - h) // 2, (width - w) // 2, h, w
 
 
-@_compiled
-def _is_mirrored(key, recipe):
-    return uniform(key, _FLIP) < recipe[9]
-
-
 def view(
     recipe: ViewRecipe, seed: int, view_id: int, sample_id: int, height: int, width: int
 ) -> tuple[tuple[int, int, int, int], bool]:
@@ -143,8 +139,13 @@ def view(
 
     A pad_crop's box may reach over the image's border: what lies outside is black.
     """
+    return _view(seed, view_id, sample_id, height, width, recipe.numbers())
+
+
+@_compiled
+def _view(seed, view_id, sample_id, height, width, recipe):
     key = stream_key(seed, view_id, sample_id)
-    return _crop_box(key, height, width, recipe.numbers()), _is_mirrored(key, recipe.numbers())
+    return _crop_box(key, height, width, recipe), uniform(key, _FLIP) < recipe[9]
 
 
 @_compiled
@@ -198,8 +199,7 @@ def _render(data, is_jpeg, height, width, seed, view_id, sample, recipe, decoded
 @_compiled
 def _render_image(image, seed, view_id, sample, recipe, padded, out):
     height, width, _ = image.shape
-    key = stream_key(seed, view_id, sample)
-    top, left, h, w = _crop_box(key, height, width, recipe)
+    (top, left, h, w), mirrored = _view(seed, view_id, sample, height, width, recipe)
     if top >= 0 and left >= 0 and top + h <= height and left + w <= width:
         _resize_crop(image, top, left, h, w, out)
     elif h == out.shape[0] and w == out.shape[1]:
@@ -208,7 +208,7 @@ def _render_image(image, seed, view_id, sample, recipe, padded, out):
         crop = padded[: 3 * h * w].reshape(h, w, 3)
         _copy_padded(image, top, left, crop)
         _resize_crop(crop, 0, 0, h, w, out)
-    if _is_mirrored(key, recipe):
+    if mirrored:
         _mirror(out)
 
 

@@ -1,0 +1,1 @@
+"""Datasets to .beton files, the format that FFCV loads."""

@@ -1,0 +1,125 @@
+"""Real data, real commands: small .beton files of Fashion-MNIST and of photographs, and ways to run and kill a command."""
+
+from __future__ import annotations
+
+import os
+import random
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import psutil
+import pytest
+from PIL import Image
+
+ROOT = Path(__file__).resolve().parent.parent
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+
+
+def command_line(module: str, *arguments: object, nproc: int = 0) -> list[str]:
+    """`python -m module` or, with `nproc`, the same under torchrun; a path ending in .py is a program of the tests."""
+    target = [module] if module.endswith(".py") else ["-m", module]
+    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={nproc}"] if nproc else []
+    return [sys.executable, *launcher, *target, *map(str, arguments)]
+
+
+def run(module: str, *arguments: object, nproc: int = 0, status: int = 0) -> subprocess.CompletedProcess[str]:
+    """Run a command to its end and check its exit status."""
+    done = subprocess.run(
+        command_line(module, *arguments, nproc=nproc),
+        capture_output=True,
+        text=True,
+        timeout=300,
+        env=ENVIRONMENT,
+        cwd=ROOT,
+    )
+    assert done.returncode == status, f"exit status {done.returncode}\n{done.stdout[-3000:]}\n{done.stderr[-6000:]}"
+    return done
+
+
+def kill_tree(process: subprocess.Popen) -> None:
+    """SIGKILL a launcher and all its ranks at one moment."""
+    family = [psutil.Process(process.pid), *psutil.Process(process.pid).children(recursive=True)]
+    for member in family:
+        try:
+            member.kill()
+        except psutil.NoSuchProcess:
+            pass
+    psutil.wait_procs(family, timeout=30)
+    process.wait(timeout=30)
+
+
+def kill_and_repeat(command: list[str], progress: Callable[[], int], kills: list[int], seed: int = 0) -> None:
+    """Start `command`, SIGKILL all its processes a random moment after `progress()` first reaches each value of `kills`,
+    start it again, and let it end."""
+    moment = random.Random(seed)
+    for target in kills:
+        process = subprocess.Popen(
+            command, env=ENVIRONMENT, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+        )
+        started = time.monotonic()
+        while progress() < target:
+            assert process.poll() is None, f"the command ended before it could be killed at {target}"
+            assert time.monotonic() - started < 200
+            time.sleep(0.002)
+        time.sleep(moment.uniform(0, 0.1))
+        assert process.poll() is None, f"the command ended before it could be killed at {target}"
+        kill_tree(process)
+    done = subprocess.run(command, env=ENVIRONMENT, cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+
+
+def count_lines(path: Path) -> int:
+    """Lines of a file, 0 when it is not there."""
+    return path.read_bytes().count(b"\n") if path.exists() else 0
+
+
+def write_photographs(root: Path, counts: dict[str, int], seed: int = 0) -> None:
+    """An image folder: smooth, noisy JPEG photographs of different sizes, one colour range a class."""
+    rng = np.random.default_rng(seed)
+    for label, (name, count) in enumerate(counts.items()):
+        (root / name).mkdir(parents=True)
+        for i in range(count):
+            height, width = rng.integers(40, 120, 2)
+            y, x = np.mgrid[0:height, 0:width]
+            wave = np.sin(x / (3 + 4 * label) + rng.uniform(0, 6)) * np.cos(y / (5 + 3 * label))
+            image = 128 + 90 * wave[..., None] * np.roll([1.0, 0.3, -0.6], label) + rng.normal(0, 8, (height, width, 3))
+            Image.fromarray(image.clip(0, 255).astype(np.uint8)).save(root / name / f"{i:03d}.jpg", quality=92)
+
+
+@pytest.fixture(scope="session")
+def fashion(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Fashion-MNIST: 1201 training images (no batch size divides them), 301 held-out ones."""
+    folder = tmp_path_factory.mktemp("fashion")
+    files = {}
+    for split, subset in (("train", 1201), ("holdout", 301)):
+        files[split] = folder / f"{split}.beton"
+        options = ("--dataset", "fashion_mnist", "--split", split, "--subset", subset, "--holdout", "0.1")
+        run("data_prep.write_beton", *options, "--out", files[split])
+    return files
+
+
+@pytest.fixture(scope="session")
+def photographs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """101 photographs of different sizes in three classes, half of them JPEG in the .beton file."""
+    folder = tmp_path_factory.mktemp("photographs")
+    write_photographs(folder / "images", {"ash": 40, "beech": 30, "cedar": 31})
+    path = folder / "photographs.beton"
+    options = ("--root", folder / "images", "--split", "test", "--write-mode", "proportion")
+    run("data_prep.write_beton", "--dataset", "imagefolder", *options, "--out", path)
+    return path
+
+
+@pytest.fixture(scope="session")
+def teacher(tmp_path_factory: pytest.TempPathFactory, fashion: dict[str, Path]) -> Path:
+    """A resnet8 trained by two processes, with checkpoints after epochs 1, 2 and 3."""
+    path = tmp_path_factory.mktemp("teacher") / "run"
+    data = ("--data.train", fashion["train"], "--data.val", fashion["holdout"], "--data.batch_size", 64)
+    run(
+        "ckd_dist.train_teacher", *data, "--model.name", "resnet8", "--epochs", 3, "--save_every", 1,
+        "--optim.lr", 0.05, "--optim.warmup_epochs", 1, "--run_dir", path, nproc=2,
+    )  # fmt: skip
+    return path

@@ -1,0 +1,20 @@
+"""Write the sha256 of every decoded image of a file, sample by sample, as one rank of many: BETON SIZE VIEW OUT_FOLDER."""
+
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+
+from ckd_dist import data, dist
+from ckd_dist.config import LoaderConfig
+from ckd_dist.views import ViewRecipe
+
+path, size, view, out = sys.argv[1:]
+with dist.process_group() as device:
+    info = data.read_info(path, "data.train")
+    recipe = ViewRecipe(kind="random_resized_crop")
+    loader = data.BetonLoader(info, LoaderConfig(), recipe, batch_size=16, image_size=int(size), device=device)
+    ids = data.shuffled_ids(info.count, 3, dist.world_size())[dist.rank() :: dist.world_size()]
+    digests = {int(i): d for i, d in zip(ids, loader.image_digests(np.array(ids), int(view)), strict=True)}
+    Path(out, f"{dist.world_size()}_{dist.rank()}.json").write_text(json.dumps(digests))

@@ -1,0 +1,782 @@
+"""Datasets to .beton files: what is stored, who is held out, and what happens when something is wrong."""
+
+import gzip
+import hashlib
+import io
+import json
+import os
+import pickle
+import resource
+import signal
+import subprocess
+import sys
+import threading
+import time
+from contextlib import redirect_stderr, redirect_stdout
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from data_prep import sources, splits, write_beton, writer
+from data_prep.progress import Progress
+
+REPOSITORY = Path(__file__).parent.parent
+DEBIAN = Path("/usr/share/datasets/fashion-mnist")
+needs_fashion_mnist = pytest.mark.skipif(
+    not DEBIAN.is_dir(), reason="needs Debian's package dataset-fashion-mnist"
+)
+
+
+def write(*argv: object) -> SimpleNamespace:
+    """Runs the command line in this process (its workers are processes) and returns status, out, err."""
+    out, err = io.StringIO(), io.StringIO()
+    with redirect_stdout(out), redirect_stderr(err):
+        try:
+            status = write_beton.main([str(word) for word in argv])
+        except SystemExit as stop:  # argparse's way
+            status = stop.code
+    return SimpleNamespace(status=status, out=out.getvalue(), err=err.getvalue())
+
+
+def write_folder(root: Path, out: Path, *argv: object, split: str = "test") -> dict:
+    """Writes an image folder and returns its JSON."""
+    result = write("--dataset", "imagefolder", "--root", root, "--split", split, "--out", out, *argv)
+    assert result.status == 0, result.err
+    return json.loads(Path(f"{out}.json").read_text())
+
+
+def read(path: Path) -> SimpleNamespace:
+    """A .beton's images (list of uint8 arrays), labels and JPEG flags, by FFCV's Reader and PIL."""
+    from ffcv.reader import Reader
+
+    reader = Reader(str(path))
+    data = path.read_bytes()
+    assert list(reader.handlers) == ["image", "label"]
+    size = {int(row["sample_id"]): int(row["size"]) for row in reader.alloc_table}
+    images, jpeg = [], []
+    for i, row in enumerate(reader.metadata["f0"]):
+        stored = data[int(row["data_ptr"]) : int(row["data_ptr"]) + size[i]]
+        jpeg.append(row["mode"] == 0)
+        if jpeg[-1]:
+            images.append(np.array(Image.open(io.BytesIO(stored))))
+        else:
+            images.append(np.frombuffer(stored, np.uint8).reshape(row["height"], row["width"], 3))
+    return SimpleNamespace(images=images, labels=reader.metadata["f1"].tolist(), jpeg=jpeg)
+
+
+def photo(height: int, width: int, seed: int) -> np.ndarray:
+    """A smooth gradient with some noise: uint8 [height, width, 3]."""
+    rng = np.random.default_rng(seed)
+    y, x = np.mgrid[0 : 1 : height * 1j, 0 : 1 : width * 1j]
+    planes = [255 * (a * y + (1 - a) * x) for a in rng.random(3)]
+    return np.clip(np.stack(planes, -1) + rng.normal(0, 8, (height, width, 3)), 0, 255).astype(np.uint8)
+
+
+def save(path: Path, pixels: np.ndarray, **options) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(pixels).save(path, **options)
+    return path
+
+
+@pytest.fixture
+def photos(tmp_path: Path) -> Path:
+    """200 photographs of different sizes in three unequal classes."""
+    root = tmp_path / "photos"
+    for name, count in {"ant": 120, "bee": 60, "cat": 20}.items():
+        for i in range(count):
+            save(root / name / f"{i:03}.jpg", photo(24 + i % 7, 32 + i % 5, seed=1000 * count + i))
+    return root
+
+
+def idx_images(kind: str) -> tuple[np.ndarray, np.ndarray]:
+    """Fashion-MNIST by hand: uint8 [N, 28, 28] and labels [N]."""
+    images = gzip.decompress((DEBIAN / f"{kind}-images-idx3-ubyte.gz").read_bytes())
+    labels = gzip.decompress((DEBIAN / f"{kind}-labels-idx1-ubyte.gz").read_bytes())
+    return np.frombuffer(images, np.uint8, offset=16).reshape(-1, 28, 28), np.frombuffer(
+        labels, np.uint8, offset=8
+    )
+
+
+# --- Contents -----------------------------------------------------------------------------------------
+
+
+@needs_fashion_mnist
+def test_fashion_mnist_comes_out_of_an_ffcv_loader_as_it_is_in_the_idx_files(tmp_path):
+    out = tmp_path / "test.beton"
+    # A process of its own: FFCV's stock Loader changes numba's types for the whole process.
+    script = """
+import sys
+import numpy as np
+from data_prep.write_beton import main
+out = sys.argv[1]
+assert main(["--dataset", "fashion_mnist", "--split", "test", "--out", out, "--workers", "2"]) == 0
+from ffcv.fields.decoders import IntDecoder, SimpleRGBImageDecoder
+from ffcv.loader import Loader, OrderOption
+loader = Loader(out, batch_size=1000, num_workers=1, order=OrderOption.SEQUENTIAL, drop_last=False,
+                pipelines={"image": [SimpleRGBImageDecoder()], "label": [IntDecoder()]})
+batches = [(images.copy(), labels.copy()) for images, labels in loader]
+np.savez(sys.argv[2], images=np.concatenate([b[0] for b in batches]),
+         labels=np.concatenate([b[1] for b in batches]))
+"""
+    command = [sys.executable, "-c", script, str(out), str(tmp_path / "loaded.npz")]
+    done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    loaded = np.load(tmp_path / "loaded.npz")
+    images, labels = idx_images("t10k")
+    assert loaded["images"].shape == (10000, 28, 28, 3)
+    assert (loaded["images"] == images[..., None]).all()
+    assert (loaded["labels"][:, 0] == labels).all()
+
+
+@needs_fashion_mnist
+def test_the_json_has_the_agreed_keys_and_true_values(tmp_path):
+    out = tmp_path / "part.beton"
+    argv = ["--dataset", "fashion_mnist", "--split", "holdout", "--subset", 100, "--out", out]
+    assert write(*argv).status == 0
+    description = json.loads(Path(f"{out}.json").read_text())
+    content_hash = description.pop("content_hash")
+    assert content_hash.startswith("sha256:") and len(bytes.fromhex(content_hash[7:])) == 32
+    assert description.pop("recipe") == {
+        "holdout": 0.1,
+        "holdout_seed": splits.HOLDOUT_SEED,
+        "subset": 100,
+        "subset_seed": splits.SUBSET_SEED,
+        "max_resolution": None,
+        "write_mode": "raw",
+        "jpeg_quality": None,
+        "compress_probability": None,
+        "compress_seed": None,
+    }
+    assert description == {
+        "format": 1,
+        "dataset": "fashion_mnist",
+        "split": "holdout",
+        "count": 100,
+        "num_classes": 10,
+        "classes": sources.FASHION_MNIST_CLASSES,
+        "image_size": {"min": [28, 28], "max": [28, 28]},
+        "beton_bytes": out.stat().st_size,
+        "normalization": {"mean": [0.286] * 3, "std": [0.353] * 3},
+    }
+    assert np.bincount(read(out).labels).tolist() == [10] * 10
+    assert sorted(os.listdir(tmp_path)) == ["part.beton", "part.beton.json"]
+
+
+@needs_fashion_mnist
+def test_fashion_mnist_under_a_root_is_read_from_there(tmp_path):
+    root = tmp_path / "mine"
+    root.mkdir()
+    images = photo(3 * 28, 28, seed=1)[..., 0].reshape(3, 28, 28)
+    head = b"\0\0\x08\x03" + np.array([3, 28, 28], ">u4").tobytes()
+    (root / "t10k-images-idx3-ubyte").write_bytes(head + images.tobytes())
+    (root / "t10k-labels-idx1-ubyte.gz").write_bytes(
+        gzip.compress(b"\0\0\x08\x01\0\0\0\x03" + bytes([5, 0, 9]))
+    )
+    argv = ["--dataset", "fashion_mnist", "--root", root, "--split", "test", "--out", tmp_path / "x.beton"]
+    assert write(*argv).status == 0
+    stored = read(tmp_path / "x.beton")
+    assert stored.labels == [5, 0, 9]
+    assert (np.stack(stored.images) == images[..., None]).all()
+
+
+def test_every_kind_of_image_becomes_rgb(tmp_path):
+    root = tmp_path / "in"
+    rgb = photo(20, 30, seed=1)
+    grey, alpha = rgb[..., 0], rgb[..., 1]
+    expected = {
+        "a/1_rgb.png": rgb,
+        "a/2_grey.png": np.repeat(grey[..., None], 3, -1),
+        "a/3_rgba.png": rgb,
+        "a/deep/er/4_palette.png": None,
+        "b/5_16bit.tif": np.repeat(grey[..., None], 3, -1),
+        "b/6_bilevel.png": None,
+        "b/7_cmyk.JPEG": rgb,
+    }
+    save(root / "a/1_rgb.png", rgb)
+    save(root / "a/2_grey.png", grey)
+    save(root / "a/3_rgba.png", np.dstack([rgb, alpha]))
+    palette = Image.fromarray(rgb).quantize(200)
+    (root / "a/deep/er").mkdir(parents=True)
+    palette.save(root / "a/deep/er/4_palette.png", transparency=bytes(range(200)))
+    expected["a/deep/er/4_palette.png"] = np.array(palette.convert("RGB"))
+    save(root / "b/5_16bit.tif", grey.astype(np.uint16) * 257)
+    save(root / "b/6_bilevel.png", grey > 128)
+    expected["b/6_bilevel.png"] = np.repeat(np.uint8(255) * (grey > 128)[..., None], 3, -1)
+    Image.fromarray(rgb).convert("CMYK").save(root / "b/7_cmyk.JPEG", quality=100, subsampling=0)
+    for ignored in ("a/._1_rgb.png", "a/notes.txt", ".git/x.png"):
+        (root / ignored).parent.mkdir(exist_ok=True)
+        (root / ignored).write_bytes(b"no image")
+
+    description = write_folder(root, tmp_path / "x.beton")
+    stored = read(tmp_path / "x.beton")
+    assert description["classes"] == ["a", "b"] and stored.labels == [0, 0, 0, 0, 1, 1, 1]
+    assert description["normalization"]["mean"] == [0.485, 0.456, 0.406]
+    for image, (name, pixels) in zip(stored.images, expected.items(), strict=True):
+        tolerance = 6 if "cmyk" in name else 0
+        assert np.abs(image.astype(int) - pixels).max() <= tolerance, name
+
+
+def test_image_sizes_are_those_stored(tmp_path):
+    root = tmp_path / "in"
+    save(root / "a/tall.png", photo(90, 40, seed=1))
+    save(root / "a/wide.png", photo(30, 60, seed=2))
+    assert write_folder(root, tmp_path / "x.beton")["image_size"] == {"min": [30, 40], "max": [90, 60]}
+    scaled = write_folder(root, tmp_path / "y.beton", "--max-resolution", 45)
+    assert scaled["image_size"] == {"min": [22, 20], "max": [45, 45]}
+    assert [image.shape for image in read(tmp_path / "y.beton").images] == [(45, 20, 3), (22, 45, 3)]
+
+
+def test_an_image_larger_than_a_page_is_refused_until_max_resolution_allows_it(tmp_path):
+    root = tmp_path / "in"
+    huge = save(root / "a/huge.png", photo(1700, 1690, seed=1))
+    argv = ["--dataset", "imagefolder", "--root", root, "--split", "test", "--out", tmp_path / "x.beton"]
+    result = write(*argv)
+    assert result.status == 2
+    assert result.err.splitlines()[-1].startswith(f"error: {huge}: 1700 x 1690 pixels take 8,619,000 bytes")
+    assert "--max-resolution 1672" in result.err and "--max-resolution 1700" in result.err
+    assert os.listdir(tmp_path) == ["in"]
+    assert write_folder(root, tmp_path / "x.beton", "--max-resolution", 1700)["image_size"]["max"] == [
+        1700,
+        1690,
+    ]
+    assert (read(tmp_path / "x.beton").images[0] == np.array(Image.open(huge))).all()
+
+
+# --- Splits and subsets -------------------------------------------------------------------------------
+
+
+@needs_fashion_mnist
+def test_holdout_takes_its_fraction_of_every_class_and_stays_the_same():
+    labels = idx_images("train")[1].astype(np.int64)
+    held_out = splits.holdout_indices(labels, 0.1, 10)
+    assert np.bincount(labels[held_out]).tolist() == [600] * 10
+    assert len(np.unique(held_out)) == 6000
+    # Files written by different versions must agree about who is held out: never change this.
+    digest = hashlib.sha256(held_out.astype("<i8").tobytes()).hexdigest()
+    assert digest[:16] == "54a339b4b605536f"
+
+
+def test_train_and_holdout_share_no_image_and_together_are_the_training_set(tmp_path, photos):
+    parts = {}
+    for split, options in {"train": [], "holdout": ["--write-mode", "raw", "--workers", 1]}.items():
+        write_folder(photos, tmp_path / f"{split}.beton", "--holdout", 0.15, *options, split=split)
+        parts[split] = read(tmp_path / f"{split}.beton")
+    assert np.bincount(parts["train"].labels).tolist() == [102, 51, 17]
+    assert np.bincount(parts["holdout"].labels).tolist() == [18, 9, 3]
+    write_folder(photos, tmp_path / "whole.beton", "--holdout", 0, split="train")
+    whole = read(tmp_path / "whole.beton")
+    assert len(whole.images) == 200
+
+    def keys(part):
+        return [(label, image.tobytes()) for image, label in zip(part.images, part.labels, strict=True)]
+
+    assert len(set(keys(whole))) == 200
+    assert sorted(keys(parts["train"]) + keys(parts["holdout"])) == sorted(keys(whole))
+
+
+def test_the_same_images_are_held_out_whatever_the_other_options(tmp_path, photos):
+    write_folder(photos, tmp_path / "a.beton", split="holdout")
+    write_folder(
+        photos,
+        tmp_path / "b.beton",
+        "--write-mode",
+        "jpg",
+        "--jpeg-quality",
+        95,
+        "--workers",
+        3,
+        split="holdout",
+    )
+    a, b = read(tmp_path / "a.beton"), read(tmp_path / "b.beton")
+    assert a.labels == b.labels and all(b.jpeg) and not any(a.jpeg)
+    for raw, jpeg in zip(a.images, b.images, strict=True):
+        assert np.abs(raw.astype(int) - jpeg).mean() < 6
+
+
+@pytest.mark.parametrize("fraction", [0.01, 0.1, 0.5, 0.99])
+def test_holdout_is_stratified_to_within_one_image_and_leaves_every_class_one(fraction):
+    counts = np.array([1, 2, 3, 7, 50, 333])
+    labels = np.random.default_rng(0).permutation(np.repeat(np.arange(6), counts))
+    taken = np.bincount(labels[splits.holdout_indices(labels, fraction, 6)], minlength=6)
+    assert (np.abs(taken - counts * fraction) <= 1).all()
+    assert (taken < counts).all()
+
+
+def test_a_subset_is_balanced_as_far_as_the_classes_reach_and_grows_by_addition(tmp_path, photos):
+    write_folder(photos, tmp_path / "a.beton", "--subset", 90)
+    write_folder(photos, tmp_path / "b.beton", "--subset", 91)
+    a, b = read(tmp_path / "a.beton"), read(tmp_path / "b.beton")
+    assert np.bincount(a.labels).tolist() == [35, 35, 20]
+    assert np.bincount(b.labels).tolist() == [36, 35, 20]
+    assert {image.tobytes() for image in a.images} < {image.tobytes() for image in b.images}
+    labels = np.repeat(np.arange(5), 10)
+    assert len(splits.balanced_subset(labels, 3, 5)) == 3
+    assert splits.balanced_subset(labels, 50, 5).tolist() == list(range(50))
+
+
+# --- Layouts ------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def tiny_imagenet(tmp_path: Path) -> Path:
+    root = tmp_path / "tiny-imagenet-200"
+    wnids = ["n03", "n01", "n02"]
+    for wnid in wnids:
+        for i in range(2):
+            save(root / "train" / wnid / "images" / f"{wnid}_{i}.JPEG", photo(64, 64, seed=int(wnid[1:]) + i))
+        (root / "train" / wnid / f"{wnid}_boxes.txt").write_text("")
+    lines = []
+    for i, wnid in enumerate(["n02", "n02", "n03", "n01"]):
+        save(root / "val" / "images" / f"val_{i}.JPEG", photo(64, 64, seed=50 + i))
+        lines.append(f"val_{i}.JPEG\t{wnid}\t0\t0\t63\t63\n")
+    (root / "val" / "val_annotations.txt").write_text("".join(lines))
+    (root / "wnids.txt").write_text("\n".join(wnids) + "\n")
+    (root / "words.txt").write_text("n00\tentity\nn01\ttench, Tinca tinca\nn02\tgoldfish\n")
+    return root
+
+
+def test_tiny_imagenet_reads_its_official_layout_and_numbers_train_and_test_alike(tmp_path, tiny_imagenet):
+    argv = ["--dataset", "tiny_imagenet", "--root", tiny_imagenet, "--holdout", 0, "--split"]
+    for split, labels in {"train": [0, 0, 1, 1, 2, 2], "test": [1, 1, 2, 0]}.items():
+        out = tmp_path / f"{split}.beton"
+        assert write(*argv, split, "--out", out).status == 0
+        assert read(out).labels == labels
+        description = json.loads(Path(f"{out}.json").read_text())
+        assert description["classes"] == ["tench, Tinca tinca", "goldfish", "n03"]
+        assert description["image_size"] == {"min": [64, 64], "max": [64, 64]}
+    first = np.array(Image.open(tiny_imagenet / "val" / "images" / "val_0.JPEG"))
+    assert (read(tmp_path / "test.beton").images[0] == first).all()
+
+
+@pytest.fixture
+def imagenet(tmp_path: Path) -> Path:
+    root = tmp_path / "imagenet"
+    for split, count in (("train", 3), ("val", 1)):
+        for label, wnid in enumerate(("n01440764", "n01443537")):
+            for i in range(count):
+                pixels = photo(40 + i, 50, seed=100 * count + 10 * label + i)
+                save(root / split / wnid / f"{wnid}_{i}.JPEG", pixels)
+    return root
+
+
+def test_imagenet_reads_train_and_val(tmp_path, imagenet):
+    argv = ["--dataset", "imagenet", "--root", imagenet, "--holdout", 0, "--split"]
+    for split, labels in {"train": [0, 0, 0, 1, 1, 1], "test": [0, 1]}.items():
+        out = tmp_path / f"{split}.beton"
+        assert write(*argv, split, "--out", out, "--write-mode", "jpg").status == 0
+        assert read(out).labels == labels
+        assert json.loads(Path(f"{out}.json").read_text())["classes"] == ["n01440764", "n01443537"]
+
+
+@pytest.fixture
+def cifar100(tmp_path: Path, monkeypatch) -> SimpleNamespace:
+    """Three images in CIFAR-100's own format, which torchvision takes for the real ones."""
+    from torchvision.datasets import CIFAR100
+
+    folder = tmp_path / "data" / CIFAR100.base_folder
+    folder.mkdir(parents=True)
+    pixels = np.stack([photo(32, 32, seed=i) for i in range(3)])
+    files = {
+        "train": {"data": pixels.transpose(0, 3, 1, 2).reshape(3, -1), "fine_labels": [0, 99, 1]},
+        "meta": {"fine_label_names": [f"class {i}" for i in range(100)]},
+    }
+    md5 = {}
+    for name, content in files.items():
+        (folder / name).write_bytes(pickle.dumps(content))
+        md5[name] = hashlib.md5((folder / name).read_bytes()).hexdigest()
+    monkeypatch.setattr(CIFAR100, "train_list", [["train", md5["train"]]])
+    monkeypatch.setattr(CIFAR100, "test_list", [])
+    monkeypatch.setattr(CIFAR100, "meta", {**CIFAR100.meta, "md5": md5["meta"]})
+    monkeypatch.setattr(CIFAR100, "url", "file:///nowhere/cifar-100-python.tar.gz")
+    return SimpleNamespace(root=tmp_path / "data", pixels=pixels, meta=folder / "meta")
+
+
+def test_cifar_is_read_through_torchvision_with_the_papers_constants(tmp_path, cifar100):
+    out = tmp_path / "x.beton"
+    argv = [
+        "--dataset",
+        "cifar100",
+        "--root",
+        cifar100.root,
+        "--split",
+        "train",
+        "--holdout",
+        0,
+        "--out",
+        out,
+    ]
+    assert write(*argv).status == 0
+    assert (np.stack(read(out).images) == cifar100.pixels).all()
+    assert read(out).labels == [0, 99, 1]
+    description = json.loads(Path(f"{out}.json").read_text())
+    assert description["num_classes"] == 100 and description["classes"][99] == "class 99"
+    assert description["normalization"] == {"mean": [0.5071, 0.4867, 0.4408], "std": [0.2675, 0.2565, 0.2761]}
+
+
+def test_a_failed_download_is_one_line(tmp_path, cifar100):
+    cifar100.meta.unlink()
+    out = tmp_path / "x.beton"
+    result = write("--dataset", "cifar100", "--root", cifar100.root, "--split", "train", "--out", out)
+    assert_refused(result, f"error: --root {cifar100.root}: CIFAR100 is not there whole", "download failed")
+    assert os.listdir(tmp_path) == ["data"]
+
+
+# --- Content hash -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("mode", ["raw", "jpg", "proportion"])
+def test_content_hash_does_not_depend_on_workers_or_on_the_roll_of_dice(tmp_path, photos, mode):
+    hashes = {
+        write_folder(photos, tmp_path / "x.beton", "--write-mode", mode, "--workers", workers)["content_hash"]
+        for workers in (1, 2, 4)
+    }
+    assert len(hashes) == 1
+    assert 0.3 < np.mean(read(tmp_path / "x.beton").jpeg) < 0.7 or mode != "proportion"
+
+
+def test_content_hash_can_be_computed_from_what_is_documented(tmp_path, photos):
+    written = write_folder(photos, tmp_path / "x.beton", "--subset", 20)["content_hash"]
+    digest = hashlib.sha256()
+    stored = read(tmp_path / "x.beton")
+    for image, label in zip(stored.images, stored.labels, strict=True):
+        height, width, _ = image.shape
+        for number, size in ((label, 8), (height, 2), (width, 2), (1, 1), (image.size, 8)):
+            digest.update(number.to_bytes(size, "little"))
+        digest.update(image.tobytes())
+    assert written == f"sha256:{digest.hexdigest()}"
+
+
+def test_content_hash_changes_with_a_pixel_a_label_and_the_quality(tmp_path):
+    root = tmp_path / "in"
+    for i in range(6):
+        save(root / "ab"[i // 3] / f"{i}.png", photo(16, 16, seed=i))
+    out = tmp_path / "x.beton"
+    seen = [write_folder(root, out)["content_hash"]]
+    pixels = photo(16, 16, seed=2)
+    pixels[7, 7, 1] ^= 1
+    save(root / "a" / "2.png", pixels)
+    seen.append(write_folder(root, out)["content_hash"])
+    (root / "a" / "2.png").rename(root / "b" / "2.png")  # same images in the same order, another label
+    seen.append(write_folder(root, out)["content_hash"])
+    for quality in (90, 91):
+        options = ["--write-mode", "jpg", "--jpeg-quality", quality]
+        seen.append(write_folder(root, out, *options)["content_hash"])
+    assert len(set(seen)) == 5
+
+
+# --- Refusals -----------------------------------------------------------------------------------------
+
+
+def assert_refused(result: SimpleNamespace, start: str, *also: str) -> None:
+    """Status 2 and one line of error that begins so; nothing on stdout, no traceback."""
+    assert result.status == 2, result
+    lines = [
+        line for line in result.err.splitlines() if ", classes: " not in line
+    ]  # what it set out to write
+    assert len(lines) == 1 and lines[0].startswith(start), result.err
+    for text in also:
+        assert text in lines[0]
+    assert result.out == ""
+
+
+@pytest.mark.parametrize(
+    "option, value, mend",
+    [
+        ("--holdout", "1", "from 0 to below 1"),
+        ("--holdout", "0", "above 0"),
+        ("--holdout", "nan", "from 0 to below 1"),
+        ("--subset", "0", "1 or more"),
+        ("--subset", "21", "split holdout has 20 images only"),
+        ("--max-resolution", "0", "from 1 to 65535"),
+        ("--jpeg-quality", "101", "from 1 to 100"),
+        ("--compress-probability", "1.5", "from 0 to 1"),
+        ("--workers", "0", "1 or more"),
+        ("--out", "x.bin", "ends in .beton"),
+        ("--out", "nowhere/x.beton", "mkdir -p nowhere"),
+        ("--root", "nowhere", "no such folder"),
+    ],
+)
+def test_a_bad_option_is_one_line_that_names_it_and_the_mend(
+    tmp_path, photos, monkeypatch, option, value, mend
+):
+    monkeypatch.chdir(tmp_path)
+    argv = {"--dataset": "imagefolder", "--root": str(photos), "--split": "holdout", "--out": "x.beton"}
+    argv[option] = value
+    assert_refused(write(*(word for pair in argv.items() for word in pair)), f"error: {option} {value}", mend)
+    assert os.listdir(tmp_path) == ["photos"]
+
+
+@pytest.mark.parametrize("argv", [[], ["--dataset", "mnist"], ["--nonsense"], ["--subset", "many"]])
+def test_a_wrong_command_line_is_one_line(argv):
+    assert_refused(write(*argv), "error: ")
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
+def test_a_folder_that_is_not_writable_is_refused(tmp_path, photos):
+    (tmp_path / "ours").mkdir(mode=0o555)
+    out = tmp_path / "ours" / "x.beton"
+    result = write("--dataset", "imagefolder", "--root", photos, "--split", "test", "--out", out)
+    assert_refused(result, f"error: --out {out}: Permission denied")
+
+
+def spoil_layout(case: str, root: Path) -> tuple[str, str]:
+    """Breaks a layout; returns the start of the message and a part of its rest."""
+    if case == "imagefolder without classes":
+        for folder in root.iterdir():
+            folder.rename(folder.with_name("." + folder.name))
+        return f"error: --root {root}: no class folders", "<class>"
+    if case == "imagefolder of splits":
+        for folder, name in zip(sorted(root.iterdir()), ("test", "train", "val"), strict=True):
+            folder.rename(folder.with_name(name))
+        return f"error: --root {root}: its folders are splits", f"--root {root}/test"
+    if case == "imagefolder with an empty class":
+        (root / "dog" / "deeper").mkdir(parents=True)
+        return f"error: {root}/dog: a class without images", "remove the folder"
+    if case == "imagenet without val":
+        (root / "val").rename(root / "validation")
+        return f"error: --root {root}: no folder val/", f"{root}/val/<wnid>/*.JPEG"
+    if case == "imagenet with a flat val":
+        for wnid in list((root / "val").iterdir()):
+            next(wnid.iterdir()).rename(root / "val" / f"{wnid.name}.JPEG")
+            wnid.rmdir()
+        return f"error: {root}/val: no class folders", f"{root}/val/<wnid>/*.JPEG"
+    if case == "imagenet with another class in val":
+        (root / "val" / "n01440764").rename(root / "val" / "n99999999")
+        return f"error: --root {root}: train/ and val/ hold different classes (2, e.g. n01440764)", "layout"
+    if case == "tiny_imagenet without wnids":
+        (root / "wnids.txt").unlink()
+        return f"error: {root}/wnids.txt: No such file", "official layout"
+    if case == "tiny_imagenet without annotations":
+        (root / "val" / "val_annotations.txt").unlink()
+        return f"error: {root}/val/val_annotations.txt: No such file", "official layout"
+    if case == "tiny_imagenet with an unknown class":
+        (root / "val" / "val_annotations.txt").write_text("val_0.JPEG\tn77\t0\t0\t1\t1\n")
+        return f"error: {root}/val/val_annotations.txt: no class of wnids.txt", "n77"
+    if case == "tiny_imagenet with a listed image missing":
+        (root / "val" / "images" / "val_2.JPEG").unlink()
+        return f"error: {root}/val/images/val_2.JPEG: unreadable image (No such file", "repair"
+    raise AssertionError(case)
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        "imagefolder without classes",
+        "imagefolder of splits",
+        "imagefolder with an empty class",
+        "imagenet without val",
+        "imagenet with a flat val",
+        "imagenet with another class in val",
+        "tiny_imagenet without wnids",
+        "tiny_imagenet without annotations",
+        "tiny_imagenet with an unknown class",
+        "tiny_imagenet with a listed image missing",
+    ],
+)
+def test_a_wrong_layout_is_one_line_that_says_the_right_one(tmp_path, request, case):
+    dataset = case.split()[0]
+    root = request.getfixturevalue("photos" if dataset == "imagefolder" else dataset)
+    start, mend = spoil_layout(case, root)
+    out = tmp_path / "x.beton"
+    assert_refused(write("--dataset", dataset, "--root", root, "--split", "test", "--out", out), start, mend)
+    assert os.listdir(tmp_path) == [root.name]
+
+
+def spoil_image(case: str, path: Path) -> str:
+    """Breaks an image file; returns the reason that the message gives."""
+    if case == "truncated":
+        path.write_bytes(path.read_bytes()[:-200])
+        return "truncated"
+    if case == "empty":
+        path.write_bytes(b"")
+        return "cannot identify"
+    if case == "text":
+        path.write_text("<html>404</html>")
+        return "cannot identify"
+    if case == "floating point":
+        Image.fromarray(np.zeros((4, 4), np.float32)).save(path, format="tiff")
+        return "floating-point"
+    path.unlink()
+    path.symlink_to("gone.jpg")
+    return "No such file"
+
+
+@pytest.mark.parametrize("case", ["truncated", "empty", "text", "floating point", "dangling link"])
+def test_an_unreadable_image_is_named_and_the_old_pair_of_files_stays(tmp_path, photos, case):
+    out = tmp_path / "x.beton"
+    write_folder(photos, out, "--subset", 10)
+    before = {path: path.read_bytes() for path in (out, Path(f"{out}.json"))}
+    bad = photos / "bee" / "031.jpg"
+    reason = spoil_image(case, bad)
+    argv = ["--dataset", "imagefolder", "--root", photos, "--split", "test", "--out", out, "--workers", 3]
+    assert_refused(write(*argv), f"error: {bad}: unreadable image (", reason, "repair or remove it")
+    assert {path: path.read_bytes() for path in before} == before
+    assert sorted(os.listdir(tmp_path)) == ["photos", "x.beton", "x.beton.json"]
+
+
+@needs_fashion_mnist
+@pytest.mark.parametrize("file", ["t10k-images-idx3-ubyte.gz", "t10k-labels-idx1-ubyte.gz"])
+def test_a_damaged_idx_file_is_named(tmp_path, file):
+    root = tmp_path / "fashion"
+    root.mkdir()
+    for name in ("t10k-images-idx3-ubyte.gz", "t10k-labels-idx1-ubyte.gz"):
+        content = (DEBIAN / name).read_bytes()
+        (root / name).write_bytes(content[:-1000] if name == file else content)
+    argv = ["--dataset", "fashion_mnist", "--root", root, "--split", "test", "--out", tmp_path / "x.beton"]
+    assert_refused(write(*argv), f"error: {root / file}: cannot be read")
+
+
+@pytest.mark.parametrize("room_again", [False, True])
+def test_a_full_disk_is_one_line_and_leaves_nothing(tmp_path, photos, monkeypatch, room_again):
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    run_workers = writer._run_workers
+
+    def run_short_of_room(*args) -> None:
+        # Cuts the only page short, which the system reports as a partial write and FFCV overlooks.
+        resource.setrlimit(resource.RLIMIT_FSIZE, (12 << 20, limits[1]))
+        run_workers(*args)
+        if room_again:  # before the parent's own writes could fail
+            resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+
+    monkeypatch.setattr(writer, "_run_workers", run_short_of_room)
+    argv = ["--dataset", "imagefolder", "--root", photos, "--split", "test", "--out", tmp_path / "x.beton"]
+    try:
+        result = write(*argv, "--workers", 1)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert_refused(result, "error: --out: ", f"in {tmp_path}: free some space")
+    assert os.listdir(tmp_path) == ["photos"]
+
+
+# --- Files and processes ------------------------------------------------------------------------------
+
+
+def test_a_beton_never_stands_beside_the_json_of_another(tmp_path, photos, monkeypatch):
+    out = tmp_path / "x.beton"
+    write_folder(photos, out, "--subset", 10)
+    states = []
+
+    def replace(path: Path, target: Path) -> None:
+        os.replace(path, target)
+        described = json.loads(Path(f"{out}.json").read_text())["count"]
+        states.append((described, len(read(out).labels) if out.exists() else None))
+
+    monkeypatch.setattr(Path, "replace", replace)
+    write_folder(photos, out, "--subset", 20)
+    assert states == [(20, None), (20, 20)]
+
+
+def pipes(tmp_path: Path) -> list[str]:
+    """A command line whose two workers wait for ever: its images are named pipes that nobody writes to."""
+    (tmp_path / "in" / "a").mkdir(parents=True)
+    (tmp_path / "out").mkdir()
+    os.mkfifo(tmp_path / "pipe")
+    for i in range(128):
+        (tmp_path / "in" / "a" / f"{i}.jpg").symlink_to(tmp_path / "pipe")
+    argv = ["--dataset", "imagefolder", "--root", str(tmp_path / "in"), "--split", "test"]
+    return [*argv, "--out", str(tmp_path / "out" / "x.beton"), "--workers", "2"]
+
+
+def wait_for_workers(pid: int, known: frozenset[int] = frozenset()) -> list[int]:
+    """The two workers of the process, once both are there and wait. `known`: children to leave out."""
+    deadline = time.monotonic() + 60
+    while time.monotonic() < deadline:
+        workers = [child for child in forks(pid) if child not in known]
+        states = [Path(f"/proc/{worker}/stat").read_text().rsplit(")", 1)[1].split()[0] for worker in workers]
+        if states == ["S", "S"]:
+            return workers
+        time.sleep(0.05)
+    raise AssertionError(f"no workers of {pid}")
+
+
+def forks(pid: int) -> list[int]:
+    """Children that run the same command line: not multiprocessing's resource tracker."""
+    children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+    command = Path(f"/proc/{pid}/cmdline").read_bytes()
+    return [int(child) for child in children if Path(f"/proc/{child}/cmdline").read_bytes() == command]
+
+
+def is_running(pid: int) -> bool:
+    return Path(f"/proc/{pid}").exists()
+
+
+def test_a_killed_worker_ends_the_program_with_one_line(tmp_path):
+    known, workers = frozenset(forks(os.getpid())), []
+
+    def kill_one() -> None:
+        workers.extend(wait_for_workers(os.getpid(), known))
+        os.kill(workers[1], signal.SIGKILL)
+        if not ended.wait(20):  # hangs: let it fail instead
+            os.kill(workers[0], signal.SIGKILL)
+
+    ended = threading.Event()
+    killer = threading.Thread(target=kill_one)
+    killer.start()
+    result = write(*pipes(tmp_path))
+    in_time = killer.is_alive()
+    ended.set()
+    killer.join()
+    assert in_time
+    assert_refused(result, "error: --workers: a writer process died (SIGKILL)", "fewer workers")
+    assert os.listdir(tmp_path / "out") == []
+    assert not any(is_running(worker) for worker in workers)
+
+
+def test_sigterm_ends_the_workers_and_leaves_no_files(tmp_path):
+    process = subprocess.Popen(
+        [sys.executable, "-m", "data_prep.write_beton", *pipes(tmp_path)],
+        cwd=REPOSITORY,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    try:
+        workers = wait_for_workers(process.pid)
+        assert len(os.listdir(tmp_path / "out")) == 1  # the temporary file
+        process.terminate()
+        out, err = process.communicate(timeout=20)
+    finally:
+        process.kill()
+    assert process.returncode == 128 + signal.SIGTERM
+    assert err == "imagefolder test: 128 of 128 images, classes: 1\n" and out == ""
+    assert os.listdir(tmp_path / "out") == []
+    assert not any(is_running(worker) for worker in workers)
+
+
+def test_help_shows_examples_without_importing_torch():
+    script = (
+        "import sys, data_prep.write_beton as w\n"
+        "try: w.main(['--help'])\n"
+        "except SystemExit: sys.exit('torch' in sys.modules or 'ffcv' in sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", script], cwd=REPOSITORY, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    examples = [
+        line for line in done.stdout.splitlines() if line.startswith("  python -m data_prep.write_beton --")
+    ]
+    assert len(examples) >= 6
+    for example in examples:
+        write_beton_options = example.split()[3:]
+        assert "--dataset" in write_beton_options and "--out" in write_beton_options
+
+
+def test_progress_redraws_one_line_on_a_terminal_and_writes_few_lines_elsewhere(monkeypatch):
+    clock = iter(np.arange(0, 10_000, 0.05))
+    monkeypatch.setattr(time, "monotonic", lambda: float(next(clock)))
+
+    def show(terminal: bool) -> str:
+        with redirect_stderr(io.StringIO()) as screen:
+            screen.isatty = lambda: terminal
+            with Progress("writing", 1000) as progress:
+                for done in range(1, 1001):
+                    progress.update(done)
+        return screen.getvalue()
+
+    terminal, log = show(True), show(False)
+    assert terminal.count("\n") == 1 and terminal.count("\r") > 100
+    assert "[####################] 100 %  1,000/1,000 images" in terminal
+    assert "\r" not in log and 3 <= log.count("\n") <= 6
+    assert "images/s" in log and " left" in log
