@@ -389,7 +389,7 @@ def run_command(main: Callable[[T], None], cls: type[T], module: str) -> NoRetur
         prog = f"python -m {module}"
         if rank and {"-h", "--help"} & set(sys.argv):
             raise SystemExit(0)
-        main(load_config(cls, prog=prog, description=sys.modules[main.__module__].__doc__))
+        main(load_config(cls, prog=prog, description=main.__globals__["__doc__"]))
     except UserError as error:
         status = 2
         if rank == 0:

@@ -71,7 +71,7 @@ def load_weights(model: nn.Module, path: str) -> None:
     weights = state.get("weights", state)
     own = model.state_dict()
     differing = sorted(own.keys() ^ weights.keys()) or [
-        name for name in own if getattr(weights[name], "shape", None) != own[name].shape
+        name for name in sorted(own) if getattr(weights[name], "shape", None) != own[name].shape
     ]
     require(not differing, f"{option}: {path} does not fit the model: {', '.join(differing[:3])} missing or different")
     model.load_state_dict(weights)

@@ -1,0 +1,61 @@
+"""Schedules are pure functions of the step; parameter groups decay what they should."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from ckd_dist.config import OptimConfig, UserError
+from ckd_dist.models import build_model
+from ckd_dist.optim import build_optimizer, learning_rate, parameter_groups
+
+
+def rates(epochs=10, steps_per_epoch=10, **options):
+    config = OptimConfig(lr=1.0, **options)
+    return [learning_rate(s, config, steps_per_epoch=steps_per_epoch, epochs=epochs) for s in range(epochs * steps_per_epoch)]
+
+
+def test_cosine_falls_from_the_peak_to_zero():
+    values = rates(schedule="cosine")
+    assert values == pytest.approx([0.5 * (1 + math.cos(math.pi * s / 100)) for s in range(100)])
+
+
+def test_linear_with_warmup_is_a_triangle():
+    values = rates(schedule="linear", warmup_epochs=2)
+    assert values[:20] == pytest.approx([(s + 1) / 20 for s in range(20)])
+    assert values[20:] == pytest.approx([1 - s / 80 for s in range(80)])
+
+
+def test_step_and_multistep_count_epochs_of_the_run():
+    assert rates(schedule="step", step_epochs=4, gamma=0.1) == pytest.approx([1.0] * 40 + [0.1] * 40 + [0.01] * 20)
+    values = rates(schedule="multistep", milestones=[3, 8], gamma=0.5, warmup_epochs=1)
+    assert values[10:] == pytest.approx([1.0] * 20 + [0.5] * 50 + [0.25] * 20)
+    assert rates(schedule="constant") == [1.0] * 100
+
+
+def test_milestones_without_multistep_are_refused():
+    with pytest.raises(UserError, match=r"optim\.milestones"):
+        OptimConfig(milestones=[3])
+
+
+def test_norms_and_biases_are_spared_when_asked():
+    model = build_model("resnet8", 10)
+    everything = list(model.parameters())
+    assert [len(g["params"]) for g in parameter_groups(model, 0.1, True)] == [len(everything)]
+    decayed, spared = parameter_groups(model, 0.1, False)
+    assert (decayed["weight_decay"], spared["weight_decay"]) == (0.1, 0.0)
+    norms = {id(p) for m in model.modules() if isinstance(m, torch.nn.BatchNorm2d) for p in m.parameters()}
+    assert {id(p) for p in spared["params"]} == norms | {id(model.fc.bias)}
+    assert len(decayed["params"]) + len(spared["params"]) == len(everything)
+
+
+def test_both_optimisers_step():
+    for name in ("sgd", "adamw"):
+        model = build_model("resnet8", 10)
+        before = model.fc.weight.detach().clone()
+        optimizer = build_optimizer(model, OptimConfig(name=name, decay_norm_and_bias=False))
+        model(torch.randn(4, 3, 28, 28)).sum().backward()
+        optimizer.step()
+        assert not torch.equal(before, model.fc.weight)

@@ -1,0 +1,154 @@
+"""The train loop: exact resume after any kill, exact evaluation, the same numbers for any world size."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import time
+
+import psutil
+import pytest
+import torch
+from conftest import ENVIRONMENT, ROOT, command_line, count_lines, kill_and_repeat, run
+
+from ckd_dist import checkpoint, train_teacher
+from ckd_dist.config import TrainingError, TrainTeacherConfig, UserError, load_config
+
+
+def options(fashion, run_dir, *more):
+    data = ["--data.train", fashion["train"], "--data.val", fashion["holdout"], "--data.batch_size", 100]
+    model = ["--model.name", "resnet8", "--epochs", 3, "--optim.lr", 0.05, "--save_every", 1, "--run_dir", run_dir]
+    return [str(word) for word in [*data, *model, *more]]
+
+
+def train_here(*arguments):
+    train_teacher.main(load_config(TrainTeacherConfig, [str(word) for word in arguments]))
+
+
+def metrics(run_dir, split="train"):
+    lines = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    return [line for line in lines if line["split"] == split]
+
+
+def same_weights(a, b):
+    first, second = (checkpoint.load(path, "")["weights"] for path in (a, b))
+    return all(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_a_run_leaves_its_record(teacher):
+    assert sorted(path.name for path in teacher.iterdir()) == [
+        "checkpoints", "config.yaml", "env.json", "metrics.jsonl", "summary.json",
+    ]  # fmt: skip
+    names = sorted(path.name for path in (teacher / "checkpoints").iterdir())
+    assert names == ["epoch_0001.pt", "epoch_0002.pt", "epoch_0003.pt", "last.pt"]
+    summary = json.loads((teacher / "summary.json").read_text())
+    assert {"top1", "top5", "train_seconds", "images_per_s", "peak_memory_bytes", "data_wait_fraction"} <= summary.keys()
+    assert summary["top1"] == metrics(teacher, "val")[-1]["top1"] > 50  # five times chance
+    env = json.loads((teacher / "env.json").read_text())
+    assert env["world_size"] == 2 and env["versions"]["torch"] and "ckd_dist.train_teacher" in " ".join(env["command"])
+    loaded = torch.load(teacher / "checkpoints" / "epoch_0002.pt", weights_only=True)
+    assert loaded["metadata"]["epoch"] == 2 and loaded["metadata"]["model"] == "resnet8"
+
+
+def test_a_killed_run_ends_with_the_weights_of_one_that_never_was(fashion, tmp_path):
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    more = ["--log_every", 1, "--save_last_every", 5]
+    run("ckd_dist.train_teacher", *options(fashion, whole, *more), nproc=2)
+    command = command_line("ckd_dist.train_teacher", *options(fashion, killed, *more), nproc=2)
+    record = killed / "metrics.jsonl"
+    kill_and_repeat(command, lambda: count_lines(record), kills=[3, 13, 26], seed=1)
+    for name in ("epoch_0001.pt", "epoch_0002.pt", "epoch_0003.pt", "last.pt"):
+        assert same_weights(whole / "checkpoints" / name, killed / "checkpoints" / name), name
+    losses = [[(line["step"], line["loss"], line["lr"]) for line in metrics(path)] for path in (whole, killed)]
+    assert losses[0] == losses[1] and len(losses[0]) == 36
+    assert metrics(whole, "val") == metrics(killed, "val")
+
+
+def test_a_complete_run_is_left_alone_and_another_configuration_is_refused(fashion, tmp_path, capsys):
+    arguments = options(fashion, tmp_path / "run", "--epochs", 1)
+    train_here(*arguments)
+    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "run" / "checkpoints").iterdir()}
+    capsys.readouterr()
+    train_here(*arguments, "--log_every", 7, "--data.workers", 2)
+    assert "complete already" in capsys.readouterr().out
+    assert before == {path: path.stat().st_mtime_ns for path in (tmp_path / "run" / "checkpoints").iterdir()}
+    with pytest.raises(UserError, match=r"run_dir: .* holds a run with optim\.lr 0\.05, not 0\.06"):
+        train_here(*arguments, "--optim.lr", 0.06)
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_and_names_step_and_checkpoint(fashion, tmp_path):
+    with pytest.raises(TrainingError, match=r"not finite at step \d+: .* no checkpoint was saved yet"):
+        train_here(*options(fashion, tmp_path / "first", "--optim.lr", 1e30))
+    arguments = options(
+        fashion, tmp_path / "later", "--optim.schedule", "multistep", "--optim.milestones", "[1]", "--optim.gamma", 1e30
+    )
+    with pytest.raises(TrainingError, match=r"not finite at step 1[2-9]: .* checkpoint is .*(last|epoch_0001)\.pt"):
+        train_here(*arguments)
+    for path in (tmp_path / "later" / "checkpoints").iterdir():
+        assert all(torch.isfinite(v).all() for v in checkpoint.load(path, "")["weights"].values())
+
+
+def test_evaluation_counts_each_image_once_whatever_the_world_size(fashion, teacher):
+    arguments = ("--data.val", fashion["holdout"], "--checkpoint", teacher / "checkpoints" / "epoch_0003.pt")
+    found = []
+    for nproc, batch_size in ((0, 64), (2, 50), (3, 7)):
+        done = run("ckd_dist.evaluate", *arguments, "--data.batch_size", batch_size, "--amp", "off", nproc=nproc)
+        found.append(json.loads(done.stdout.splitlines()[-1]))
+    assert found[0]["images"] == 301
+    for other in found[1:]:
+        assert (other["top1"], other["top5"]) == (found[0]["top1"], found[0]["top5"])
+        assert other["loss"] == pytest.approx(found[0]["loss"], rel=1e-6)
+    correct = found[0]["top1"] * 3.01
+    assert correct == pytest.approx(round(correct))
+
+
+def test_the_numbers_do_not_depend_on_the_world_size(fashion, tmp_path):
+    losses = {}
+    for nproc in (1, 2, 3):  # 3 does not divide the batch of 100
+        path = tmp_path / str(nproc)
+        more = ["--model.name", "linear", "--amp", "off", "--log_every", 1, "--epochs", 2, "--optim.lr", 0.01]
+        run(str(ROOT / "tests/programs/train_linear.py"), *options(fashion, path, *more), nproc=nproc)
+        losses[nproc] = [line["loss"] for line in metrics(path)]
+    assert losses[2] == pytest.approx(losses[1], rel=1e-4) and losses[3] == pytest.approx(losses[1], rel=1e-4)
+
+
+def test_a_rank_that_dies_takes_the_others_down(fashion, tmp_path):
+    command = command_line("ckd_dist.train_teacher", *options(fashion, tmp_path / "run", "--epochs", 1000), nproc=2)
+    process = subprocess.Popen(command, env=ENVIRONMENT, cwd=ROOT, stderr=subprocess.PIPE, text=True)
+    while count_lines(tmp_path / "run" / "metrics.jsonl") < 2:
+        assert process.poll() is None
+        time.sleep(0.05)
+    ranks = psutil.Process(process.pid).children(recursive=True)
+    victim = next(rank for rank in ranks if "ckd_dist.train_teacher" in " ".join(rank.cmdline()))
+    os.kill(victim.pid, signal.SIGKILL)
+    process.communicate(timeout=60)
+    assert process.returncode != 0
+    assert psutil.wait_procs(ranks, timeout=1)[1] == []
+
+
+@pytest.mark.parametrize(
+    "more",
+    [
+        ["--amp", "float16", "--optim.clip_grad_norm", "1"],
+        ["--amp", "off", "--optim.name", "adamw", "--optim.lr", "0.002", "--optim.decay_norm_and_bias", "false"],
+        ["--optim.schedule", "linear", "--optim.warmup_epochs", "0.5", "--label_smoothing", "0.1", "--tensorboard", "true"],
+    ],
+    ids=["float16", "adamw", "smoothing"],
+)
+def test_every_kind_of_training_learns(fashion, tmp_path, more):
+    if "--tensorboard" in more:
+        pytest.importorskip("tensorboard")
+    train_here(*options(fashion, tmp_path / "run", *more))
+    losses = [line["loss"] for line in metrics(tmp_path / "run")]
+    assert losses[-1] < 0.75 * losses[0]
+    if "--tensorboard" in more:
+        assert list((tmp_path / "run").glob("events.out.tfevents.*"))
+
+
+def test_a_compiled_model_trains(fashion, tmp_path):
+    train_here(*options(fashion, tmp_path / "run", "--compile", "true", "--epochs", 1))
+    plain = tmp_path / "plain"
+    train_here(*options(fashion, plain, "--epochs", 1))
+    assert metrics(tmp_path / "run")[-1]["loss"] == pytest.approx(metrics(plain)[-1]["loss"], rel=0.05)
