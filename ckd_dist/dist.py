@@ -73,7 +73,12 @@ def local_world_size() -> int:
 
 
 def cores_per_rank() -> int:
-    """Cores of this node divided among its ranks, at least 1."""
+    """Cores of this node divided among its ranks, at least 1; for a process started plainly, OMP_NUM_THREADS if set.
+
+    (torchrun sets that variable to 1 unasked, so under it the variable says nothing.)
+    """
+    if "LOCAL_WORLD_SIZE" not in os.environ and os.environ.get("OMP_NUM_THREADS", "").isdecimal():
+        return max(1, int(os.environ["OMP_NUM_THREADS"]))
     return max(1, len(os.sched_getaffinity(0)) // local_world_size())
 
 

@@ -10,13 +10,16 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-import numpy as np
-import psutil
-import pytest
-from PIL import Image
+# One thread a process, also for the tests in this one: more than there are cores wait for each other spinning.
+os.environ["OMP_NUM_THREADS"] = "1"
+
+import numpy as np  # noqa: E402
+import psutil  # noqa: E402
+import pytest  # noqa: E402
+from PIL import Image  # noqa: E402
 
 ROOT = Path(__file__).resolve().parent.parent
-ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT)}
 
 
 def command_line(module: str, *arguments: object, nproc: int = 0) -> list[str]:

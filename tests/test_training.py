@@ -140,15 +140,18 @@ def test_a_rank_that_dies_takes_the_others_down(fashion, tmp_path):
 def test_every_kind_of_training_learns(fashion, tmp_path, more):
     if "--tensorboard" in more:
         pytest.importorskip("tensorboard")
-    train_here(*options(fashion, tmp_path / "run", *more))
+    images = ["--data.train", fashion["holdout"]]  # few: float16 is slow on a CPU
+    train_here(*options(fashion, tmp_path / "run", *images, "--data.batch_size", 50, "--epochs", 4, *more))
     losses = [line["loss"] for line in metrics(tmp_path / "run")]
-    assert losses[-1] < 0.75 * losses[0]
+    assert losses[-1] < 0.85 * losses[0]
     if "--tensorboard" in more:
         assert list((tmp_path / "run").glob("events.out.tfevents.*"))
 
 
 def test_a_compiled_model_trains(fashion, tmp_path):
-    train_here(*options(fashion, tmp_path / "run", "--compile", "true", "--epochs", 1))
-    plain = tmp_path / "plain"
-    train_here(*options(fashion, plain, "--epochs", 1))
-    assert metrics(tmp_path / "run")[-1]["loss"] == pytest.approx(metrics(plain)[-1]["loss"], rel=0.05)
+    losses = {}
+    for compiled in ("true", "false"):
+        more = ["--data.train", fashion["holdout"], "--epochs", 1, "--log_every", 1, "--amp", "off"]
+        train_here(*options(fashion, tmp_path / compiled, *more, "--compile", compiled))
+        losses[compiled] = [line["loss"] for line in metrics(tmp_path / compiled)]
+    assert losses["true"] == pytest.approx(losses["false"], rel=1e-3)

@@ -1,0 +1,115 @@
+"""Distillation: cached and online teachers give the same student; killed runs resume; photographs work."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from conftest import command_line, count_lines, kill_and_repeat, run
+
+from ckd_dist import cache_logits, checkpoint, distill, train_teacher
+from ckd_dist.config import CacheConfig, DistillConfig, TrainTeacherConfig, UserError, load_config
+
+VIEWS = 2
+
+
+def options(fashion, run_dir, *more):
+    data = ["--data.train", fashion["train"], "--data.val", fashion["holdout"], "--data.batch_size", 64]
+    model = ["--model.name", "resnet8", "--epochs", 3, "--optim.lr", 0.05, "--optim.warmup_epochs", 1]
+    loss = ["--kd.alpha", 0.5, "--kd.temperature", 4, "--log_every", 1]
+    return [str(word) for word in [*data, *model, *loss, "--run_dir", run_dir, *more]]
+
+
+def here(command, cls, *arguments):
+    command.main(load_config(cls, [str(word) for word in arguments]))
+
+
+def metrics(run_dir, split="train"):
+    lines = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    return [line for line in lines if line["split"] == split]
+
+
+def summary(run_dir):
+    return json.loads((run_dir / "summary.json").read_text())
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory, fashion, teacher):
+    path = tmp_path_factory.mktemp("store") / "store"
+    here(cache_logits, CacheConfig, "--data.train", fashion["train"], "--teacher.run", teacher, "--store", path,
+         "--views", VIEWS, "--shard_size", 500)  # fmt: skip
+    return path
+
+
+def test_cached_and_online_teachers_give_the_same_student(fashion, teacher, store, tmp_path):
+    cached, online = tmp_path / "cached", tmp_path / "online"
+    run("ckd_dist.distill", *options(fashion, cached, "--teacher.store", store, "--teacher.checkpoints", "[1,3]"), nproc=2)
+    more = ["--teacher.run", teacher, "--teacher.checkpoints", "[1,3]", "--data.views", VIEWS]
+    run("ckd_dist.distill", *options(fashion, online, *more), nproc=2)
+    a, b = metrics(cached), metrics(online)
+    assert len(a) == len(b) == 3 * 18 and a[0]["step"] == 1
+    assert max(abs(x["loss"] - y["loss"]) for x, y in zip(a[:50], b[:50], strict=True)) < 2e-3
+    assert abs(summary(cached)["top1"] - summary(online)["top1"]) < 0.5
+    # The loss is the paper's, and the teacher answers for the images that the student sees.
+    assert all(line["loss"] == pytest.approx(0.5 * line["ce"] + 0.5 * line["kd"], rel=1e-5) for line in a)
+    teacher_top1 = sum(line["teacher_top1"] for line in a) / len(a)
+    assert teacher_top1 > summary(teacher)["top1"] - 10
+
+
+def test_a_killed_distillation_ends_with_the_weights_of_one_that_never_was(fashion, store, tmp_path):
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    more = ["--teacher.store", store, "--teacher.checkpoints", "[2]", "--save_last_every", 7]
+    run("ckd_dist.distill", *options(fashion, whole, *more))
+    command = command_line("ckd_dist.distill", *options(fashion, killed, *more))
+    kill_and_repeat(command, lambda: count_lines(killed / "metrics.jsonl"), kills=[9, 30, 45], seed=3)
+    first, second = (checkpoint.load(p / "checkpoints" / "epoch_0003.pt", "")["weights"] for p in (whole, killed))
+    assert all(torch.equal(first[name], second[name]) for name in first)
+    assert [line["loss"] for line in metrics(whole)] == [line["loss"] for line in metrics(killed)]
+
+
+def test_views_beyond_the_cached_ones_wrap_around_and_the_log_says_so_once(fashion, store, tmp_path, capsys):
+    here(distill, DistillConfig, *options(fashion, tmp_path / "run", "--teacher.store", store))
+    out = capsys.readouterr().out
+    assert out.count("2 views for 3 epochs: epoch 3 sees the first view again") == 1
+    assert "teacher: cached logits of epoch 3" in out
+
+
+def test_a_plain_student_needs_no_teacher(fashion, tmp_path):
+    here(distill, DistillConfig, *options(fashion, tmp_path / "run", "--epochs", 1))
+    assert "kd" not in metrics(tmp_path / "run")[0] and summary(tmp_path / "run")["top1"] > 10
+    assert sorted(path.name for path in (tmp_path / "run" / "checkpoints").iterdir()) == ["epoch_0001.pt", "last.pt"]
+
+
+@pytest.mark.parametrize(
+    ("more", "expected"),
+    [
+        (["--data.view_seed", 3], r"data\.view_seed is 3, the store holds views of seed 0"),
+        (["--data.views", 5], r"data\.views is 5, .* holds 2 views"),
+        (["--data.flip", "false"], r"data\.flip asks for views"),
+        (["--teacher.checkpoints", "[4]"], r"teacher\.checkpoints: no checkpoint of epoch 4; there are 1, 2, 3"),
+    ],
+)
+def test_options_that_contradict_the_store_are_refused(fashion, store, tmp_path, more, expected):
+    with pytest.raises(UserError, match=expected):
+        here(distill, DistillConfig, *options(fashion, tmp_path / "run", "--teacher.store", store, *more))
+    assert not (tmp_path / "run").exists()
+
+
+def test_an_online_teacher_of_another_resolution_is_refused(fashion, teacher, tmp_path):
+    with pytest.raises(UserError, match=r"teacher\.run: .* image_size 28, the student gets 40: cache"):
+        here(distill, DistillConfig, *options(fashion, tmp_path / "run", "--teacher.run", teacher, "--data.image_size", 40))
+
+
+def test_photographs_of_different_sizes_work_from_teacher_to_student(photographs, tmp_path):
+    data = ["--data.train", photographs, "--data.val", photographs, "--data.batch_size", 16]
+    common = [*data, "--epochs", 2, "--optim.lr", 0.02, "--amp", "off"]
+    run_dir, store, student = tmp_path / "teacher", tmp_path / "store", tmp_path / "student"
+    here(train_teacher, TrainTeacherConfig, *common, "--data.image_size", 64, "--model.name", "resnet18", "--run_dir", run_dir)
+    here(cache_logits, CacheConfig, "--data.train", photographs, "--teacher.run", run_dir, "--store", store, "--views", 2)
+    # The student trains at 48 px from what the teacher said of the same crops at 64 px.
+    more = ["--teacher.store", store, "--teacher.checkpoints", "[1,2]", "--data.image_size", 48, "--run_dir", student]
+    here(distill, DistillConfig, *common, "--model.name", "mobilenet_v2", *more)
+    assert summary(student)["steps"] == 12  # 101 images, batches of 16
+    assert all(torch.isfinite(torch.tensor(line["loss"])) for line in metrics(student))
+    assert json.loads((store / "manifest.json").read_text())["recipe"]["kind"] == "random_resized_crop"
