@@ -92,6 +92,7 @@ class Learner:
 
     def __init__(
         self,
+        model: nn.Module,
         config: TrainConfig,
         loss: Loss,
         run: RunFolder,
@@ -101,10 +102,6 @@ class Learner:
     ):
         self.config, self.loss, self.run, self.device = config, loss, run, device
         self.metadata, self.steps_per_epoch = metadata, steps_per_epoch
-        torch.manual_seed(config.seed)
-        model = build_model(metadata["model"], metadata["num_classes"])
-        if config.model.weights:
-            load_weights(model, config.model.weights)
         self.model = model.to(device).to(memory_format=torch.channels_last)
         self.optimizer = build_optimizer(self.model, config.optim)
         self.scaler = torch.amp.GradScaler(device.type, enabled=config.amp == "float16")
@@ -380,8 +377,12 @@ def train(
         "std": list(info.std),
         "dataset": {"name": info.dataset, "content_hash": info.content_hash, "count": info.count},
     }
+    torch.manual_seed(config.seed)
+    model = build_model(config.model.name, info.num_classes)
+    if config.model.weights:
+        load_weights(model, config.model.weights)
     run = RunFolder(config.run_dir, to_dict(config), tensorboard=config.tensorboard)
-    learner = Learner(config, loss, run, device, metadata, info.count // batch_size)
+    learner = Learner(model, config, loss, run, device, metadata, info.count // batch_size)
     if run.summary is not None and learner.step == config.epochs * learner.steps_per_epoch:
         say(f"{run.path}: complete already, top1 {run.summary.get('top1', float('nan')):.2f}")
         return
