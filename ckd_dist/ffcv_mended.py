@@ -11,10 +11,12 @@ from queue import Empty, Full
 import numba
 import numba.typed
 import numpy as np
+import torch
 
 # FFCV keeps two constants in a numba dictionary, which costs seconds of compilation at every import. Nothing reads it
 # from compiled code: a plain dictionary does.
 _numba_dict, numba.typed.Dict = numba.typed.Dict, dict
+_threads = torch.get_num_threads()
 
 from ffcv import libffcv  # noqa: E402
 from ffcv.fields.basics import IntDecoder  # noqa: E402
@@ -28,6 +30,7 @@ from ffcv.pipeline.compiler import Compiler  # noqa: E402
 from ffcv.transforms import ToTensor  # noqa: E402
 
 numba.typed.Dict = _numba_dict
+torch.set_num_threads(_threads)  # its import sets 1
 
 __all__ = [
     "IMAGE_MODES",

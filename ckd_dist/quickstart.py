@@ -69,15 +69,15 @@ def main(folder: Path) -> None:
     console.print(f"run folder: {folder}  ({time.perf_counter() - started:.0f} s in all)", highlight=False)
 
 
-def stage(title: str, module: str, *options: object, processes: int = PROCESSES) -> float:
+def stage(title: str, *words: object, processes: int = PROCESSES) -> float:
     """Run one command as a user would and return its seconds; a failure ends this process with its status."""
-    words = [module, *map(str, options)]
+    command = ["-m", *map(str, words)]
     torchrun = ["torchrun", "--standalone", f"--nproc_per_node={processes}"]
     console.rule(f"[bold]{title}", align="left")
-    console.print(shlex.join([*(torchrun if processes else ["python"]), "-m", *words]), style="dim", highlight=False)
+    console.print(shlex.join([*(torchrun if processes else ["python"]), *command]), style="dim", highlight=False)
     launcher = ["-m", "torch.distributed.run", *torchrun[1:]] if processes else []
     started = time.perf_counter()
-    done = subprocess.run([sys.executable, *launcher, "-m", *words], env={"OMP_NUM_THREADS": "1", **os.environ})
+    done = subprocess.run([sys.executable, *launcher, *command], env={"OMP_NUM_THREADS": "1", **os.environ})
     if done.returncode:
         console.print(f"this command failed with exit status {done.returncode}", style="red")
         sys.exit(done.returncode)
@@ -110,7 +110,8 @@ def report(folder: Path, teacher: Path, students: dict[str, str], caching: float
         f"The ensemble's student took {cached:.1f} s from cached logits, {online:.1f} s with the online teachers; "
         f"caching took {caching:.1f} s, once for all students.\n"
         f"Largest difference of a step's loss between the two: {difference:.2g}.\n"
-        "This size shows that the machine works. It is far too small, and has too few seeds, to show the paper's effect.",
+        "This size shows that the machine works. It is far too small, and has too few seeds, to show that the paper's "
+        "effect holds.",
         highlight=False,
     )
 

@@ -41,9 +41,7 @@ class Progress:
         if self.terminal:
             bar = ("#" * (percent // 5)).ljust(20, ".")
             # Erase to the end of the line: a shorter text must not leave the tail of a longer one.
-            print(
-                f"\r{self.verb:7} [{bar}] {percent:3d} %  {line}\033[K", end="", file=sys.stderr, flush=True
-            )
+            print(f"\r{self.verb:7} [{bar}] {percent:3d} %  {line}\033[K", end="", file=sys.stderr, flush=True)
         else:
             print(f"{self.verb} {percent} %  {line}", file=sys.stderr, flush=True)
 

@@ -176,13 +176,9 @@ def _fashion_mnist(root: Path | None, train: bool) -> ArraySource:
         assert files is not None
     images, labels = read_idx(files[0]), read_idx(files[1])
     if images.ndim != 3 or labels.shape != images.shape[:1]:
-        raise InputError(
-            f"{files[0]}: {images.shape} images do not go with {labels.shape} labels: get it anew"
-        )
+        raise InputError(f"{files[0]}: {images.shape} images do not go with {labels.shape} labels: get it anew")
     if labels.max() >= len(FASHION_MNIST_CLASSES):
-        raise InputError(
-            f"{files[1]}: label {labels.max()} is none of Fashion-MNIST's 10 classes: get it anew"
-        )
+        raise InputError(f"{files[1]}: label {labels.max()} is none of Fashion-MNIST's 10 classes: get it anew")
     return ArraySource(images, labels.astype(np.int64), list(FASHION_MNIST_CLASSES), str(files[0]))
 
 
@@ -261,9 +257,7 @@ def _imagenet(root: Path, train: bool) -> FileSource:
     # An evaluation machine may hold val/ alone; where both are there, they must number the classes alike.
     if len(wnids) == 2 and wnids["train"] != wnids["val"]:
         odd = sorted(set(wnids["train"]) ^ set(wnids["val"]))
-        raise InputError(
-            f"--root {root}: train/ and val/ hold different classes ({len(odd)}, e.g. {odd[0]}); {layout}"
-        )
+        raise InputError(f"--root {root}: train/ and val/ hold different classes ({len(odd)}, e.g. {odd[0]}); {layout}")
     return _file_source({wnid: root / split / wnid for wnid in wnids[split]})
 
 
@@ -305,8 +299,7 @@ def _file_source(folders: dict[str, Path]) -> FileSource:
         images = _images_below(folder)
         if not images:
             raise InputError(
-                f"{folder}: a class without images ({', '.join(IMAGE_SUFFIXES)}): "
-                "add some, or remove the folder"
+                f"{folder}: a class without images ({', '.join(IMAGE_SUFFIXES)}): add some, or remove the folder"
             )
         paths += images
         labels += [label] * len(images)

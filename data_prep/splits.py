@@ -14,8 +14,7 @@ SUBSET_SEED = 20221129
 def _first_of_each_class(labels: NDArray[np.int64], take: NDArray[np.int64], seed: int) -> NDArray[np.int64]:
     """The first `take[c]` positions of each class c in a shuffled order of its own, sorted."""
     chosen = [
-        np.random.RandomState([seed, c]).permutation(np.flatnonzero(labels == c))[: take[c]]
-        for c in range(len(take))
+        np.random.RandomState([seed, c]).permutation(np.flatnonzero(labels == c))[: take[c]] for c in range(len(take))
     ]
     return np.sort(np.concatenate(chosen)).astype(np.int64)
 

@@ -126,9 +126,7 @@ def parse_options(argv: Sequence[str] | None) -> argparse.Namespace:
     require(0 <= options.compress_probability <= 1, "--compress-probability", "give a number from 0 to 1")
     require(options.workers > 0, "--workers", "give a number of processes, 1 or more")
     require(options.out.suffix == ".beton", "--out", "give a name that ends in .beton")
-    require(
-        options.out.parent.is_dir(), "--out", f"no folder {options.out.parent}: mkdir -p {options.out.parent}"
-    )
+    require(options.out.parent.is_dir(), "--out", f"no folder {options.out.parent}: mkdir -p {options.out.parent}")
     require(not options.out.is_dir(), "--out", "is a folder: give the name of a file")
     return options
 
@@ -146,9 +144,7 @@ def write_beton(options: argparse.Namespace) -> dict[str, Any]:
         try:
             new_beton.touch(exist_ok=False)  # refuses a folder that is not ours before hours of reading
         except OSError as error:
-            raise InputError(
-                f"--out {out}: {error.strerror}: choose a folder that you may write to"
-            ) from error
+            raise InputError(f"--out {out}: {error.strerror}: choose a folder that you may write to") from error
         description = _write(options, new_beton)
         try:
             new_json.write_text(json.dumps(description, indent=2) + "\n", encoding="utf-8")
@@ -174,9 +170,7 @@ def _write(options: argparse.Namespace, path: Path) -> dict[str, Any]:
             raise InputError(f"--holdout {options.holdout}: holds out none of {len(source)} images: raise it")
     if options.subset is not None:
         if options.subset > len(indices):
-            raise InputError(
-                f"--subset {options.subset}: split {options.split} has {len(indices)} images only"
-            )
+            raise InputError(f"--subset {options.subset}: split {options.split} has {len(indices)} images only")
         indices = indices[splits.balanced_subset(source.labels[indices], options.subset, num_classes)]
     part = f"{len(indices):,} of {len(source):,} images, classes: {num_classes}"
     print(f"{options.dataset} {options.split}: {part}", file=sys.stderr)
@@ -210,9 +204,7 @@ def _write(options: argparse.Namespace, path: Path) -> dict[str, Any]:
             "max_resolution": options.max_resolution,
             "write_mode": options.write_mode,
             "jpeg_quality": options.jpeg_quality if has_jpegs else None,
-            "compress_probability": (
-                options.compress_probability if options.write_mode == "proportion" else None
-            ),
+            "compress_probability": (options.compress_probability if options.write_mode == "proportion" else None),
             "compress_seed": writer.COMPRESS_SEED if options.write_mode == "proportion" else None,
         },
         "normalization": {"mean": mean, "std": std},
@@ -254,11 +246,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print("interrupted: nothing was written", file=sys.stderr)
         return 130
     (low_h, low_w), (high_h, high_w) = written["image_size"]["min"], written["image_size"]["max"]
-    size = (
-        f"{high_h}x{high_w}"
-        if (low_h, low_w) == (high_h, high_w)
-        else f"{low_h}x{low_w} to {high_h}x{high_w}"
-    )
+    size = f"{high_h}x{high_w}" if (low_h, low_w) == (high_h, high_w) else f"{low_h}x{low_w} to {high_h}x{high_w}"
     print(
         f"wrote {options.out}: {written['count']:,} images, {size}, {written['beton_bytes'] / 1e6:.1f} MB, "
         f"{written['content_hash'][:19]}, {time.monotonic() - start:.1f} s"

@@ -49,9 +49,7 @@ class Encoding:
     compress_probability: float = 0.5
 
 
-def write_images(
-    path: Path, source: Source, indices: NDArray[np.int64], encoding: Encoding, workers: int
-) -> None:
+def write_images(path: Path, source: Source, indices: NDArray[np.int64], encoding: Encoding, workers: int) -> None:
     """Writes `source[i] for i in indices` as fields 'image' and 'label', in this order.
 
     What is stored for a sample depends on the source, its index and the encoding only: with "proportion",
@@ -79,9 +77,7 @@ def write_images(
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, held)
 
-    rgb_field = partial(
-        RGBImageField, max_resolution=encoding.max_resolution, jpeg_quality=encoding.jpeg_quality
-    )
+    rgb_field = partial(RGBImageField, max_resolution=encoding.max_resolution, jpeg_quality=encoding.jpeg_quality)
     raw, jpg = rgb_field(write_mode="raw"), rgb_field(write_mode="jpg")
     probability = {"raw": 0.0, "jpg": 1.0, "proportion": encoding.compress_probability}[encoding.write_mode]
     # Drawn for the whole source, so that an image is stored alike in every split and subset.
@@ -114,9 +110,7 @@ def write_images(
         pointers = _metadata(writer)[0]["data_ptr"].tolist()
         writer.finalize(list(zip(range(len(indices)), pointers, job.sizes, strict=True)))
     except OSError as error:
-        raise InputError(
-            f"--out: {error.strerror} in {path.parent}: free some space, or write elsewhere"
-        ) from error
+        raise InputError(f"--out: {error.strerror} in {path.parent}: free some space, or write elsewhere") from error
     finally:
         shared: Any = getattr(writer, "metadata_sm", None)
         if hasattr(shared, "unlink"):
@@ -175,9 +169,7 @@ def stored_sizes(path: Path) -> dict[str, list[int]]:
 
     reader = Reader(str(path))
     images = reader.metadata[reader.metadata_type.names[0]]
-    return {
-        bound.__name__: [int(bound(images["height"])), int(bound(images["width"]))] for bound in (min, max)
-    }
+    return {bound.__name__: [int(bound(images["height"])), int(bound(images["width"]))] for bound in (min, max)}
 
 
 def _page_size(source: Source, max_resolution: int | None) -> int:
@@ -301,9 +293,7 @@ def _store(job: _Job, position: int, metadata: NDArray) -> int:
         image, label = job.source[index]
     except Exception as error:  # PIL raises OSError, SyntaxError, struct.error, ...
         reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
-        raise InputError(
-            f"{job.source.name(index)}: unreadable image ({reason}): repair or remove it"
-        ) from error
+        raise InputError(f"{job.source.name(index)}: unreadable image ({reason}): repair or remove it") from error
     height, width = image.shape[:2]
 
     def allocate(size: int) -> tuple[int, NDArray[np.uint8]]:

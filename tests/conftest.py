@@ -1,4 +1,4 @@
-"""Real data, real commands: small .beton files of Fashion-MNIST and of photographs, and ways to run and kill a command."""
+"""Real data, real commands: small .beton files of Fashion-MNIST and of photographs; running and killing commands."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from pathlib import Path
 # One thread a process, also for the tests in this one: more than there are cores wait for each other spinning.
 os.environ["OMP_NUM_THREADS"] = "1"
 
-import numpy as np  # noqa: E402
-import psutil  # noqa: E402
-import pytest  # noqa: E402
-from PIL import Image  # noqa: E402
+import numpy as np
+import psutil
+import pytest
+from PIL import Image
 
 ROOT = Path(__file__).resolve().parent.parent
 ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT)}
@@ -56,8 +56,8 @@ def kill_tree(process: subprocess.Popen) -> None:
 
 
 def kill_and_repeat(command: list[str], progress: Callable[[], int], kills: list[int], seed: int = 0) -> None:
-    """Start `command`, SIGKILL all its processes a random moment after `progress()` first reaches each value of `kills`,
-    start it again, and let it end."""
+    """Start `command`, SIGKILL all its processes a random moment after `progress()` first reaches each value of
+    `kills`, start it again, and let it end."""
     moment = random.Random(seed)
     for target in kills:
         process = subprocess.Popen(

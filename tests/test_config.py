@@ -25,13 +25,17 @@ def refusal(*arguments, cls=DistillConfig):
 def test_defaults_give_way_to_yaml_and_yaml_to_the_command_line(tmp_path):
     path = tmp_path / "x.yaml"
     path.write_text(yaml.safe_dump({"epochs": 5, "optim": {"lr": 0.3, "gamma": 0.2}, "teacher": {"store": "S"}}))
-    config = load_config(DistillConfig, [*NEEDED, "--config", str(path), "--optim.lr", "0.7", "--teacher.checkpoints", "[4,8]"])
+    config = load_config(
+        DistillConfig, [*NEEDED, "--config", str(path), "--optim.lr", "0.7", "--teacher.checkpoints", "[4,8]"]
+    )
     assert (config.epochs, config.optim.lr, config.optim.gamma, config.optim.momentum) == (5, 0.7, 0.2, 0.9)
     assert (config.teacher.store, config.teacher.checkpoints) == ("S", [4, 8])
 
 
 def test_the_saved_configuration_gives_the_same_one_again(tmp_path):
-    config = load_config(DistillConfig, [*NEEDED, "--teacher.run", "T", "--optim.clip_grad_norm", "1", "--data.flip", "false"])
+    config = load_config(
+        DistillConfig, [*NEEDED, "--teacher.run", "T", "--optim.clip_grad_norm", "1", "--data.flip", "false"]
+    )
     path = tmp_path / "saved.yaml"
     path.write_text(yaml.safe_dump(to_dict(config)))
     assert load_config(DistillConfig, ["--config", str(path)]) == config

@@ -25,9 +25,7 @@ from data_prep.progress import Progress
 
 REPOSITORY = Path(__file__).parent.parent
 DEBIAN = Path("/usr/share/datasets/fashion-mnist")
-needs_fashion_mnist = pytest.mark.skipif(
-    not DEBIAN.is_dir(), reason="needs Debian's package dataset-fashion-mnist"
-)
+needs_fashion_mnist = pytest.mark.skipif(not DEBIAN.is_dir(), reason="needs Debian's package dataset-fashion-mnist")
 
 
 def write(*argv: object) -> SimpleNamespace:
@@ -95,9 +93,7 @@ def idx_images(kind: str) -> tuple[np.ndarray, np.ndarray]:
     """Fashion-MNIST by hand: uint8 [N, 28, 28] and labels [N]."""
     images = gzip.decompress((DEBIAN / f"{kind}-images-idx3-ubyte.gz").read_bytes())
     labels = gzip.decompress((DEBIAN / f"{kind}-labels-idx1-ubyte.gz").read_bytes())
-    return np.frombuffer(images, np.uint8, offset=16).reshape(-1, 28, 28), np.frombuffer(
-        labels, np.uint8, offset=8
-    )
+    return np.frombuffer(images, np.uint8, offset=16).reshape(-1, 28, 28), np.frombuffer(labels, np.uint8, offset=8)
 
 
 # --- Contents -----------------------------------------------------------------------------------------
@@ -172,9 +168,7 @@ def test_fashion_mnist_under_a_root_is_read_from_there(tmp_path):
     images = photo(3 * 28, 28, seed=1)[..., 0].reshape(3, 28, 28)
     head = b"\0\0\x08\x03" + np.array([3, 28, 28], ">u4").tobytes()
     (root / "t10k-images-idx3-ubyte").write_bytes(head + images.tobytes())
-    (root / "t10k-labels-idx1-ubyte.gz").write_bytes(
-        gzip.compress(b"\0\0\x08\x01\0\0\0\x03" + bytes([5, 0, 9]))
-    )
+    (root / "t10k-labels-idx1-ubyte.gz").write_bytes(gzip.compress(b"\0\0\x08\x01\0\0\0\x03" + bytes([5, 0, 9])))
     argv = ["--dataset", "fashion_mnist", "--root", root, "--split", "test", "--out", tmp_path / "x.beton"]
     assert write(*argv).status == 0
     stored = read(tmp_path / "x.beton")
@@ -473,9 +467,7 @@ def test_content_hash_changes_with_a_pixel_a_label_and_the_quality(tmp_path):
 def assert_refused(result: SimpleNamespace, start: str, *also: str) -> None:
     """Status 2 and one line of error that begins so; nothing on stdout, no traceback."""
     assert result.status == 2, result
-    lines = [
-        line for line in result.err.splitlines() if ", classes: " not in line
-    ]  # what it set out to write
+    lines = [line for line in result.err.splitlines() if ", classes: " not in line]  # what it set out to write
     assert len(lines) == 1 and lines[0].startswith(start), result.err
     for text in also:
         assert text in lines[0]
@@ -499,9 +491,7 @@ def assert_refused(result: SimpleNamespace, start: str, *also: str) -> None:
         ("--root", "nowhere", "no such folder"),
     ],
 )
-def test_a_bad_option_is_one_line_that_names_it_and_the_mend(
-    tmp_path, photos, monkeypatch, option, value, mend
-):
+def test_a_bad_option_is_one_line_that_names_it_and_the_mend(tmp_path, photos, monkeypatch, option, value, mend):
     monkeypatch.chdir(tmp_path)
     argv = {"--dataset": "imagefolder", "--root": str(photos), "--split": "holdout", "--out": "x.beton"}
     argv[option] = value
@@ -754,9 +744,7 @@ def test_help_shows_examples_without_importing_torch():
     )
     done = subprocess.run([sys.executable, "-c", script], cwd=REPOSITORY, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    examples = [
-        line for line in done.stdout.splitlines() if line.startswith("  python -m data_prep.write_beton --")
-    ]
+    examples = [line for line in done.stdout.splitlines() if line.startswith("  python -m data_prep.write_beton --")]
     assert len(examples) >= 6
     for example in examples:
         write_beton_options = example.split()[3:]

@@ -44,7 +44,11 @@ def store(tmp_path_factory, fashion, teacher):
 
 def test_cached_and_online_teachers_give_the_same_student(fashion, teacher, store, tmp_path):
     cached, online = tmp_path / "cached", tmp_path / "online"
-    run("ckd_dist.distill", *options(fashion, cached, "--teacher.store", store, "--teacher.checkpoints", "[1,3]"), nproc=2)
+    run(
+        "ckd_dist.distill",
+        *options(fashion, cached, "--teacher.store", store, "--teacher.checkpoints", "[1,3]"),
+        nproc=2,
+    )
     more = ["--teacher.run", teacher, "--teacher.checkpoints", "[1,3]", "--data.views", VIEWS]
     run("ckd_dist.distill", *options(fashion, online, *more), nproc=2)
     a, b = metrics(cached), metrics(online)
@@ -98,15 +102,31 @@ def test_options_that_contradict_the_store_are_refused(fashion, store, tmp_path,
 
 def test_an_online_teacher_of_another_resolution_is_refused(fashion, teacher, tmp_path):
     with pytest.raises(UserError, match=r"teacher\.run: .* image_size 28, the student gets 40: cache"):
-        here(distill, DistillConfig, *options(fashion, tmp_path / "run", "--teacher.run", teacher, "--data.image_size", 40))
+        here(
+            distill,
+            DistillConfig,
+            *options(fashion, tmp_path / "run", "--teacher.run", teacher, "--data.image_size", 40),
+        )
 
 
 def test_photographs_of_different_sizes_work_from_teacher_to_student(photographs, tmp_path):
     data = ["--data.train", photographs, "--data.val", photographs, "--data.batch_size", 16]
     common = [*data, "--epochs", 2, "--optim.lr", 0.02, "--amp", "off"]
     run_dir, store, student = tmp_path / "teacher", tmp_path / "store", tmp_path / "student"
-    here(train_teacher, TrainTeacherConfig, *common, "--data.image_size", 64, "--model.name", "resnet18", "--run_dir", run_dir)
-    here(cache_logits, CacheConfig, "--data.train", photographs, "--teacher.run", run_dir, "--store", store, "--views", 2)
+    here(
+        train_teacher,
+        TrainTeacherConfig,
+        *common,
+        "--data.image_size",
+        64,
+        "--model.name",
+        "resnet18",
+        "--run_dir",
+        run_dir,
+    )
+    here(
+        cache_logits, CacheConfig, "--data.train", photographs, "--teacher.run", run_dir, "--store", store, "--views", 2
+    )
     # The student trains at 48 px from what the teacher said of the same crops at 64 px.
     more = ["--teacher.store", store, "--teacher.checkpoints", "[1,2]", "--data.image_size", 48, "--run_dir", student]
     here(distill, DistillConfig, *common, "--model.name", "mobilenet_v2", *more)

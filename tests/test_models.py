@@ -15,8 +15,8 @@ from ckd_dist.models import build_model, load_weights
 @pytest.mark.parametrize(
     ("name", "published"),
     [
-        # Tian, Krishnan, Isola, "Contrastive Representation Distillation" (arXiv 1910.10699), the networks at 100 classes
-        # that the paper's code shares, in millions.
+        # In millions at 100 classes; the networks are those of Tian, Krishnan, Isola, "Contrastive Representation
+        # Distillation" (arXiv 1910.10699), which the paper's code shares.
         ("resnet20", 0.28),
         ("resnet32", 0.47),
         ("resnet56", 0.86),
@@ -65,7 +65,9 @@ def test_initial_weights_come_from_a_state_dict_or_a_checkpoint(tmp_path):
     for name in ("plain.pt", "own.pt"):
         model = build_model("resnet8", 10)
         load_weights(model, str(tmp_path / name))
-        assert all(torch.equal(a, b) for a, b in zip(source.state_dict().values(), model.state_dict().values(), strict=True))
+        assert all(
+            torch.equal(a, b) for a, b in zip(source.state_dict().values(), model.state_dict().values(), strict=True)
+        )
 
 
 def test_weights_that_do_not_fit_are_refused(tmp_path):

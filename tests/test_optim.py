@@ -14,7 +14,10 @@ from ckd_dist.optim import build_optimizer, learning_rate, parameter_groups
 
 def rates(epochs=10, steps_per_epoch=10, **options):
     config = OptimConfig(lr=1.0, **options)
-    return [learning_rate(s, config, steps_per_epoch=steps_per_epoch, epochs=epochs) for s in range(epochs * steps_per_epoch)]
+    return [
+        learning_rate(s, config, steps_per_epoch=steps_per_epoch, epochs=epochs)
+        for s in range(epochs * steps_per_epoch)
+    ]
 
 
 def test_cosine_falls_from_the_peak_to_zero():

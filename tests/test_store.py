@@ -61,14 +61,13 @@ def test_the_store_is_complete_and_any_tool_reads_it(store):
     for path in shards:
         sidecar = json.loads(path.with_suffix(".json").read_text())
         assert sidecar["sha256"] == hashlib.sha256(path.read_bytes()).hexdigest()
-        assert path.parts[-3:] == (
-            sidecar["checkpoint"], f"view_{sidecar['view']:04d}", f"samples_{sidecar['first']:08d}-{sidecar['last']:08d}.npy",
-        )  # fmt: skip
+        samples = f"samples_{sidecar['first']:08d}-{sidecar['last']:08d}.npy"
+        assert path.parts[-3:] == (sidecar["checkpoint"], f"view_{sidecar['view']:04d}", samples)
 
 
 def test_records_are_the_teachers_answers_to_the_students_images(store, fashion, teacher):
     info = data.read_info(fashion["train"], "")
-    model, metadata = models.load_model(teacher / "checkpoints" / "epoch_0002.pt", "")
+    model, _ = models.load_model(teacher / "checkpoints" / "epoch_0002.pt", "")
     recipe = data.train_recipe(load_config(CacheConfig, options(fashion, teacher, store)).data, info)
     ids = np.random.default_rng(0).permutation(info.count)[:333]
     from ckd_dist.config import LoaderConfig
@@ -194,7 +193,9 @@ def test_a_full_disk_ends_with_one_line_and_the_next_run_completes(store, fashio
     command = command_line("ckd_dist.cache_logits", *options(fashion, teacher, path, "--data.batch_size", 64))
     # A limit on the size of files stands in for a full disk: writes fail in the same way, for any user.
     limited = ["bash", "-c", "trap '' XFSZ; ulimit -f 4; exec \"$@\"", "bash", *command]
-    done = subprocess.run(limited, env={**ENVIRONMENT, "NUMBA_CACHE_DIR": ""}, cwd=ROOT, capture_output=True, text=True, timeout=200)
+    done = subprocess.run(
+        limited, env={**ENVIRONMENT, "NUMBA_CACHE_DIR": ""}, cwd=ROOT, capture_output=True, text=True, timeout=200
+    )
     assert done.returncode == 2 and done.stderr.startswith("error: rank 0: File too large"), done.stderr[-2000:]
     assert done.stderr.count("\n") == 1
     assert not list(path.glob("epoch_*/view_*/samples*.npy"))

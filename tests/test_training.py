@@ -44,7 +44,14 @@ def test_a_run_leaves_its_record(teacher):
     names = sorted(path.name for path in (teacher / "checkpoints").iterdir())
     assert names == ["epoch_0001.pt", "epoch_0002.pt", "epoch_0003.pt", "last.pt"]
     summary = json.loads((teacher / "summary.json").read_text())
-    assert {"top1", "top5", "train_seconds", "images_per_s", "peak_memory_bytes", "data_wait_fraction"} <= summary.keys()
+    assert {
+        "top1",
+        "top5",
+        "train_seconds",
+        "images_per_s",
+        "peak_memory_bytes",
+        "data_wait_fraction",
+    } <= summary.keys()
     assert summary["top1"] == metrics(teacher, "val")[-1]["top1"] > 50  # five times chance
     env = json.loads((teacher / "env.json").read_text())
     assert env["world_size"] == 2 and env["versions"]["torch"] and "ckd_dist.train_teacher" in " ".join(env["command"])
@@ -133,7 +140,16 @@ def test_a_rank_that_dies_takes_the_others_down(fashion, tmp_path):
     [
         ["--amp", "float16", "--optim.clip_grad_norm", "1"],
         ["--amp", "off", "--optim.name", "adamw", "--optim.lr", "0.002", "--optim.decay_norm_and_bias", "false"],
-        ["--optim.schedule", "linear", "--optim.warmup_epochs", "0.5", "--label_smoothing", "0.1", "--tensorboard", "true"],
+        [
+            "--optim.schedule",
+            "linear",
+            "--optim.warmup_epochs",
+            "0.5",
+            "--label_smoothing",
+            "0.1",
+            "--tensorboard",
+            "true",
+        ],
     ],
     ids=["float16", "adamw", "smoothing"],
 )

@@ -26,9 +26,7 @@ PAD = ViewRecipe(kind="pad_crop")
 def loader(path, recipe, size, *, batch_size=32, seed=0, **options):
     info = data.read_info(path, "data.train")
     config = LoaderConfig(**options)
-    return data.BetonLoader(
-        info, config, recipe, batch_size=batch_size, image_size=size, device=CPU, view_seed=seed
-    )
+    return data.BetonLoader(info, config, recipe, batch_size=batch_size, image_size=size, device=CPU, view_seed=seed)
 
 
 def digests(beton_loader, ids, view_id):
@@ -90,7 +88,12 @@ def test_random_resized_crop_draws_as_torchvision_does():
 
     def figures(boxes):
         top, left, h, w = boxes.T.astype(float)
-        shares = (h * w / (height * width), np.log(w / h), top / np.maximum(height - h, 1), left / np.maximum(width - w, 1))
+        shares = (
+            h * w / (height * width),
+            np.log(w / h),
+            top / np.maximum(height - h, 1),
+            left / np.maximum(width - w, 1),
+        )
         return np.array([np.quantile(share, [0.05, 0.25, 0.5, 0.75, 0.95]) for share in shares])
 
     # The standard error of a quantile of 20,000 draws is at most 0.006 here, and of their difference 0.008.
@@ -167,5 +170,7 @@ def test_ranks_share_every_global_batch(world, monkeypatch):
         share = data.rank_share(batch_size)
         assert share.stop - share.start in (batch_size // world, -(-batch_size // world))
         parts.append(data.train_ids(count, batch_size, 5, 2).reshape(10, -1))
-        np.testing.assert_array_equal(data.train_ids(count, batch_size, 5, 2, first_step=4).reshape(6, -1), parts[-1][4:])
+        np.testing.assert_array_equal(
+            data.train_ids(count, batch_size, 5, 2, first_step=4).reshape(6, -1), parts[-1][4:]
+        )
     np.testing.assert_array_equal(np.concatenate(parts, axis=1), data.shuffled_ids(count, 5, 2)[:100].reshape(10, 10))

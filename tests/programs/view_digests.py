@@ -1,4 +1,4 @@
-"""Write the sha256 of every decoded image of a file, sample by sample, as one rank of many: BETON SIZE VIEW OUT_FOLDER."""
+"""Write the sha256 of every decoded image of a file, as one rank of many: BETON SIZE VIEW OUT_FOLDER."""
 
 import json
 import sys
