@@ -65,16 +65,18 @@ def write_images(path: Path, source: Source, indices: NDArray[np.int64], encodin
     Raises:
         InputError: an image that cannot be read or stored, a full disk, a killed worker. No worker runs on.
     """
-    # Meanwhile numba compiles, and its callbacks would swallow a KeyboardInterrupt: signals wait for the end.
+    import numba.typed
+
+    # Numba's callbacks would swallow a KeyboardInterrupt while it compiles: signals wait for the end.
     held = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM, signal.SIGHUP})
+    # FFCV keeps two constants in a numba dictionary, seconds of compilation at every import: a plain one does.
+    numba_dict, numba.typed.Dict = numba.typed.Dict, dict
     try:
         from ffcv.fields import IntField, RGBImageField
-        from ffcv.fields.rgb_image import IMAGE_MODES
         from ffcv.memory_allocator import MemoryAllocator
         from ffcv.writer import DatasetWriter
-
-        dict(IMAGE_MODES)  # a numba dictionary: its look-up is compiled here once, not in every worker
     finally:
+        numba.typed.Dict = numba_dict
         signal.pthread_sigmask(signal.SIG_SETMASK, held)
 
     rgb_field = partial(RGBImageField, max_resolution=encoding.max_resolution, jpeg_quality=encoding.jpeg_quality)
