@@ -35,6 +35,11 @@ def require(condition: bool, message: str) -> None:
         raise UserError(message)
 
 
+def require_seed(seed: int, option: str) -> None:
+    """Raise `UserError` for a seed that the generators cannot take."""
+    require(0 <= seed < 2**31, f"{option} is {seed}: give 0 to {2**31 - 1}")
+
+
 # ------------------------------------------------------------------------------------------- sections
 
 
@@ -95,10 +100,8 @@ class TrainDataConfig(ViewDataConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         require(self.views is None or self.views >= 1, f"data.views is {self.views}: give 1 or more")
-        require(
-            self.view_seed is None or self.view_seed >= 0,
-            f"data.view_seed is {self.view_seed}: give 0 or more",
-        )
+        if self.view_seed is not None:
+            require_seed(self.view_seed, "data.view_seed")
 
 
 @dataclass(kw_only=True)
@@ -244,7 +247,7 @@ class TrainConfig:
     def __post_init__(self) -> None:
         require(self.epochs >= 1, f"epochs is {self.epochs}: give 1 or more")
         require(0 <= self.label_smoothing < 1, f"label_smoothing is {self.label_smoothing}: give [0, 1)")
-        require(self.seed >= 0, f"seed is {self.seed}: give 0 or more")
+        require_seed(self.seed, "seed")
         require(self.save_every is None or self.save_every >= 1, f"save_every is {self.save_every}: give 1 or more")
         require(self.save_last_every >= 1, f"save_last_every is {self.save_last_every}: give 1 or more")
         require(self.log_every >= 1, f"log_every is {self.log_every}: give 1 or more")
@@ -282,7 +285,7 @@ class CacheConfig:
 
     def __post_init__(self) -> None:
         require(self.views >= 1, f"views is {self.views}: give 1 or more")
-        require(self.seed >= 0, f"seed is {self.seed}: give 0 or more")
+        require_seed(self.seed, "seed")
         require(self.shard_size >= 1, f"shard_size is {self.shard_size}: give 1 or more")
 
 

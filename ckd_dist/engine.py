@@ -131,7 +131,7 @@ class Learner:
         rate = learning_rate(step, config.optim, steps_per_epoch=self.steps_per_epoch, epochs=config.epochs)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
-        torch.manual_seed((config.seed << 40) + (step << 12) + dist.rank())  # dropout, the same after a resume
+        torch.manual_seed(hash((config.seed, step, dist.rank())) % 2**63)  # dropout, the same after a resume
         with autocast(self.device, config.amp):
             logits = self._forward(batch.images)
         logits = logits.float()
