@@ -29,7 +29,7 @@ bench: setup  ## set up, then measure the speed of this machine
 lint: setup  ## set up, then ruff check, ruff format --check and mypy
 	@.venv/bin/python -m ruff check .
 	.venv/bin/python -m ruff format --check .
-	.venv/bin/python -m mypy $(wildcard ckd_dist data_prep launch)
+	.venv/bin/python -m mypy
 
 clean:  ## remove caches and build output; .venv, runs and data stay
 	@rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .coverage htmlcov
