@@ -275,11 +275,11 @@ def fit(
     batch_size, steps_per_epoch = config.data.batch_size, learners[0].steps_per_epoch
     start = min(learner.step for learner in learners)
     clock = _Clock(loader)
+    note = ""
     with ProgressDisplay(config.epochs * steps_per_epoch * batch_size, done=start * batch_size) as progress:
         for epoch in range(start // steps_per_epoch, config.epochs):
             first = max(start, epoch * steps_per_epoch)
             ids = train_ids(loader.info.count, batch_size, config.seed, epoch, first - epoch * steps_per_epoch)
-            note = ""
             clock.restart()
             for done, batch in enumerate(loader.batches(ids, view_of_epoch(epoch), rows), start=first + 1):
                 if teacher is not None:

@@ -159,7 +159,7 @@ class ProgressDisplay:
                 TimeRemainingColumn(),
                 console=_console,
             )
-            self._task = self._bar.add_task("", total=total, completed=done, note="")
+            self._task = self._bar.add_task("starting", total=total, completed=done, note="")
             self._bar.start()
 
     def update(self, done: int, description: str, note: str = "") -> None:
