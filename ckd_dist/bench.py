@@ -53,7 +53,7 @@ def measure_epochs(folder: Path, device) -> list[dict]:
     from functools import partial
 
     from ckd_dist import data, engine, losses, models
-    from ckd_dist.config import DistillConfig, load_config, to_dict
+    from ckd_dist.config import DistillConfig, KDConfig, load_config, to_dict
     from ckd_dist.log import RunFolder
     from ckd_dist.store.reader import StoreReader
 
@@ -67,7 +67,7 @@ def measure_epochs(folder: Path, device) -> list[dict]:
         return {"loss": losses.cross_entropy(logits, batch.labels)}
 
     def distillation(logits, batch):
-        return losses.distillation(logits, batch.teacher_logits, batch.labels, alpha=0.5, temperature=4.0)
+        return losses.distillation(logits, batch.teacher_logits, batch.labels, KDConfig())
 
     def make_epoch(name: str, loss, rows, online):
         run_dir = folder / "scratch" / name

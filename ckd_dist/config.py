@@ -165,16 +165,22 @@ class OptimConfig:
 
 @dataclass(kw_only=True)
 class KDConfig:
-    """The distillation loss: alpha * CE(label) + (1 - alpha) * T^2 * KL(teacher/T || student/T)."""
+    """The distillation loss: alpha * CE(label) + (1 - alpha) * loss(student, teacher)."""
 
+    loss: Literal["kd", "soft_target", "mse", "dkd", "dist", "standardized"] = "kd"
+    """kd: T^2 * KL(teacher/T || student/T), the paper's; soft_target: the cross entropy of the same; mse: of the
+    logits; dkd: decoupled; dist: correlations; standardized: kd of standardised logits."""
     alpha: float = 0.5
     """Weight of the label's cross entropy."""
     temperature: float = 5.0
-    """Temperature T of both softmaxes."""
+    """Temperature T of both softmaxes; mse has none."""
+    beta: float = 8.0
+    """dkd: weight of the classes other than the label's."""
 
     def __post_init__(self) -> None:
         require(0 <= self.alpha <= 1, f"kd.alpha is {self.alpha}: give a number from 0 to 1")
         require(self.temperature > 0, f"kd.temperature is {self.temperature}: give a positive number")
+        require(self.beta >= 0, f"kd.beta is {self.beta}: give 0 or more")
 
 
 @dataclass(kw_only=True)

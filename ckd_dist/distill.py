@@ -22,14 +22,7 @@ def main(config: DistillConfig) -> None:
         return {"loss": losses.cross_entropy(logits, batch.labels, config.label_smoothing)}
 
     def distillation_loss(logits, batch):
-        values = losses.distillation(
-            logits,
-            batch.teacher_logits,
-            batch.labels,
-            alpha=config.kd.alpha,
-            temperature=config.kd.temperature,
-            label_smoothing=config.label_smoothing,
-        )
+        values = losses.distillation(logits, batch.teacher_logits, batch.labels, config.kd, config.label_smoothing)
         answers = batch.teacher_logits.argmax(dim=1)
         values["teacher_top1"] = 100.0 * (answers == batch.labels)
         values["agreement"] = 100.0 * (answers == logits.argmax(dim=1))

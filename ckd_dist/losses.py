@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
+from ckd_dist.config import KDConfig
+
 
 def cross_entropy(logits: torch.Tensor, labels: torch.Tensor, label_smoothing: float = 0.0) -> torch.Tensor:
     """Cross entropy with the label, in nats: logits float [n, classes], labels int64 [n] -> [n]."""
@@ -22,24 +24,99 @@ def soft_target_divergence(student: torch.Tensor, teacher: torch.Tensor, tempera
     return temperature**2 * F.kl_div(log_student, log_teacher, reduction="none", log_target=True).sum(dim=1)
 
 
-def distillation(
-    student: torch.Tensor,
-    teacher: torch.Tensor,
-    labels: torch.Tensor,
-    *,
-    alpha: float,
-    temperature: float,
-    label_smoothing: float = 0.0,
-) -> dict[str, torch.Tensor]:
-    """The paper's loss, alpha * CE(label) + (1 - alpha) * T^2 * KL(teacher/T || student/T), as [n] under `loss`, and
-    its parts under `ce` and `kd`.
+def soft_target_cross_entropy(student: torch.Tensor, teacher: torch.Tensor, temperature: float) -> torch.Tensor:
+    """T^2 * cross entropy of softmax(student / T) under softmax(teacher / T), in nats: logits float [n, classes] twice
+    -> [n]. It differs from `soft_target_divergence` by the teacher's entropy, which has no gradient."""
+    log_student = F.log_softmax(student / temperature, dim=1)
+    return -(temperature**2) * (F.softmax(teacher / temperature, dim=1) * log_student).sum(dim=1)
 
-    Wang et al., "Efficient Knowledge Distillation from Model Checkpoints" (arXiv 2210.06458), as its published code
-    computes it: alpha weighs the label.
+
+def logit_mse(student: torch.Tensor, teacher: torch.Tensor) -> torch.Tensor:
+    """Squared difference of the logits, the mean over classes: float [n, classes] twice -> [n].
+
+    Ba and Caruana, "Do Deep Nets Really Need to be Deep?" (arXiv 1312.6184), without its factor 1/2; Kim et al.
+    (arXiv 2105.08919) compare it with the divergence.
     """
+    return (student - teacher).square().mean(dim=1)
+
+
+def decoupled(
+    student: torch.Tensor, teacher: torch.Tensor, labels: torch.Tensor, temperature: float, beta: float
+) -> torch.Tensor:
+    """DKD: T^2 * (TCKD + beta * NCKD), in nats: logits float [n, classes] twice, labels int64 [n] -> [n].
+
+    TCKD compares how much either gives to the label, NCKD how either shares the rest among the other classes. Zhao et
+    al., "Decoupled Knowledge Distillation" (arXiv 2203.08679), with its alpha = 1.
+    """
+    target = F.one_hot(labels, student.shape[1]).bool()
+    log_probabilities = [F.log_softmax(logits / temperature, dim=1) for logits in (student, teacher)]
+    # [n, 2]: log probability of the label, and of all others together.
+    binary = [
+        torch.stack([log_p[target], log_p.masked_fill(target, -torch.inf).logsumexp(dim=1)], dim=1)
+        for log_p in log_probabilities
+    ]
+    # [n, classes - 1]: how the others share what is left.
+    rest = [F.log_softmax(logits[~target].view(len(logits), -1) / temperature, dim=1) for logits in (student, teacher)]
+    tckd, nckd = (
+        F.kl_div(ours, theirs, reduction="none", log_target=True).sum(dim=1) for ours, theirs in (binary, rest)
+    )
+    return temperature**2 * (tckd + beta * nckd)
+
+
+def correlation(student: torch.Tensor, teacher: torch.Tensor, temperature: float) -> torch.Tensor:
+    """DIST: T^2 * ((1 - correlation over classes) + (1 - mean correlation over the batch)): logits float [n, classes]
+    twice -> [n].
+
+    Correlations are Pearson's, of the softmaxes at T; the second term relates the samples of this call, so it is the
+    same for all of them and, under DDP, of this rank's part of the batch. Huang et al., "Knowledge Distillation from A
+    Stronger Teacher" (arXiv 2205.10536), with its beta = gamma.
+    """
+    ours, theirs = (F.softmax(logits / temperature, dim=1) for logits in (student, teacher))
+
+    def one_minus_pearson(dim: int) -> torch.Tensor:
+        centred = (ours - ours.mean(dim=dim, keepdim=True), theirs - theirs.mean(dim=dim, keepdim=True))
+        return 1 - F.cosine_similarity(*centred, dim=dim, eps=1e-8)
+
+    return temperature**2 * (one_minus_pearson(1) + one_minus_pearson(0).mean())
+
+
+def standardized_divergence(student: torch.Tensor, teacher: torch.Tensor, temperature: float) -> torch.Tensor:
+    """T^2 * KL of the softmaxes of logits standardised over classes (mean 0, deviation 1) and divided by T, in nats:
+    logits float [n, classes] twice -> [n].
+
+    Sun et al., "Logit Standardization in Knowledge Distillation" (arXiv 2403.01427).
+    """
+
+    def standardize(logits: torch.Tensor) -> torch.Tensor:
+        return (logits - logits.mean(dim=1, keepdim=True)) / (logits.std(dim=1, keepdim=True) + 1e-7)
+
+    return soft_target_divergence(standardize(student), standardize(teacher), temperature)
+
+
+def distillation(
+    student: torch.Tensor, teacher: torch.Tensor, labels: torch.Tensor, config: KDConfig, label_smoothing: float = 0.0
+) -> dict[str, torch.Tensor]:
+    """alpha * CE(label) + (1 - alpha) * the loss that `config.loss` names, as [n] under `loss`, and its parts under
+    `ce` and `kd`; student and teacher are logits float [n, classes], labels int64 [n].
+
+    With `config.loss` kd it is the paper's loss: Wang et al., "Efficient Knowledge Distillation from Model Checkpoints"
+    (arXiv 2210.06458), as its published code computes it: alpha weighs the label.
+    """
+    temperature = config.temperature
+    if config.loss == "kd":
+        kd = soft_target_divergence(student, teacher, temperature)
+    elif config.loss == "soft_target":
+        kd = soft_target_cross_entropy(student, teacher, temperature)
+    elif config.loss == "mse":
+        kd = logit_mse(student, teacher)
+    elif config.loss == "dkd":
+        kd = decoupled(student, teacher, labels, temperature, config.beta)
+    elif config.loss == "dist":
+        kd = correlation(student, teacher, temperature)
+    else:
+        kd = standardized_divergence(student, teacher, temperature)
     ce = cross_entropy(student, labels, label_smoothing)
-    kd = soft_target_divergence(student, teacher, temperature)
-    return {"loss": alpha * ce + (1 - alpha) * kd, "ce": ce, "kd": kd}
+    return {"loss": config.alpha * ce + (1 - config.alpha) * kd, "ce": ce, "kd": kd}
 
 
 def ensemble_logits(members: list[torch.Tensor]) -> torch.Tensor:

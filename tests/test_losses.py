@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 
 from ckd_dist import losses
+from ckd_dist.config import KDConfig
 
 
 @pytest.fixture
@@ -24,7 +26,7 @@ def test_distillation_is_the_papers_loss(case, alpha, temperature):
     )
     expected = alpha * F.cross_entropy(student, labels) + (1 - alpha) * temperature**2 * divergence
     (expected_gradient,) = torch.autograd.grad(expected, student)
-    found = losses.distillation(student, teacher, labels, alpha=alpha, temperature=temperature)
+    found = losses.distillation(student, teacher, labels, KDConfig(alpha=alpha, temperature=temperature))
     (gradient,) = torch.autograd.grad(found["loss"].mean(), student)
     torch.testing.assert_close(found["loss"].mean(), expected)
     torch.testing.assert_close(gradient, expected_gradient)
@@ -33,7 +35,7 @@ def test_distillation_is_the_papers_loss(case, alpha, temperature):
 
 def test_alpha_weighs_the_label_and_the_gradient_keeps_its_size_over_temperature(case):
     student, teacher, labels = case
-    only_label = losses.distillation(student, teacher, labels, alpha=1.0, temperature=4.0)["loss"]
+    only_label = losses.distillation(student, teacher, labels, KDConfig(alpha=1.0, temperature=4.0))["loss"]
     torch.testing.assert_close(only_label, F.cross_entropy(student, labels, reduction="none"))
     # T^2 * dKL/dz = T * (softmax(z / T) - softmax(t / T)), which tends to (z - t - mean) / classes for large T.
     loss = losses.soft_target_divergence(student, teacher, 1e4).sum()
@@ -52,3 +54,61 @@ def test_an_ensemble_is_the_mean_of_logits():
     members = [torch.randn(5, 7).half() for _ in range(3)]
     torch.testing.assert_close(losses.ensemble_logits(members), torch.stack(members).float().mean(0))
     assert losses.ensemble_logits(members).dtype == torch.float32
+
+
+def softmax(logits):
+    exponentials = np.exp(logits - logits.max())
+    return exponentials / exponentials.sum()
+
+
+def by_definition(kind, students, teachers, labels, temperature, beta):
+    """Every loss once more, sample by sample, in plain numpy."""
+    values = []
+    ours, theirs = (np.array([softmax(row / temperature) for row in logits]) for logits in (students, teachers))
+    within = [np.corrcoef(a, b)[0, 1] for a, b in zip(ours, theirs, strict=True)]
+    between = np.mean([np.corrcoef(a, b)[0, 1] for a, b in zip(ours.T, theirs.T, strict=True)])
+    for i, (s, t, label) in enumerate(zip(students, teachers, labels, strict=True)):
+        p, q, others = ours[i], theirs[i], np.arange(len(s)) != label
+        if kind == "soft_target":
+            value = -(temperature**2) * sum(q[c] * np.log(p[c]) for c in range(len(s)))
+        elif kind == "mse":
+            value = np.mean((s - t) ** 2)
+        elif kind == "dkd":
+            target = q[label] * np.log(q[label] / p[label]) + q[others].sum() * np.log(
+                q[others].sum() / p[others].sum()
+            )
+            p_rest, q_rest = p[others] / p[others].sum(), q[others] / q[others].sum()
+            value = temperature**2 * (target + beta * np.sum(q_rest * np.log(q_rest / p_rest)))
+        elif kind == "dist":
+            value = temperature**2 * ((1 - within[i]) + (1 - between))
+        else:
+            p, q = (softmax((z - z.mean()) / z.std(ddof=1) / temperature) for z in (s, t))
+            value = temperature**2 * np.sum(q * np.log(q / p))
+        values.append(value)
+    return np.array(values)
+
+
+@pytest.mark.parametrize("temperature", [1.0, 4.0])
+@pytest.mark.parametrize("kind", ["soft_target", "mse", "dkd", "dist", "standardized"])
+def test_every_loss_is_its_papers_gradient_included(case, kind, temperature):
+    student, teacher, labels = case
+    config = KDConfig(loss=kind, alpha=0.0, temperature=temperature, beta=3.0)
+    found = losses.distillation(student, teacher, labels, config)["loss"]
+    arguments = (teacher.numpy(), labels.numpy(), temperature, 3.0)
+    start = student.detach().numpy()
+    np.testing.assert_allclose(found.detach().numpy(), by_definition(kind, start, *arguments), rtol=1e-5)
+    (gradient,) = torch.autograd.grad(found.sum(), student)
+    rng = np.random.default_rng(0)
+    for _ in range(5):
+        direction = rng.normal(size=start.shape)
+        up, down = (by_definition(kind, start + sign * 1e-5 * direction, *arguments).sum() for sign in (1, -1))
+        assert (gradient.numpy() * direction).sum() == pytest.approx((up - down) / 2e-5, rel=1e-4)
+
+
+def test_soft_target_and_divergence_differ_by_the_teachers_entropy_only(case):
+    student, teacher, _ = case
+    difference = losses.soft_target_cross_entropy(student, teacher, 2.0) - losses.soft_target_divergence(
+        student, teacher, 2.0
+    )
+    entropy = torch.distributions.Categorical(logits=teacher / 2.0).entropy()
+    torch.testing.assert_close(difference, 4.0 * entropy)
