@@ -79,6 +79,14 @@ def test_views_beyond_the_cached_ones_wrap_around_and_the_log_says_so_once(fashi
     assert "teacher: cached logits of epoch 3" in out
 
 
+@pytest.mark.parametrize("kind", ["dkd", "dist", "standardized"])
+def test_students_learn_by_other_losses_too(fashion, store, tmp_path, kind):
+    more = ["--teacher.store", store, "--kd.loss", kind, "--epochs", 2]
+    here(distill, DistillConfig, *options(fashion, tmp_path / "run", *more))
+    lines = metrics(tmp_path / "run")
+    assert lines[-1]["kd"] < 0.8 * lines[0]["kd"] and lines[-1]["top1"] > 20
+
+
 def test_a_plain_student_needs_no_teacher(fashion, tmp_path):
     here(distill, DistillConfig, *options(fashion, tmp_path / "run", "--epochs", 1))
     assert "kd" not in metrics(tmp_path / "run")[0] and summary(tmp_path / "run")["top1"] > 10
