@@ -388,11 +388,12 @@ def _one_line(message: str, parser: jsonargparse.ArgumentParser) -> str:
 def run_command(main: Callable[[T], None], cls: type[T], module: str) -> NoReturn:
     """Run an entry point as a process of a user's command, and exit with its status.
 
-    Bad input is one line on stderr and status 2. Input is bad on every rank alike, so rank 0 alone speaks; what
-    befalls one rank only (a full disk, a bug) that rank reports, with its number. Always ends the process at
-    once: a rank that fails must not wait for its peers, its loader threads or a collective.
+    Bad input is one line on stderr and status 2. Input is bad on every rank of a node alike, so the first of them
+    alone speaks; what befalls one rank only (a full disk, a bug) that rank reports, with its number. Always ends the
+    process at once: a rank that fails must not wait for its peers, its loader threads or a collective.
     """
     rank = int(os.environ.get("RANK", "0"))
+    speaks = os.environ.get("LOCAL_RANK", "0") == "0"
     status = 0
     try:
         prog = f"python -m {module}"
@@ -401,11 +402,11 @@ def run_command(main: Callable[[T], None], cls: type[T], module: str) -> NoRetur
         main(load_config(cls, prog=prog, description=main.__globals__["__doc__"]))
     except UserError as error:
         status = 2
-        if rank == 0:
+        if speaks:
             print(f"error: {error}", file=sys.stderr)
     except TrainingError as error:
         status = 1
-        if rank == 0:
+        if speaks:
             print(f"error: {error}", file=sys.stderr)
     except OSError as error:
         status = 2

@@ -73,6 +73,7 @@ class RunFolder:
         if self._writer is not None:
             for name, value in values.items():
                 self._writer.add_scalar(f"{split}/{name}", value, step)
+            self._writer.flush()  # a process may end without notice
 
     def write_summary(self, values: dict) -> None:
         """Write summary.json, the final figures."""

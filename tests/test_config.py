@@ -9,7 +9,8 @@ import pytest
 import yaml
 from conftest import ENVIRONMENT, ROOT, run
 
-from ckd_dist.config import DistillConfig, TrainTeacherConfig, UserError, load_config, to_dict
+from ckd_dist.config import CacheConfig, DistillConfig, TrainTeacherConfig, UserError, load_config, to_dict
+from ckd_dist.models import model_names
 
 NEEDED = ["--data.train", "A", "--model.name", "resnet8", "--run_dir", "R"]
 COMMANDS = ["train_teacher", "cache_logits", "distill", "evaluate"]
@@ -82,6 +83,17 @@ def test_bad_configuration_files_are_refused_in_one_line(text, expected, tmp_pat
 def test_a_missing_option_is_named():
     with pytest.raises(UserError, match=r"missing option: --data\.train, --model\.name, --run_dir"):
         load_config(DistillConfig, [])
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "configs").rglob("*.yaml")), ids=lambda path: path.stem)
+def test_every_shipped_config_is_read_by_the_command_in_its_first_line(path):
+    words = path.read_text().splitlines()[0].removeprefix("# ").split()
+    module = words[words.index("-m") + 1]
+    classes = {"train_teacher": TrainTeacherConfig, "cache_logits": CacheConfig, "distill": DistillConfig}
+    config = load_config(classes[module.removeprefix("ckd_dist.")], ["--config", str(path)])
+    assert words[words.index("--config") + 1] == str(path.relative_to(ROOT))
+    if not isinstance(config, CacheConfig):
+        assert config.model.name in model_names()
 
 
 @pytest.mark.parametrize("command", COMMANDS)
