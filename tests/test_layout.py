@@ -40,7 +40,7 @@ def floor(name):
 
 @pytest.mark.parametrize("path", MODULES, ids=lambda p: str(p.relative_to(ROOT)))
 def test_imports_point_one_way(path):
-    own = path.relative_to(ROOT / "ckd_dist").parts[0].removesuffix(".py")
+    own = path.relative_to(ROOT / "ckd_dist").parts[0].removesuffix(".py")  # store is one house
     for name, package in imported(path):
         assert package not in ("data_prep", "launch"), f"{own} imports {package}"
         if package == "ckd_dist" and name != own:

@@ -170,6 +170,25 @@ def test_a_damaged_store_is_refused_by_the_name_of_the_file(copy, fashion, damag
     rows(copy, fashion, [2], [0], 0)  # the other checkpoints are good
 
 
+def test_verify_names_every_bad_shard_and_the_next_caching_mends_what_was_deleted(copy, store, fashion, teacher):
+    whole = json.loads(run("ckd_dist.store", "info", copy, "--json").stdout)
+    assert [member["written"] for member in whole["checkpoints"]] == [VIEWS * 5] * 3
+    assert "30 of 30 shards are good" in run("ckd_dist.store", "verify", copy).stdout
+    bad = [
+        copy / "epoch_0001" / "view_0000" / "samples_00000500-00000749.npy",
+        next(copy.glob("epoch_0003/*1/*1200.npy")),
+    ]
+    flip_bit(bad[0])
+    bad[1].unlink()
+    found = json.loads(run("ckd_dist.store", "verify", copy, "--json", status=1).stdout)
+    assert found == {"shards": 30, "bad": [f"{bad[0]} does not match its checksum", f"{bad[1]} is missing"]}
+    bad[0].unlink()
+    cache_here(*options(fashion, teacher, copy, "--data.batch_size", 64))
+    assert contents(copy) == contents(store)
+    refused = run("ckd_dist.store", "verify", copy / "epoch_0001", status=2)
+    assert refused.stderr.startswith("error: STORE: ") and refused.stderr.count("\n") == 1
+
+
 def test_a_damaged_manifest_is_refused(copy, fashion):
     manifest = copy / "manifest.json"
     values = json.loads(manifest.read_text())

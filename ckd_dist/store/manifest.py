@@ -66,6 +66,17 @@ class Manifest:
         count, size = self.dataset["count"], self.shard_size
         return [Shard(checkpoint, view, first, min(first + size, count) - 1) for first in range(0, count, size)]
 
+    def sidecar(self, shard: Shard) -> dict:
+        """What stands beside a shard, but for its checksum: what it is of, and where it belongs."""
+        return {
+            "identity": self.identity_hash,
+            "weights_sha256": self.checkpoints[shard.checkpoint]["weights_sha256"],
+            "checkpoint": shard.checkpoint,
+            "view": shard.view,
+            "first": shard.first,
+            "last": shard.last,
+        }
+
     def require_same(self, other: Manifest, here: str, there: str) -> None:
         """Raise `UserError` naming the first field in which `self` (described as `here`) differs from `other`."""
         mine, theirs = flatten(self.identity), flatten(other.identity)

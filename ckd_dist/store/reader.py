@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import numpy as np
 
 from ckd_dist import checkpoint, dist
-from ckd_dist.checkpoint import file_sha256
 from ckd_dist.config import UserError, require
 from ckd_dist.data import DatasetInfo
-from ckd_dist.store.manifest import Manifest, Shard, member_name
+from ckd_dist.store.check import shard_fault
+from ckd_dist.store.manifest import Manifest, member_name
 from ckd_dist.views import ViewRecipe
 
 
@@ -74,30 +73,8 @@ class StoreReader:
             for shard in self.manifest.shards(member, view)
         ]
         mine = shards[dist.rank() :: dist.world_size()]
-        faults = [fault for shard in mine if (fault := self._fault(shard))]
+        faults = [fault for shard in mine if (fault := shard_fault(self.store, self.manifest, shard))]
         everyones = [fault for faults in dist.gather_objects(faults) for fault in faults]
         if everyones:
             more = f" (and {len(everyones) - 1} more)" if len(everyones) > 1 else ""
             raise UserError(f"teacher.store: {everyones[0]}{more}: run cache_logits again with the same options")
-
-    def _fault(self, shard: Shard) -> str | None:
-        path = shard.path(self.store)
-        try:
-            sidecar = json.loads(path.with_suffix(".json").read_text())
-            digest = file_sha256(path)
-        except FileNotFoundError as error:
-            return f"{error.filename} is missing"
-        except (json.JSONDecodeError, UnicodeDecodeError):
-            return f"{path.with_suffix('.json')} is damaged"
-        expected = {
-            "identity": self.manifest.identity_hash,
-            "weights_sha256": self.manifest.checkpoints[shard.checkpoint]["weights_sha256"],
-            "checkpoint": shard.checkpoint,
-            "view": shard.view,
-            "first": shard.first,
-            "last": shard.last,
-        }
-        for key, value in expected.items():
-            if sidecar.get(key) != value:
-                return f"{path} has {key} {sidecar.get(key)}, the manifest says {value}"
-        return None if sidecar.get("sha256") == digest else f"{path} does not match its checksum"

@@ -81,15 +81,7 @@ class ShardWriter:
         self._file.flush()
         os.fsync(self._file.fileno())
         self._file.close()
-        sidecar = {
-            "identity": self._manifest.identity_hash,
-            "weights_sha256": self._manifest.checkpoints[self.shard.checkpoint]["weights_sha256"],
-            "checkpoint": self.shard.checkpoint,
-            "view": self.shard.view,
-            "first": self.shard.first,
-            "last": self.shard.last,
-            "sha256": self._digest.hexdigest(),
-        }
+        sidecar = {**self._manifest.sidecar(self.shard), "sha256": self._digest.hexdigest()}
         text = json.dumps(sidecar, indent=2) + "\n"
         write_atomically(self._path.with_suffix(".json"), lambda file: file.write(text.encode()))
         os.replace(self._temporary, self._path)

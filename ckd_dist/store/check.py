@@ -1,0 +1,29 @@
+"""Whether a store's shards are what the manifest says."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from ckd_dist.checkpoint import file_sha256
+from ckd_dist.store.manifest import Manifest, Shard
+
+
+def shard_fault(store: Path, manifest: Manifest, shard: Shard) -> str | None:
+    """What is wrong with a shard, beginning with its path, or None: it is missing, it belongs elsewhere, or its content
+    does not match its checksum. Reads the whole file."""
+    path = shard.path(store)
+    sidecar_path = path.with_suffix(".json")
+    try:
+        sidecar = json.loads(sidecar_path.read_text())
+        digest = file_sha256(path)
+    except FileNotFoundError as error:
+        return f"{error.filename} is missing"
+    except (json.JSONDecodeError, UnicodeDecodeError):
+        return f"{sidecar_path} is damaged"
+    if not isinstance(sidecar, dict):
+        return f"{sidecar_path} is damaged"
+    for key, value in manifest.sidecar(shard).items():
+        if sidecar.get(key) != value:
+            return f"{path} has {key} {sidecar.get(key)}, the manifest says {value}"
+    return None if sidecar.get("sha256") == digest else f"{path} does not match its checksum"
