@@ -21,7 +21,7 @@ quickstart: setup  ## set up, then the whole pipeline on real data, some minutes
 	@.venv/bin/python -m ckd_dist.quickstart $(ARGS)
 
 test: setup  ## set up, then every test that this machine can run
-	@.venv/bin/python -m pytest $(ARGS)
+	@.venv/bin/python -m pytest -n 2 --dist worksteal $(ARGS)
 
 bench: setup  ## set up, then measure the speed of this machine
 	@.venv/bin/python -m ckd_dist.bench $(ARGS)

@@ -221,12 +221,16 @@ def _run_workers(processes: list[Any], job: _Job) -> None:
             except OSError as error:
                 raise InputError(f"--workers: no further process ({error.strerror}): use fewer") from error
         with Progress("writing", len(job.indices)) as progress:
-            while running := [process.sentinel for process in processes if process.exitcode is None]:
+            while True:
+                # In this order: a worker that dies in between is still counted as running, and seen next time.
+                running = [process.sentinel for process in processes if process.exitcode is None]
+                if failed := [process.exitcode for process in processes if process.exitcode]:
+                    raise InputError(_why(failed[0], job))
+                if not running:
+                    break
                 multiprocessing.connection.wait(running, timeout=0.1)
                 # Without the lock: a worker killed inside it would take the parent along.
                 progress.update(job.claimed.get_obj().value)
-                if failed := [process.exitcode for process in processes if process.exitcode]:
-                    raise InputError(_why(failed[0], job))
             progress.update(len(job.indices))
     finally:
         for process in processes:

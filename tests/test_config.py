@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib
+import re
 import subprocess
 import sys
 
@@ -9,11 +11,24 @@ import pytest
 import yaml
 from conftest import ENVIRONMENT, ROOT, run
 
-from ckd_dist.config import CacheConfig, DistillConfig, TrainTeacherConfig, UserError, load_config, to_dict
+from ckd_dist.config import (
+    CacheConfig,
+    DistillConfig,
+    EvaluateConfig,
+    TrainTeacherConfig,
+    UserError,
+    load_config,
+    to_dict,
+)
 from ckd_dist.models import model_names
 
 NEEDED = ["--data.train", "A", "--model.name", "resnet8", "--run_dir", "R"]
-COMMANDS = ["train_teacher", "cache_logits", "distill", "evaluate"]
+CLASSES = {
+    "train_teacher": TrainTeacherConfig,
+    "cache_logits": CacheConfig,
+    "distill": DistillConfig,
+    "evaluate": EvaluateConfig,
+}
 
 
 def refusal(*arguments, cls=DistillConfig):
@@ -89,14 +104,13 @@ def test_a_missing_option_is_named():
 def test_every_shipped_config_is_read_by_the_command_in_its_first_line(path):
     words = path.read_text().splitlines()[0].removeprefix("# ").split()
     module = words[words.index("-m") + 1]
-    classes = {"train_teacher": TrainTeacherConfig, "cache_logits": CacheConfig, "distill": DistillConfig}
-    config = load_config(classes[module.removeprefix("ckd_dist.")], ["--config", str(path)])
+    config = load_config(CLASSES[module.removeprefix("ckd_dist.")], ["--config", str(path)])
     assert words[words.index("--config") + 1] == str(path.relative_to(ROOT))
     if not isinstance(config, CacheConfig):
         assert config.model.name in model_names()
 
 
-@pytest.mark.parametrize("command", COMMANDS)
+@pytest.mark.parametrize("command", CLASSES)
 def test_help_teaches_without_waiting_for_torch(command):
     code = (
         "import runpy, sys, os; os._exit = lambda status: (print('torch' in sys.modules), sys.exit(status))\n"
@@ -124,9 +138,12 @@ def test_bad_input_is_one_line_and_status_2_from_the_command_line(tmp_path, fash
         ("evaluate", ["--data.val", fashion["holdout"], "--checkpoint", fashion["train"]], "not a file of tensors"),
     ]  # fmt: skip
     for command, arguments, expected in cases:
-        done = run(f"ckd_dist.{command}", *arguments, status=2)
-        assert done.stderr.startswith("error: ") and done.stderr.count("\n") == 1, done.stderr
-        assert expected in done.stderr
+        module = importlib.import_module(f"ckd_dist.{command}")
+        with pytest.raises(UserError, match=re.escape(expected)):
+            module.main(load_config(CLASSES[command], [str(word) for word in arguments]))
+    command, arguments, expected = cases[0]
+    done = run(f"ckd_dist.{command}", *arguments, status=2)
+    assert done.stderr.startswith("error: ") and done.stderr.count("\n") == 1 and expected in done.stderr
     assert not (tmp_path / "s").exists()
 
 

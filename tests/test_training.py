@@ -100,7 +100,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_names_step_and_checkpoint(f
 def test_evaluation_counts_each_image_once_whatever_the_world_size(fashion, teacher):
     arguments = ("--data.val", fashion["holdout"], "--checkpoint", teacher / "checkpoints" / "epoch_0003.pt")
     found = []
-    for nproc, batch_size in ((0, 64), (2, 50), (3, 7)):
+    for nproc, batch_size in ((0, 64), (3, 7)):
         done = run("ckd_dist.evaluate", *arguments, "--data.batch_size", batch_size, "--amp", "off", nproc=nproc)
         found.append(json.loads(done.stdout.splitlines()[-1]))
     assert found[0]["images"] == 301
@@ -113,12 +113,12 @@ def test_evaluation_counts_each_image_once_whatever_the_world_size(fashion, teac
 
 def test_the_numbers_do_not_depend_on_the_world_size(fashion, tmp_path):
     losses = {}
-    for nproc in (1, 2, 3):  # 3 does not divide the batch of 100
+    for nproc in (0, 2, 3):  # 3 does not divide the batch of 100
         path = tmp_path / str(nproc)
         more = ["--model.name", "linear", "--amp", "off", "--log_every", 1, "--epochs", 2, "--optim.lr", 0.01]
         run(str(ROOT / "tests/programs/train_linear.py"), *options(fashion, path, *more), nproc=nproc)
         losses[nproc] = [line["loss"] for line in metrics(path)]
-    assert losses[2] == pytest.approx(losses[1], rel=1e-4) and losses[3] == pytest.approx(losses[1], rel=1e-4)
+    assert losses[2] == pytest.approx(losses[0], rel=1e-4) and losses[3] == pytest.approx(losses[0], rel=1e-4)
 
 
 def test_a_rank_that_dies_takes_the_others_down(fashion, tmp_path):
