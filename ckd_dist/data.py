@@ -172,7 +172,7 @@ class BetonLoader:
         mean: tuple[float, float, float] | None = None,
         std: tuple[float, float, float] | None = None,
     ):
-        self.info, self.batch_size, self.device = info, batch_size, device
+        self.info, self.device = info, device
         self.seconds_waited = 0.0
         self._decoder = ViewDecoder(recipe, image_size, view_seed)
         on_gpu = device.type == "cuda"

@@ -162,8 +162,7 @@ class Learner:
 
     def log(self, seconds: float, waited: float) -> dict[str, float]:
         """Write the mean of every value over the steps since the last line, which took `seconds`, `waited` of them for
-        data; collective. Raises `TrainingError` on every rank when the
-        loss was not finite on any."""
+        data; collective. Raises `TrainingError` on every rank when the loss was not finite on any."""
         bad_step = int(self._sums.pop("_bad_step"))
         totals = dist.all_reduce_sum(torch.stack(list(self._sums.values())).double()).tolist()
         sums = dict(zip(self._sums, totals, strict=True))

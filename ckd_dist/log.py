@@ -147,7 +147,7 @@ class ProgressDisplay:
 
     def __init__(self, total: int, *, unit: str = "images", done: int = 0, interval: float = 10.0):
         self.total, self.unit, self.interval = total, unit, interval
-        self._first, self._done = done, done
+        self._first = done
         self._started = self._printed = time.perf_counter()
         self._shown = dist.rank() == 0
         self._bar: Progress | None = None
@@ -167,7 +167,6 @@ class ProgressDisplay:
         """Show that `done` of `total` units are done."""
         if not self._shown:
             return
-        self._done = done
         now = time.perf_counter()
         rate = (done - self._first) / max(1e-9, now - self._started)
         if self._bar is not None:

@@ -52,7 +52,7 @@ def info(store: Path, as_json: bool) -> int:
     manifest = Manifest.load(store, "STORE")
     members = []
     for name, values in manifest.checkpoints.items():
-        shards = [shard for view in range(manifest.views) for shard in manifest.shards(name, view)]
+        shards = manifest.checkpoint_shards(name)
         written = [shard.path(store) for shard in shards if is_written(store, shard)]
         size = sum(path.stat().st_size for path in written)
         members.append({"name": name, **values, "shards": len(shards), "written": len(written), "bytes": size})
@@ -85,12 +85,7 @@ def verify(store: Path, as_json: bool) -> int:
     from ckd_dist.store.manifest import Manifest
 
     manifest = Manifest.load(store, "STORE")
-    shards = [
-        shard
-        for name in manifest.checkpoints
-        for view in range(manifest.views)
-        for shard in manifest.shards(name, view)
-    ]
+    shards = [shard for name in manifest.checkpoints for shard in manifest.checkpoint_shards(name)]
     screen = Console(stderr=True)
     shown = track(shards, "verifying", console=screen, disable=not screen.is_terminal)
     faults = [fault for shard in shown if (fault := shard_fault(store, manifest, shard))]

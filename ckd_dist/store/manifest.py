@@ -66,6 +66,10 @@ class Manifest:
         count, size = self.dataset["count"], self.shard_size
         return [Shard(checkpoint, view, first, min(first + size, count) - 1) for first in range(0, count, size)]
 
+    def checkpoint_shards(self, checkpoint: str) -> list[Shard]:
+        """All shards of one checkpoint, view after view."""
+        return [shard for view in range(self.views) for shard in self.shards(checkpoint, view)]
+
     def sidecar(self, shard: Shard) -> dict:
         """What stands beside a shard, but for its checksum: what it is of, and where it belongs."""
         return {

@@ -10,7 +10,7 @@ from ckd_dist import checkpoint, dist
 from ckd_dist.config import UserError, require
 from ckd_dist.data import DatasetInfo
 from ckd_dist.store.check import shard_fault
-from ckd_dist.store.manifest import Manifest, member_name
+from ckd_dist.store.manifest import Manifest
 from ckd_dist.views import ViewRecipe
 
 
@@ -37,7 +37,7 @@ class StoreReader:
             )
         available = {values["epoch"]: name for name, values in self.manifest.checkpoints.items()}
         self.epochs = checkpoint.choose(dict(sorted(available.items())), epochs, "teacher.checkpoints")
-        self._members = [member_name(epoch) for epoch in self.epochs]
+        self._members = [available[epoch] for epoch in self.epochs]
         self._maps: dict[tuple[str, int, int], np.ndarray] = {}
         self._check_shards()
 
@@ -66,12 +66,7 @@ class StoreReader:
 
     def _check_shards(self) -> None:
         """Compare every shard that will be read with its checksum; ranks share the work."""
-        shards = [
-            shard
-            for member in self._members
-            for view in range(self.manifest.views)
-            for shard in self.manifest.shards(member, view)
-        ]
+        shards = [shard for member in self._members for shard in self.manifest.checkpoint_shards(member)]
         mine = shards[dist.rank() :: dist.world_size()]
         faults = [fault for shard in mine if (fault := shard_fault(self.store, self.manifest, shard))]
         everyones = [fault for faults in dist.gather_objects(faults) for fault in faults]
