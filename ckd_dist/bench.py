@@ -55,19 +55,22 @@ def measure_epochs(folder: Path, device) -> list[dict]:
     from ckd_dist import data, engine, losses, models
     from ckd_dist.config import DistillConfig, KDConfig, load_config, to_dict
     from ckd_dist.log import RunFolder
+    from ckd_dist.store import codecs
     from ckd_dist.store.reader import StoreReader
 
     info = data.read_info(folder / "train.beton", "data.train")
     reader = StoreReader(str(folder / "store"), [], info)
+    codec, kd = codecs.Dense(info.num_classes), KDConfig()
     teacher_model, _ = models.load_model(folder / "teacher" / "checkpoints" / "epoch_0001.pt", "teacher")
-    teacher = partial(engine.online_logits, [engine.to_device(teacher_model, device)], amp="bfloat16")
+    teacher = partial(engine.online_records, [engine.to_device(teacher_model, device)], codec, "bfloat16")
     steps = info.count // BATCH_SIZE
 
     def plain(logits, batch):
         return {"loss": losses.cross_entropy(logits, batch.labels)}
 
     def distillation(logits, batch):
-        return losses.distillation(logits, batch.teacher_logits, batch.labels, KDConfig())
+        teacher = codecs.teacher_logits(codec, batch.teacher_records, kd)
+        return losses.distillation(logits, teacher, batch.labels, kd)
 
     def make_epoch(name: str, loss, rows, online):
         run_dir = folder / "scratch" / name
@@ -86,7 +89,7 @@ def measure_epochs(folder: Path, device) -> list[dict]:
             started = time.perf_counter()
             for batch in loader.batches(data.train_ids(info.count, BATCH_SIZE, 0, number), number % VIEWS, rows):
                 if online is not None:
-                    batch.teacher_logits = online(batch.images)
+                    batch.teacher_records = online(batch.images)
                 learner.train_step(batch)
             learner.log(time.perf_counter() - started, 0.0)
             return time.perf_counter() - started

@@ -192,7 +192,12 @@ class TeacherConfig:
     run: str | None = None
     """Run folder of train_teacher: the teacher runs online, at every step."""
     checkpoints: list[int] = field(default_factory=list)
-    """Epochs of the teacher's checkpoints; several make an ensemble (mean of logits); default: the last."""
+    """Epochs of the teacher's checkpoints; default: the last."""
+    combine: Literal["logits", "probabilities", "sequence"] = "logits"
+    """How several checkpoints teach: by the mean of their logits, by the mean of their softmaxes at the loss's
+    temperature, or one after another, each for its share of the student's epochs."""
+    weights: list[float] = field(default_factory=list)
+    """Weight of each checkpoint in the mean, or its share of the epochs; default: equal."""
 
     def __post_init__(self) -> None:
         require(
@@ -207,6 +212,18 @@ class TeacherConfig:
             len(set(self.checkpoints)) == len(self.checkpoints),
             f"teacher.checkpoints {self.checkpoints} names a checkpoint twice",
         )
+        require(
+            self.combine == "logits" or len(self.checkpoints) > 1,
+            f"teacher.combine {self.combine} is for several checkpoints: add --teacher.checkpoints",
+        )
+        require(
+            not self.weights or len(self.weights) == len(self.checkpoints),
+            f"teacher.weights has {len(self.weights)} values for {len(self.checkpoints)} teacher.checkpoints",
+        )
+        require(
+            all(0 < weight < float("inf") for weight in self.weights),
+            f"teacher.weights {self.weights}: give positive numbers",
+        )
 
 
 @dataclass(kw_only=True)
@@ -217,6 +234,31 @@ class TrajectoryConfig:
     """Run folder of train_teacher."""
     checkpoints: list[int] = field(default_factory=list)
     """Epochs of the checkpoints to cache; default: all of the run."""
+
+
+@dataclass(kw_only=True)
+class CodecConfig:
+    """What a store keeps of each image's logits."""
+
+    codec: Literal["dense", "topk", "sampled"] = "dense"
+    """dense: all logits, 2 bytes a class, for every loss; topk: the k largest and statistics of all, 4k + 12 bytes, for
+    kd, soft_target, dkd and standardized at every temperature; sampled: k classes drawn from the teacher's softmax, an
+    unbiased target, 4k bytes, for kd and soft_target at one temperature."""
+    k: int | None = None
+    """topk and sampled: classes kept of each image."""
+    dtype: Literal["float16", "bfloat16"] | None = None
+    """dense: type of the logits; default: float16."""
+    sample_temperature: float | None = None
+    """sampled: temperature of the softmax that classes are drawn from, and of the loss; default: 1."""
+
+    def __post_init__(self) -> None:
+        sparse = self.codec != "dense"
+        require(sparse == (self.k is not None), "k goes with --codec topk and sampled, which need it")
+        require(self.k is None or self.k >= 2, f"k is {self.k}: give 2 or more")
+        require(not sparse or self.dtype is None, f"dtype is for --codec dense, not {self.codec}")
+        temperature = self.sample_temperature
+        require(temperature is None or self.codec == "sampled", "sample_temperature is for --codec sampled")
+        require(temperature is None or temperature > 0, f"sample_temperature is {temperature}: give a positive number")
 
 
 # ------------------------------------------------------------------------------------------- commands
@@ -273,7 +315,7 @@ class DistillConfig(TrainConfig):
 
 
 @dataclass(kw_only=True)
-class CacheConfig:
+class CacheConfig(CodecConfig):
     """Compute the logits of a teacher's checkpoints once, for every image and view."""
 
     data: ViewDataConfig
@@ -288,11 +330,24 @@ class CacheConfig:
     """Precision of the teacher's forward pass."""
     shard_size: int = 65536
     """Records (images of one view) in a shard file."""
+    teachers_at_once: int | None = None
+    """Checkpoints held in memory at a time, each group with a pass over the images of its own; default: all."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         require(self.views >= 1, f"views is {self.views}: give 1 or more")
         require_seed(self.seed, "seed")
         require(self.shard_size >= 1, f"shard_size is {self.shard_size}: give 1 or more")
+        at_once = self.teachers_at_once
+        require(at_once is None or at_once >= 1, f"teachers_at_once is {at_once}: give 1 or more")
+
+
+@dataclass(kw_only=True)
+class PlanConfig(CacheConfig):
+    """Tell what a caching with these options takes."""
+
+    json: bool = False
+    """Print JSON."""
 
 
 @dataclass(kw_only=True)
@@ -323,6 +378,9 @@ def load_config(
     )
     parser.add_argument("--config", action="config", help="YAML file with any of the options below.")
     parser.add_class_arguments(cls)
+    words = sys.argv[1:] if argv is None else argv
+    # --shard-size is --shard_size: only the names of options are touched, not their values.
+    argv = [re.sub(r"^--[\w.-]+", lambda m: "--" + m[0][2:].replace("-", "_"), word) for word in words]
     try:
         return cls(**_sections(parser.instantiate(parser.parse_args(argv)), cls))
     except jsonargparse.ArgumentError as error:
@@ -386,7 +444,18 @@ def _one_line(message: str, parser: jsonargparse.ArgumentParser) -> str:
 
 
 def run_command(main: Callable[[T], None], cls: type[T], module: str) -> NoReturn:
-    """Run an entry point as a process of a user's command, and exit with its status.
+    """Run an entry point with the options of the command line as a process of a user's command, see `run_process`."""
+
+    def read_and_run() -> None:
+        if int(os.environ.get("RANK", "0")) and {"-h", "--help"} & set(sys.argv):
+            raise SystemExit(0)
+        main(load_config(cls, prog=f"python -m {module}", description=main.__globals__["__doc__"]))
+
+    run_process(read_and_run)
+
+
+def run_process(main: Callable[[], int | None]) -> NoReturn:
+    """Call `main` and end the process with the status that it returns.
 
     Bad input is one line on stderr and status 2. Input is bad on every rank of a node alike, so the first of them
     alone speaks; what befalls one rank only (a full disk, a bug) that rank reports, with its number. Always ends the
@@ -396,10 +465,7 @@ def run_command(main: Callable[[T], None], cls: type[T], module: str) -> NoRetur
     speaks = os.environ.get("LOCAL_RANK", "0") == "0"
     status = 0
     try:
-        prog = f"python -m {module}"
-        if rank and {"-h", "--help"} & set(sys.argv):
-            raise SystemExit(0)
-        main(load_config(cls, prog=prog, description=main.__globals__["__doc__"]))
+        status = main() or 0
     except UserError as error:
         status = 2
         if speaks:

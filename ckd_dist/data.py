@@ -14,11 +14,11 @@ import torch
 
 from ckd_dist import dist
 from ckd_dist.config import LoaderConfig, UserError, ViewDataConfig, require
-from ckd_dist.ffcv_mended import Epoch, IntDecoder, Loader, OrderOption, PipelineSpec, ToTensor
+from ckd_dist.ffcv_mended import Epoch, IntDecoder, Loader, OrderOption, PipelineSpec, Reader, ToTensor
 from ckd_dist.views import SampleIdDecoder, ViewDecoder, ViewRecipe
 
 Rows = Callable[[np.ndarray, int], np.ndarray]
-"""(sample ids [n], view) -> one row a sample [n, width]; called in the loader's thread."""
+"""(sample ids [n], view) -> a store's records, uint8 [n, members, bytes]; called in the loader's thread."""
 
 
 # ------------------------------------------------------------------------------------------- description
@@ -81,6 +81,12 @@ def read_info(path: str | Path, option: str) -> DatasetInfo:
         raise UserError(f"{option}: {description} is damaged ({error!r}): write {path} anew") from None
     require(stored == described, f"{option}: {path} has {stored} bytes, {description} says {described}: write it anew")
     return info
+
+
+def read_labels(info: DatasetInfo) -> np.ndarray:
+    """Class index of every sample, int64 [count], without decoding an image."""
+    reader = Reader(str(info.path))
+    return reader.metadata[f"f{reader.field_names.index('label')}"].astype(np.int64).reshape(-1)
 
 
 def train_recipe(config: ViewDataConfig, info: DatasetInfo, cached: ViewRecipe | None = None) -> ViewRecipe:
@@ -149,8 +155,8 @@ class Batch:
     """int64 [n]."""
     ids: torch.Tensor
     """Sample ids, int64 [n], on the CPU."""
-    teacher_logits: torch.Tensor | None = None
-    """float32 [n, classes]."""
+    teacher_records: torch.Tensor | None = None
+    """What each of the teacher's checkpoints says, as a codec keeps it: uint8 [n, members, bytes]."""
 
 
 class BetonLoader:
@@ -199,7 +205,7 @@ class BetonLoader:
     def batches(self, ids: np.ndarray, view: int = 0, rows: Rows | None = None) -> Iterator[Batch]:
         """Yield the samples `ids` in order under `view`, `batch_size` at a time; the last batch may be smaller.
 
-        With `rows`, the loader's thread fetches them ahead of the consumer and `teacher_logits` holds them. An error
+        With `rows`, the loader's thread fetches them ahead of the consumer and `teacher_records` holds them. An error
         of the thread is raised here.
         """
         if len(ids) == 0:
@@ -256,14 +262,16 @@ class BetonLoader:
             images=torch.addcmul(self._shift, images.permute(0, 3, 1, 2).float(), self._scale),
             labels=labels,
             ids=ids,
-            teacher_logits=None if rows is None else rows.float(),
+            teacher_records=rows,
         )
 
-    def image_digests(self, ids: np.ndarray, view: int) -> list[str]:
-        """sha256 of the decoded uint8 image [size, size, 3] of each sample: tells one JPEG or resize library
-        from another."""
-        epoch = self._epoch(ids, view, None)
+    def image_digests(self) -> dict[str, str]:
+        """Sample id -> sha256 of its decoded first view, uint8 [size, size, 3], for a few samples: tells one JPEG or
+        resize library from another."""
+        ids = np.unique(np.linspace(0, self.info.count - 1, 4).astype(np.int64))
+        epoch = self._epoch(ids, 0, None)
         try:
-            return [hashlib.sha256(image.numpy().tobytes()).hexdigest() for arrays in epoch for image in arrays[0]]
+            images = [image.numpy().tobytes() for arrays in epoch for image in arrays[0]]
         finally:
             epoch.close()
+        return {str(i): hashlib.sha256(image).hexdigest() for i, image in zip(ids, images, strict=True)}

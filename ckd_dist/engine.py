@@ -10,6 +10,7 @@ import inspect
 import resource
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
 from typing import NoReturn
 
@@ -24,13 +25,39 @@ from ckd_dist.data import Batch, BetonLoader, DatasetInfo, Rows, eval_recipe, ra
 from ckd_dist.log import ProgressDisplay, RunFolder, format_seconds, say
 from ckd_dist.models import build_model, load_weights
 from ckd_dist.optim import build_optimizer, learning_rate
+from ckd_dist.store.codecs import Dense
 from ckd_dist.views import ViewRecipe
 
 Loss = Callable[[torch.Tensor, Batch], dict[str, torch.Tensor]]
 """(logits [n, classes], batch) -> values of [n]; `loss` is minimised, the others are logged."""
 
 OnlineTeacher = Callable[[torch.Tensor], torch.Tensor]
-"""images of a batch -> teacher logits, float32 [n, classes]."""
+"""images of a batch -> records of its members, uint8 [n, members, bytes]."""
+
+
+@dataclass(frozen=True)
+class Source:
+    """What an epoch trains on: a view of the images, and where the teacher's records of it come from, if anywhere."""
+
+    view: int
+    rows: Rows | None = None
+    """Fetches records from a store."""
+    teacher: OnlineTeacher | None = None
+    """Makes them at every step."""
+
+
+def turns(shares: list[float], epochs: int) -> list[int]:
+    """Which of several teachers has each of the student's epochs, one after another, given their shares of 1.
+
+    Raises `UserError` when one of them would have none.
+    """
+    ends = np.round(np.cumsum(shares) * epochs).astype(int)
+    counts = np.diff(ends, prepend=0)
+    require(
+        bool((counts > 0).all()),
+        f"teacher.combine sequence: {len(shares)} checkpoints cannot all have a share of {epochs} epochs",
+    )
+    return np.repeat(np.arange(len(shares)), counts).tolist()
 
 
 def autocast(device: torch.device, amp: str) -> torch.autocast:
@@ -50,14 +77,11 @@ def forward_logits(model: nn.Module, images: torch.Tensor, amp: str) -> torch.Te
         return model(images).float()
 
 
-def online_logits(members: list[nn.Module], images: torch.Tensor, amp: str) -> torch.Tensor:
-    """Logits of a teacher, or the mean of an ensemble's, float32 [n, classes].
-
-    Each member's logits are rounded as the dense store rounds them, so that cached and online teachers give the same
-    numbers.
-    """
-    logits = [forward_logits(member, images, amp).half() for member in members]
-    return losses.ensemble_logits(logits).clone()  # made outside inference mode: autograd may save it
+def online_records(members: list[nn.Module], codec: Dense, amp: str, images: torch.Tensor) -> torch.Tensor:
+    """Records of an online teacher's members, uint8 [n, members, bytes]: their logits, rounded as the dense store
+    rounds them, so that cached and online teachers give the same numbers."""
+    records = [codec.encode(forward_logits(member, images, amp)) for member in members]
+    return torch.stack(records, dim=1).clone()  # made outside inference mode: autograd may save it
 
 
 # ------------------------------------------------------------------------------------------- evaluation
@@ -263,11 +287,9 @@ def fit(
     config: TrainConfig,
     *,
     save_every: int,
-    view_of_epoch: Callable[[int], int],
-    teacher: OnlineTeacher | None = None,
-    rows: Rows | None = None,
+    source: Callable[[int], Source],
 ) -> None:
-    """Train `learners` together: each takes a step on every batch. Usually there is one.
+    """Train `learners` together on the `source` of every epoch: each takes a step on every batch. Usually there is one.
 
     Learners that were saved at different steps by a kill meet again: one that is ahead waits for the batch it needs.
     """
@@ -279,10 +301,11 @@ def fit(
         for epoch in range(start // steps_per_epoch, config.epochs):
             first = max(start, epoch * steps_per_epoch)
             ids = train_ids(loader.info.count, batch_size, config.seed, epoch, first - epoch * steps_per_epoch)
+            now = source(epoch)
             clock.restart()
-            for done, batch in enumerate(loader.batches(ids, view_of_epoch(epoch), rows), start=first + 1):
-                if teacher is not None:
-                    batch.teacher_logits = teacher(batch.images)
+            for done, batch in enumerate(loader.batches(ids, now.view, now.rows), start=first + 1):
+                if now.teacher is not None:
+                    batch.teacher_records = now.teacher(batch.images)
                 active = [learner for learner in learners if learner.step < done]
                 for learner in active:
                     learner.train_step(batch)
@@ -351,10 +374,8 @@ def train(
     info: DatasetInfo,
     recipe: ViewRecipe,
     view_seed: int,
-    view_of_epoch: Callable[[int], int],
+    source: Callable[[int], Source],
     save_every: int,
-    teacher: OnlineTeacher | None = None,
-    rows: Rows | None = None,
 ) -> None:
     """Train the model that `config` describes on views of `info`'s images, in its run folder; collective."""
     batch_size, image_size = config.data.batch_size, info.image_size(config.data.image_size)
@@ -400,13 +421,4 @@ def train(
         f"{run.path}: {metadata['model']} at {image_size} px on {info.count} images of {info.dataset}, "
         f"{config.epochs} epochs of {learner.steps_per_epoch} steps, {dist.world_size()} processes on {device.type}"
     )
-    fit(
-        [learner],
-        loader,
-        val_loader,
-        config,
-        save_every=save_every,
-        view_of_epoch=view_of_epoch,
-        teacher=teacher,
-        rows=rows,
-    )
+    fit([learner], loader, val_loader, config, save_every=save_every, source=source)

@@ -27,6 +27,7 @@ from ffcv.memory_managers import OSCacheManager  # noqa: E402
 from ffcv.pipeline import PipelineSpec  # noqa: E402
 from ffcv.pipeline.allocation_query import AllocationQuery  # noqa: E402
 from ffcv.pipeline.compiler import Compiler  # noqa: E402
+from ffcv.reader import Reader  # noqa: E402
 from ffcv.transforms import ToTensor  # noqa: E402
 
 numba.typed.Dict = _numba_dict
@@ -41,6 +42,7 @@ __all__ = [
     "Loader",
     "OrderOption",
     "PipelineSpec",
+    "Reader",
     "SimpleRGBImageDecoder",
     "ToTensor",
     "libffcv",

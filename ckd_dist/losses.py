@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 import torch.nn.functional as F
 
@@ -80,24 +82,30 @@ def correlation(student: torch.Tensor, teacher: torch.Tensor, temperature: float
     return temperature**2 * (one_minus_pearson(1) + one_minus_pearson(0).mean())
 
 
+STANDARDIZE_EPS = 1e-7
+
+
+def standardize(logits: torch.Tensor) -> torch.Tensor:
+    """Logits float [n, classes] with mean 0 and standard deviation 1 over the classes."""
+    return (logits - logits.mean(dim=1, keepdim=True)) / (logits.std(dim=1, keepdim=True) + STANDARDIZE_EPS)
+
+
 def standardized_divergence(student: torch.Tensor, teacher: torch.Tensor, temperature: float) -> torch.Tensor:
-    """T^2 * KL of the softmaxes of logits standardised over classes (mean 0, deviation 1) and divided by T, in nats:
-    logits float [n, classes] twice -> [n].
+    """T^2 * KL of the softmaxes of standardised logits divided by T, in nats: logits float [n, classes] twice -> [n].
+    The student's are standardised here, the teacher's are already (`standardize`): a sparse store knows their deviation
+    better than the tensor shows.
 
     Sun et al., "Logit Standardization in Knowledge Distillation" (arXiv 2403.01427).
     """
-
-    def standardize(logits: torch.Tensor) -> torch.Tensor:
-        return (logits - logits.mean(dim=1, keepdim=True)) / (logits.std(dim=1, keepdim=True) + 1e-7)
-
-    return soft_target_divergence(standardize(student), standardize(teacher), temperature)
+    return soft_target_divergence(standardize(student), teacher, temperature)
 
 
 def distillation(
     student: torch.Tensor, teacher: torch.Tensor, labels: torch.Tensor, config: KDConfig, label_smoothing: float = 0.0
 ) -> dict[str, torch.Tensor]:
     """alpha * CE(label) + (1 - alpha) * the loss that `config.loss` names, as [n] under `loss`, and its parts under
-    `ce` and `kd`; student and teacher are logits float [n, classes], labels int64 [n].
+    `ce` and `kd`; student and teacher are logits float [n, classes] (for standardized, the teacher's standardised),
+    labels int64 [n].
 
     With `config.loss` kd it is the paper's loss: Wang et al., "Efficient Knowledge Distillation from Model Checkpoints"
     (arXiv 2210.06458), as its published code computes it: alpha weighs the label.
@@ -119,10 +127,22 @@ def distillation(
     return {"loss": config.alpha * ce + (1 - config.alpha) * kd, "ce": ce, "kd": kd}
 
 
-def ensemble_logits(members: list[torch.Tensor]) -> torch.Tensor:
-    """Teacher logits of an ensemble, the uniform mean of its members' logits: each [n, classes] -> float32
-    [n, classes]."""
-    total = members[0].float()
-    for member in members[1:]:
-        total = total + member.float()
-    return total / len(members)
+def ensemble_logits(
+    members: list[torch.Tensor],
+    weights: list[float] | None = None,
+    combine: str = "logits",
+    temperature: float = 1.0,
+) -> torch.Tensor:
+    """Teacher logits of an ensemble, from its members' logits, each [n, classes] -> float32 [n, classes].
+
+    `combine` logits: their mean (the paper's ensemble); probabilities: logits whose softmax at `temperature` is the
+    mean of the members' softmaxes at it. `weights` of the members sum to 1; default: equal.
+    """
+    weights = weights or [1 / len(members)] * len(members)
+    if combine == "logits":
+        return sum(weight * member.float() for weight, member in zip(weights, members, strict=True))  # type: ignore
+    shares = [
+        F.log_softmax(member.float() / temperature, dim=1) + math.log(weight)
+        for weight, member in zip(weights, members, strict=True)
+    ]
+    return temperature * torch.logsumexp(torch.stack(shares), dim=0)

@@ -28,7 +28,7 @@ def main(config: TrainTeacherConfig) -> None:
             info=info,
             recipe=data.train_recipe(config.data, info),
             view_seed=config.data.view_seed or 0,
-            view_of_epoch=lambda epoch: FIRST_VIEW + epoch % (config.data.views or config.epochs),
+            source=lambda epoch: engine.Source(FIRST_VIEW + epoch % (config.data.views or config.epochs)),
             save_every=config.save_every or max(1, config.epochs // 10),
         )
 

@@ -31,6 +31,8 @@ _imdecode: Any = types.ExternalFunction(
 
 # Counters of the draws within a stream. The ten attempts at a crop take the first twenty.
 _TOP, _LEFT, _FLIP = 100, 101, 102
+SAMPLED_CODEC = 1000
+"""First counter of the draws that are a codec's, not a view's: one for every epoch of the teacher."""
 
 _RANDOM_RESIZED_CROP, _PAD_CROP, _CENTER_CROP = 0, 1, 2
 _KINDS = {"random_resized_crop": _RANDOM_RESIZED_CROP, "pad_crop": _PAD_CROP, "center_crop": _CENTER_CROP}
@@ -89,6 +91,15 @@ def uniform(key, n):
     """Draw n of the stream: a float64 in [0, 1), exact."""
     z = _splitmix(key + uint64(n + 1) * uint64(0x9E3779B97F4A7C15))
     return (z >> uint64(11)) * (1.0 / 9007199254740992.0)
+
+
+@_compiled
+def uniforms(seed, view, samples, n):
+    """Draw n of the streams of many samples, int64 [n]: float64 [n] in [0, 1)."""
+    draws = np.empty(len(samples))
+    for i in range(len(samples)):
+        draws[i] = uniform(stream_key(seed, view, samples[i]), n)
+    return draws
 
 
 @_compiled

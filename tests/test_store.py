@@ -13,7 +13,8 @@ import torch
 from conftest import command_line, kill_and_repeat, run
 
 from ckd_dist import cache_logits, data, engine, models
-from ckd_dist.config import CacheConfig, UserError, load_config
+from ckd_dist.config import CacheConfig, KDConfig, UserError, load_config
+from ckd_dist.store import codecs
 from ckd_dist.store.reader import StoreReader
 
 VIEWS, SHARD = 2, 250
@@ -34,8 +35,13 @@ def contents(store: Path) -> dict[str, str]:
     return {str(path.relative_to(store)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
 
 
-def rows(store, fashion, epochs, ids, view):
+def records(store, fashion, epochs, ids, view):
     return StoreReader(str(store), epochs, data.read_info(fashion["train"], "")).rows(np.asarray(ids), view)
+
+
+def rows(store, fashion, epochs, ids, view):
+    """Logits of one checkpoint of a dense store."""
+    return records(store, fashion, epochs, ids, view)[:, 0].copy().view(np.float16).astype(np.float32)
 
 
 @pytest.fixture(scope="module")
@@ -74,9 +80,10 @@ def test_records_are_the_teachers_answers_to_the_students_images(store, fashion,
 
     loader = data.BetonLoader(info, LoaderConfig(), recipe, batch_size=50, image_size=28, device=CPU)
     for view in range(VIEWS):
-        for batch in loader.batches(ids, view, lambda ids, view: rows(store, fashion, [2], ids, view)):
+        for batch in loader.batches(ids, view, lambda ids, view: records(store, fashion, [2], ids, view)):
             answers = engine.forward_logits(engine.to_device(model, CPU), batch.images, "bfloat16")
-            torch.testing.assert_close(batch.teacher_logits, answers.half().float(), rtol=2e-3, atol=2e-3)
+            cached = codecs.Dense(10).decode(batch.teacher_records[:, 0], 1.0)
+            torch.testing.assert_close(cached, answers.half().float(), rtol=2e-3, atol=2e-3)
 
 
 def test_content_does_not_depend_on_world_size_or_batch_size(store, fashion, teacher, tmp_path):
@@ -116,7 +123,13 @@ def test_checkpoints_and_views_can_be_added_later(store, fashion, teacher, tmp_p
 def test_an_ensemble_is_the_mean_of_its_members_and_the_default_is_the_last(store, fashion):
     ids = [5, 1200, 3, 700, 5]
     single = {epoch: rows(store, fashion, [epoch], ids, 1) for epoch in (1, 2, 3)}
-    np.testing.assert_array_equal(rows(store, fashion, [1, 3], ids, 1), (single[1] + single[3]) / 2)
+    both = torch.from_numpy(records(store, fashion, [1, 3], ids, 1))
+    for kd, combine, expected in (
+        (KDConfig(), "logits", (single[1] + single[3]) / 2),
+        (KDConfig(loss="mse"), "logits", (single[1] + single[3]) / 2),
+    ):
+        mean = codecs.teacher_logits(codecs.Dense(10), both, kd, combine=combine)
+        np.testing.assert_array_equal(mean, expected)
     np.testing.assert_array_equal(rows(store, fashion, [], ids, 1), single[3])
     np.testing.assert_array_equal(single[2][1], np.load(next(store.glob("epoch_0002/view_0001/*1200.npy")))[200])
 
@@ -165,7 +178,9 @@ def flip_bit(path):
 )  # fmt: skip
 def test_a_damaged_store_is_refused_by_the_name_of_the_file(copy, fashion, damage, expected):
     damage(copy / "epoch_0003" / "view_0001" / "samples_00000250-00000499.npy")
-    with pytest.raises(UserError, match=rf"teacher\.store: .*view_0001.*{expected}.*run cache_logits again"):
+    with pytest.raises(
+        UserError, match=rf"teacher\.store: .*view_0001.*{expected}.*run python -m ckd_dist.store repair"
+    ):
         rows(copy, fashion, [3], [0], 0)
     rows(copy, fashion, [2], [0], 0)  # the other checkpoints are good
 

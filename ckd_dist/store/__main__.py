@@ -1,44 +1,125 @@
-"""Look at a logit store, and check it.
+"""Plan, look at, check, mend and convert a logit store.
 
-  python -m ckd_dist.store info STORE       what it holds, and what is missing
-  python -m ckd_dist.store verify STORE     compare every shard with its checksum; exit status 1 names the bad ones
+  python -m ckd_dist.store plan OPTIONS      before caching: bytes, files, seconds, and from how many students on it
+                                             pays; OPTIONS are those of ckd_dist.cache_logits
+  python -m ckd_dist.store info STORE        what a store holds, and what is missing
+  python -m ckd_dist.store verify STORE      compare every shard with its checksum; exit status 1 names the bad ones.
+                                             With --teacher.run and --data.train, also compute a random sample of
+                                             records anew and compare
+  python -m ckd_dist.store repair STORE --teacher.run RUN --data.train X.beton
+                                             compute anew what is missing or bad, and nothing else
+  python -m ckd_dist.store convert STORE NEW --codec topk --k 8 --data.train X.beton
+                                             write a dense store once more with another codec, without the teacher
 
---json prints for machines. Neither command writes anything; cache_logits, started again, computes what is missing, and
-what was deleted.
+plan, verify and repair also run under torchrun. --json prints for machines.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import os
 import sys
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import NoReturn
 
-from ckd_dist.config import UserError
+from ckd_dist.config import CodecConfig, LoaderConfig, PlanConfig, UserError, load_config, require, run_process
+
+COMMANDS = ("plan", "info", "verify", "repair", "convert")
 
 
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
-        print(f"error: {message} (see --help)", file=sys.stderr)
-        sys.exit(2)
+        raise UserError(f"{message} (see --help)")
 
 
-def main(argv: list[str] | None = None) -> int:
+def main() -> int:
     """Run the command line; returns the exit status."""
+    words = sys.argv[1:]
+    if words[:1] == ["plan"]:
+        words = [word for word in words[1:] if word != "--json"]
+        as_json = ["--json", "true"] if len(words) < len(sys.argv) - 2 else []
+        return plan(load_config(PlanConfig, [*words, *as_json], prog="python -m ckd_dist.store plan"))
+    options = _parse(words)
+    if options.command == "info":
+        return info(options.store, options.json)
+    if options.command == "verify":
+        return verify(options)
+    return repair(options) if options.command == "repair" else convert(options)
+
+
+def _parse(words: list[str]) -> argparse.Namespace:
     parser = _Parser(
-        prog="python -m ckd_dist.store", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog="python -m ckd_dist.store",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        usage=f"%(prog)s {{{','.join(COMMANDS)}}} ...",
     )
-    parser.add_argument("command", choices=["info", "verify"])
-    parser.add_argument("store", type=Path, metavar="STORE")
-    parser.add_argument("--json", action="store_true", help="print JSON")
-    options = parser.parse_args(argv)
-    try:
-        return {"info": info, "verify": verify}[options.command](options.store, options.json)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    added = {name: commands.add_parser(name, allow_abbrev=False) for name in COMMANDS[1:]}
+    for command in added.values():
+        command.add_argument("store", type=Path, metavar="STORE")
+    for name in ("info", "verify"):
+        added[name].add_argument("--json", action="store_true", help="print JSON")
+    added["convert"].add_argument("new", type=Path, metavar="NEW", help="folder of the new store")
+    for name in ("verify", "repair", "convert"):
+        needed = name != "verify"
+        if name != "convert":
+            added[name].add_argument("--teacher.run", dest="run", metavar="RUN", required=needed, help="the teacher's")
+        added[name].add_argument("--data.train", dest="train", metavar="X.beton", required=needed, help="the images")
+    for name in ("verify", "repair"):
+        added[name].add_argument("--data.batch_size", dest="batch_size", type=int, default=128, metavar="N")
+    added["verify"].add_argument(
+        "--records", type=int, default=256, metavar="N", help="records of each checkpoint to compute anew (256)"
+    )
+    codec = added["convert"]
+    codec.add_argument("--codec", required=True, help="dense, topk or sampled")
+    codec.add_argument("--k", help="topk and sampled: classes kept")
+    codec.add_argument("--dtype", help="dense: float16 or bfloat16")
+    codec.add_argument("--sample_temperature", metavar="T", help="sampled: temperature of the softmax")
+    return parser.parse_args(words)
+
+
+# ------------------------------------------------------------------------------------------- plan, info
+
+
+def plan(config: PlanConfig) -> int:
+    """Print what a caching takes; returns 1 when it does not fit on the disk."""
+    from ckd_dist import caching, dist
+    from ckd_dist.log import format_seconds
+
+    with dist.process_group() as device:
+        found = caching.plan(config, device)
+        world = dist.world_size()
+    fits = found.bytes <= found.free_bytes
+    if dist.rank():
+        return 0
+    if config.json:
+        print(json.dumps(asdict(found), indent=2))
+        return 0 if fits else 1
+    size, free = caching.format_bytes(found.bytes), caching.format_bytes(found.free_bytes)
+    rows = {
+        "size": f"{size} ({found.bytes:,} bytes) in {found.files:,} files",
+        "largest shard": caching.format_bytes(found.largest_shard_bytes),
+        "free on the disk": free if fits else f"[red]{free}: it does not fit[/]",
+        "records to write": f"{found.missing_records:,}",
+        "time": f"{format_seconds(found.seconds)} ({found.seconds:.1f} s) on {world} processes like this one",
+        "one teacher, online": f"{1e6 * found.teacher_seconds_an_image:,.0f} µs an image; a student of {config.views} "
+        f"epochs waits {format_seconds(found.online_seconds)} for it",
+        "caching pays": f"from {found.students} student{'s' * (found.students > 1)} on, each taught by one checkpoint",
+    }
+    _print_table(config.store, rows)
+    return 0 if fits else 1
+
+
+def _print_table(title: str, rows: dict[str, str]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(title=title, title_justify="left", show_header=False)
+    for name, value in rows.items():
+        table.add_row(name, value)
+    Console(highlight=False).print(table)
 
 
 def info(store: Path, as_json: bool) -> int:
@@ -59,12 +140,13 @@ def info(store: Path, as_json: bool) -> int:
     if as_json:
         print(json.dumps({**manifest.identity, "views": manifest.views, "checkpoints": members}, indent=2))
         return 0
-    dataset, codec, forward = manifest.dataset, manifest.codec, manifest.forward
+    dataset, forward = manifest.dataset, manifest.forward
+    codec = ", ".join(f"{value}" if key == "name" else f"{key} {value}" for key, value in manifest.codec.items())
     console = Console(highlight=False)
     console.print(
         f"{store}: {dataset['count']:,} images of {dataset['name']} ({dataset['num_classes']} classes), "
         f"{manifest.views} views ({manifest.recipe['kind']}, seed {manifest.view_seed})\n"
-        f"logits: {codec['name']} {codec['dtype']}, of {forward['image_size']} px images, forward pass {forward['amp']}"
+        f"logits: {codec}; of {forward['image_size']} px images, forward pass {forward['amp']}"
     )
     table = Table()
     for column in ("checkpoint", "model", "weights sha256", "shards", "bytes"):
@@ -76,27 +158,123 @@ def info(store: Path, as_json: bool) -> int:
     return 0
 
 
-def verify(store: Path, as_json: bool) -> int:
-    """Compare every shard with its checksum and print the bad ones; returns 1 when there are any."""
-    from rich.console import Console
-    from rich.progress import track
+# ------------------------------------------------------------------------------------------- verify, repair
 
-    from ckd_dist.store.check import shard_fault
+
+def verify(options: argparse.Namespace) -> int:
+    """Compare every shard with its checksum and, asked to, records with the teacher; returns 1 for any difference."""
+    from ckd_dist import caching, data, dist
+    from ckd_dist.store.check import faults
     from ckd_dist.store.manifest import Manifest
 
-    manifest = Manifest.load(store, "STORE")
-    shards = [shard for name in manifest.checkpoints for shard in manifest.checkpoint_shards(name)]
-    screen = Console(stderr=True)
-    shown = track(shards, "verifying", console=screen, disable=not screen.is_terminal)
-    faults = [fault for shard in shown if (fault := shard_fault(store, manifest, shard))]
-    if as_json:
-        print(json.dumps({"shards": len(shards), "bad": faults}, indent=2))
+    require(bool(options.run) == bool(options.train), "--teacher.run and --data.train go together: give both or none")
+    manifest = Manifest.load(options.store, "STORE")
+    total = sum(len(manifest.checkpoint_shards(name)) for name in manifest.checkpoints)
+    result: dict = {"shards": total}
+    with dist.process_group() as device:
+        bad = [fault for _, fault in faults(options.store, manifest)]
+        result["bad"] = bad
+        if options.run and not bad:
+            images = data.read_info(options.train, "data.train")
+            loader = LoaderConfig(batch_size=options.batch_size)
+            off = caching.recompute(options.store, images, options.run, loader, device, options.records)
+            result.update(recomputed=options.records * len(manifest.checkpoints), off=off, tolerance=caching.TOLERANCE)
+    if dist.rank():
+        return 0
+    if options.json:
+        print(json.dumps(result, indent=2))
     else:
-        print(*faults, f"{store}: {len(shards) - len(faults)} of {len(shards)} shards are good", sep="\n")
-    return 1 if faults else 0
+        print(*bad, f"{options.store}: {total - len(bad)} of {total} shards are good", sep="\n")
+        if "off" in result:
+            lines = [f"{where}: deviates by {deviation:.3g}" for where, deviation in result["off"]]
+            good = result["recomputed"] - len(lines)
+            lines.append(f"{good} of {result['recomputed']} records are the teacher's, within {caching.TOLERANCE}")
+            print(*lines, sep="\n")
+    return 1 if bad or result.get("off") else 0
+
+
+def repair(options: argparse.Namespace) -> int:
+    """Compute anew what is missing or bad."""
+    from ckd_dist import caching, data, dist
+    from ckd_dist.log import say
+    from ckd_dist.store.check import faults
+    from ckd_dist.store.manifest import Manifest
+    from ckd_dist.store.reader import require_images
+
+    store = options.store
+    with dist.process_group() as device:
+        manifest = Manifest.load(store, "STORE")
+        images = data.read_info(options.train, "data.train")
+        require_images(manifest, images, "STORE", store)
+        loader = LoaderConfig(batch_size=options.batch_size)
+        recorder = caching.Recorder(manifest, images, options.run, loader, device)
+        if note := manifest.decoding_note(recorder.loader.image_digests()):
+            say(note)
+        names = list(manifest.checkpoints)
+        recorder.load(names[:1])  # refuses another run before anything is deleted
+        bad = faults(store, manifest)
+        for _, fault in bad:
+            say(fault)
+
+        def delete_and_look():
+            for shard, _ in bad:
+                shard.path(store).unlink(missing_ok=True)
+                shard.path(store).with_suffix(".json").unlink(missing_ok=True)
+            return caching.missing_work(store, manifest, names, manifest.views, 1)
+
+        work = dist.on_main(delete_and_look)
+        if work:
+            caching.write_work(store, recorder, work)
+        else:
+            say(f"{store}: nothing to repair")
+    return 0
+
+
+# ------------------------------------------------------------------------------------------- convert
+
+
+def convert(options: argparse.Namespace) -> int:
+    """Write a dense store once more with another codec; goes on where a killed one stopped."""
+    import numpy as np
+    import torch
+
+    from ckd_dist import data
+    from ckd_dist.log import ProgressDisplay, say
+    from ckd_dist.store import codecs
+    from ckd_dist.store.manifest import Manifest
+    from ckd_dist.store.reader import StoreReader
+    from ckd_dist.store.writer import ShardWriter, is_written, merged, open_store
+    from ckd_dist.views import SAMPLED_CODEC, uniforms
+
+    given = {name: getattr(options, name) for name in ("codec", "k", "dtype", "sample_temperature")}
+    asked = load_config(CodecConfig, [f"--{name}={value}" for name, value in given.items() if value is not None])
+    manifest = Manifest.load(options.store, "STORE")
+    source = manifest.recorded
+    require(source.name == "dense", f"STORE: {options.store} has codec {source.name}, convert reads dense stores only")
+    codec = codecs.from_config(asked, source.num_classes)
+    require(codec != source, f"convert: {options.store} is {manifest.codec} already: choose another codec")
+    images = data.read_info(options.train, "data.train")
+    labels = torch.from_numpy(data.read_labels(images))
+    epochs = [values["epoch"] for values in manifest.checkpoints.values()]
+    reader = StoreReader(str(options.store), epochs, images)
+    new = merged(options.new, replace(manifest, codec=codecs.to_dict(codec)))
+    open_store(options.new, new)
+    shards = [(m, shard) for m, name in enumerate(manifest.checkpoints) for shard in manifest.checkpoint_shards(name)]
+    missing = [(m, shard) for m, shard in shards if not is_written(options.new, shard)]
+    done = 0
+    with ProgressDisplay(sum(shard.count for _, shard in missing), unit="records") as progress:
+        for member, shard in missing:
+            writer = ShardWriter(options.new, shard, new)
+            for ids in np.array_split(np.arange(shard.first, shard.last + 1), -(-shard.count // 1024)):
+                logits = source.decode(torch.from_numpy(reader.rows(ids, shard.view, [member])[:, 0]), 1.0)
+                draws = uniforms(manifest.view_seed, shard.view, ids, SAMPLED_CODEC + epochs[member])
+                writer.append(codec.encode(logits, labels[ids], torch.from_numpy(draws)).numpy())
+                done += len(ids)
+                progress.update(done, "converting")
+            writer.commit()
+    say(f"{options.new}: complete, {done:,} records converted to {codec.name}")
+    return 0
 
 
 if __name__ == "__main__":
-    status = main()
-    sys.stdout.flush()
-    os._exit(status)
+    run_process(main)

@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+from ckd_dist import dist
 from ckd_dist.checkpoint import file_sha256
+from ckd_dist.log import ProgressDisplay
 from ckd_dist.store.manifest import Manifest, Shard
 
 
@@ -27,3 +29,17 @@ def shard_fault(store: Path, manifest: Manifest, shard: Shard) -> str | None:
         if sidecar.get(key) != value:
             return f"{path} has {key} {sidecar.get(key)}, the manifest says {value}"
     return None if sidecar.get("sha256") == digest else f"{path} does not match its checksum"
+
+
+def faults(store: Path, manifest: Manifest, names: list[str] | None = None) -> list[tuple[Shard, str]]:
+    """Every bad shard of the checkpoints `names` (default: all) with what is wrong with it; collective: ranks share the
+    work, and all get the whole list."""
+    shards = [shard for name in names or manifest.checkpoints for shard in manifest.checkpoint_shards(name)]
+    found = []
+    with ProgressDisplay(len(shards[dist.rank() :: dist.world_size()]), unit="shards") as progress:
+        for done, shard in enumerate(shards[dist.rank() :: dist.world_size()], start=1):
+            if fault := shard_fault(store, manifest, shard):
+                found.append((shard, fault))
+            progress.update(done, f"checking {store}")
+    everyones = [pair for pairs in dist.gather_objects(found) for pair in pairs]
+    return sorted(everyones, key=lambda pair: shards.index(pair[0]))

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from ckd_dist.checkpoint import write_atomically
 from ckd_dist.config import UserError, flatten, require
+from ckd_dist.store import codecs
 
-FORMAT = 1
+FORMAT = 2
 
 
 @dataclass(frozen=True)
@@ -43,23 +44,33 @@ class Manifest:
     view_seed: int
     forward: dict
     """How the teacher saw the images: `image_size`, `mean`, `std`, `amp`."""
-    codec: dict = field(default_factory=lambda: {"name": "dense", "dtype": "float16"})
+    codec: dict
+    """What is kept of the logits (`codecs.to_dict`)."""
     shard_size: int
     """Records in every shard but the last of a view."""
     views: int
     """Number of views: 0 to views - 1."""
     checkpoints: dict[str, dict]
     """Member name -> `epoch`, `model`, `weights_sha256`."""
+    images: dict[str, str]
+    """Sample id -> sha256 of a decoded image, for a few (`BetonLoader.image_digests`)."""
 
     @property
     def identity(self) -> dict:
-        """What must be equal for logits to belong together; views and checkpoints may be added later."""
-        return {key: value for key, value in asdict(self).items() if key not in ("views", "checkpoints")}
+        """What must be equal for logits to belong together; views and checkpoints may be added later, and where images
+        decode differently that is said, not refused."""
+        mutable = ("views", "checkpoints", "images")
+        return {key: value for key, value in asdict(self).items() if key not in mutable}
 
     @property
     def identity_hash(self) -> str:
         """sha256 of the identity, carried by every shard."""
-        return hashlib.sha256(json.dumps(self.identity, sort_keys=True).encode()).hexdigest()
+        return _checksum(self.identity)
+
+    @property
+    def recorded(self) -> codecs.Codec:
+        """The codec of the records."""
+        return codecs.from_dict(self.codec, self.dataset["num_classes"])
 
     def shards(self, checkpoint: str, view: int) -> list[Shard]:
         """All shards of one view of one checkpoint, in order."""
@@ -88,10 +99,24 @@ class Manifest:
             a, b = mine.get(key), theirs.get(key)
             require(a == b, f"{here} has {key} {a}, {there} has {b}: they do not belong together")
 
+    def decoding_note(self, images: dict[str, str]) -> str | None:
+        """A warning where `images`, decoded here, are not those that the teacher saw, else None."""
+        differ = [sample for sample, digest in self.images.items() if images.get(sample) != digest]
+        if not differ:
+            return None
+        return (
+            f"warning: image {', '.join(differ)} decodes here to other pixels than when the store was written (another "
+            "JPEG or resize library): the teacher saw slightly different images"
+        )
+
+    def content(self) -> bytes:
+        """manifest.json: the fields and a checksum of them."""
+        values = {"format": FORMAT, **asdict(self)}
+        return (json.dumps({**values, "checksum": _checksum(values)}, indent=2) + "\n").encode()
+
     def save(self, store: Path) -> None:
         """Write manifest.json, atomically."""
-        text = json.dumps({"format": FORMAT, **asdict(self)}, indent=2) + "\n"
-        write_atomically(store / "manifest.json", lambda file: file.write(text.encode()))
+        write_atomically(store / "manifest.json", lambda file: file.write(self.content()))
 
     @classmethod
     def load(cls, store: Path, option: str) -> Manifest:
@@ -100,11 +125,20 @@ class Manifest:
         require(path.is_file(), f"{option}: {store} is not a logit store: it has no manifest.json (see cache_logits)")
         try:
             values = json.loads(path.read_text())
-            found = values.pop("format")
+            found = values["format"]
             require(found == FORMAT, f"{option}: {path} has format {found}, this version reads {FORMAT}")
-            return cls(**values)
+            checksum = values.pop("checksum")
+            require(checksum == _checksum(values), f"{option}: {path} does not match its checksum: it was changed")
+            del values["format"]
+            manifest = cls(**values)
+            codecs.from_dict(manifest.codec, manifest.dataset["num_classes"])
+            return manifest
         except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, AttributeError) as error:
             raise UserError(f"{option}: {path} is damaged ({error})") from None
+
+
+def _checksum(values: dict) -> str:
+    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
 
 
 def member_name(epoch: int) -> str:

@@ -1,4 +1,4 @@
-"""Reading logits: rows of any samples, in any order, from memory-mapped shards."""
+"""Reading: the records of any samples, in any order, from memory-mapped shards."""
 
 from __future__ import annotations
 
@@ -6,70 +6,86 @@ from pathlib import Path
 
 import numpy as np
 
-from ckd_dist import checkpoint, dist
-from ckd_dist.config import UserError, require
+from ckd_dist import checkpoint
+from ckd_dist.config import KDConfig, require
 from ckd_dist.data import DatasetInfo
-from ckd_dist.store.check import shard_fault
+from ckd_dist.store import codecs
+from ckd_dist.store.check import faults
 from ckd_dist.store.manifest import Manifest
 from ckd_dist.views import ViewRecipe
 
 
+def require_images(manifest: Manifest, info: DatasetInfo, option: str, store: Path) -> None:
+    """Raise `UserError` unless `store` is of the images of `info`."""
+    for key, ours in (("content_hash", info.content_hash), ("count", info.count), ("num_classes", info.num_classes)):
+        found = manifest.dataset[key]
+        require(found == ours, f"{option}: {store} is of images with {key} {found}, data.train has {ours}")
+
+
 class StoreReader:
-    """The logits of one checkpoint, or the mean of several (the paper's ensemble)."""
+    """The records of some of a store's checkpoints."""
 
-    def __init__(self, store: str, epochs: list[int], info: DatasetInfo):
-        """Open `store` for the images of `info`; collective.
+    def __init__(
+        self,
+        store: str,
+        epochs: list[int],
+        info: DatasetInfo | None = None,
+        kd: KDConfig | None = None,
+        combine: str | None = None,
+        *,
+        check: bool = True,
+    ):
+        """Open `store`, if given for the images of `info` and for the loss `kd`, with `combine` saying how several
+        checkpoints teach at once; collective. `check` compares every shard that may be read with its checksum.
 
-        Raises `UserError`, on every rank, for a store of other images, a checkpoint that it lacks, or a shard that is
-        missing or does not match its checksum.
+        Raises `UserError`, on every rank, for a store of other images, a checkpoint that it lacks, a loss that its
+        codec cannot serve, or a shard that is missing or does not match its checksum.
         """
         self.store = Path(store)
         self.manifest = Manifest.load(self.store, "teacher.store")
-        dataset = self.manifest.dataset
-        for key, ours in (
-            ("content_hash", info.content_hash),
-            ("count", info.count),
-            ("num_classes", info.num_classes),
-        ):
-            require(
-                dataset[key] == ours,
-                f"teacher.store: {store} is of images with {key} {dataset[key]}, data.train has {ours}",
-            )
+        if info:
+            require_images(self.manifest, info, "teacher.store", self.store)
         available = {values["epoch"]: name for name, values in self.manifest.checkpoints.items()}
         self.epochs = checkpoint.choose(dict(sorted(available.items())), epochs, "teacher.checkpoints")
         self._members = [available[epoch] for epoch in self.epochs]
+        self.codec = self.manifest.recorded
+        self._record_bytes = codecs.record_bytes(self.codec)
+        if kd:
+            codecs.require_served(self.codec, kd, combine)
         self._maps: dict[tuple[str, int, int], np.ndarray] = {}
-        self._check_shards()
+        if check:
+            self._check_shards()
 
     @property
     def recipe(self) -> ViewRecipe:
         """How the cached views were drawn."""
         return ViewRecipe.from_dict(self.manifest.recipe)
 
-    def rows(self, ids: np.ndarray, view: int) -> np.ndarray:
-        """Teacher logits of samples `ids` [n] under `view`: float32 [n, classes], the mean over the members."""
-        size, classes = self.manifest.shard_size, self.manifest.dataset["num_classes"]
-        total = np.zeros((len(ids), classes), dtype=np.float32)
-        shard_of, offset = np.divmod(ids.astype(np.int64), size)
-        for shard in np.unique(shard_of):
-            where = np.flatnonzero(shard_of == shard)
-            for member in self._members:
-                total[where] += self._map(member, view, int(shard))[offset[where]]
-        return total / len(self._members) if len(self._members) > 1 else total
+    def rows(self, ids: np.ndarray, view: int, members: list[int] | None = None) -> np.ndarray:
+        """Records of samples `ids` [n] under `view`, uint8 [n, members, bytes]; `members` counts among the epochs that
+        the reader was opened for, and defaults to all of them."""
+        names = [self._members[m] for m in members] if members else self._members
+        out = np.empty((len(ids), len(names), self._record_bytes), dtype=np.uint8)
+        shard_of, offset = np.divmod(ids.astype(np.int64), self.manifest.shard_size)
+        order = np.argsort(shard_of, kind="stable")
+        ends = np.flatnonzero(np.diff(shard_of[order], append=-1)) + 1
+        for where in np.split(order, ends[:-1]) if len(ids) else ():
+            index, rows = int(shard_of[where[0]]), offset[where]
+            for m, name in enumerate(names):
+                out[where, m] = self._map(name, view, index)[rows]
+        return out
 
     def _map(self, member: str, view: int, index: int) -> np.ndarray:
+        """A shard's records as bytes, uint8 [count, bytes]."""
         key = (member, view, index)
         if key not in self._maps:
-            path = self.manifest.shards(member, view)[index].path(self.store)
-            self._maps[key] = np.load(path, mmap_mode="r")
+            shard = self.manifest.shards(member, view)[index]
+            array = np.load(shard.path(self.store), mmap_mode="r")
+            self._maps[key] = array.reshape(shard.count, -1).view(np.uint8)
         return self._maps[key]
 
     def _check_shards(self) -> None:
         """Compare every shard that will be read with its checksum; ranks share the work."""
-        shards = [shard for member in self._members for shard in self.manifest.checkpoint_shards(member)]
-        mine = shards[dist.rank() :: dist.world_size()]
-        faults = [fault for shard in mine if (fault := shard_fault(self.store, self.manifest, shard))]
-        everyones = [fault for faults in dist.gather_objects(faults) for fault in faults]
-        if everyones:
-            more = f" (and {len(everyones) - 1} more)" if len(everyones) > 1 else ""
-            raise UserError(f"teacher.store: {everyones[0]}{more}: run cache_logits again with the same options")
+        found = faults(self.store, self.manifest, self._members)
+        more = f" (and {len(found) - 1} more)" if len(found) > 1 else ""
+        require(not found, f"teacher.store: {found and found[0][1]}{more}: run python -m ckd_dist.store repair")

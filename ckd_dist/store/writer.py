@@ -3,42 +3,51 @@
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 import os
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 
 from ckd_dist.checkpoint import sync_folder, write_atomically
-from ckd_dist.config import TrainingError, UserError, require
+from ckd_dist.config import require
+from ckd_dist.store import codecs
 from ckd_dist.store.manifest import Manifest, Shard
 
 
-def open_store(store: Path, wanted: Manifest) -> Manifest:
-    """Create the store, or go on in one of the same identity, adding `wanted`'s views and checkpoints to it.
+def merged(store: Path, wanted: Manifest) -> Manifest:
+    """The manifest of `store` with the views and checkpoints of `wanted` added; `wanted` where there is no store yet.
 
     Raises `UserError` naming the field that differs when the store holds other logits.
     """
-    if (store / "manifest.json").exists():
-        found = Manifest.load(store, "store")
-        found.require_same(wanted, f"store: {store}", "this command")
-        for name, values in wanted.checkpoints.items():
-            known = found.checkpoints.get(name, values)
-            require(
-                known == values,
-                f"store: {store} holds {name} of a model {known['model']} with weights "
-                f"{known['weights_sha256'][:12]}, this run has {values['model']} {values['weights_sha256'][:12]}: "
-                "choose another --store",
-            )
-        wanted.checkpoints = dict(sorted({**found.checkpoints, **wanted.checkpoints}.items()))
-        wanted.views = max(found.views, wanted.views)
-        if wanted == found:
-            return wanted
-    elif store.exists() and any(store.iterdir()):
-        raise UserError(f"store: {store} is not empty and has no manifest.json: choose another --store")
+    if not (store / "manifest.json").exists():
+        require(
+            not store.exists() or not any(store.iterdir()),
+            f"store: {store} is not empty and has no manifest.json: choose another --store",
+        )
+        return wanted
+    found = Manifest.load(store, "store")
+    found.require_same(wanted, f"store: {store}", "this command")
+    for name, values in wanted.checkpoints.items():
+        known = found.checkpoints.get(name, values)
+        require(
+            known == values,
+            f"store: {store} holds {name} of a model {known['model']} with weights "
+            f"{known['weights_sha256'][:12]}, this run has {values['model']} {values['weights_sha256'][:12]}: "
+            "choose another --store",
+        )
+    checkpoints = dict(sorted({**found.checkpoints, **wanted.checkpoints}.items()))
+    return replace(found, checkpoints=checkpoints, views=max(found.views, wanted.views))
+
+
+def open_store(store: Path, manifest: Manifest) -> None:
+    """Create the store, or let it grow to what `manifest`, of `merged`, says."""
     store.mkdir(parents=True, exist_ok=True)
-    wanted.save(store)
-    return wanted
+    path = store / "manifest.json"
+    if not path.exists() or path.read_bytes() != manifest.content():
+        manifest.save(store)
 
 
 def is_written(store: Path, shard: Shard) -> bool:
@@ -47,33 +56,54 @@ def is_written(store: Path, shard: Shard) -> bool:
     return path.exists() and path.with_suffix(".json").exists()
 
 
+def array_header(manifest: Manifest, shard: Shard) -> bytes:
+    """First bytes of a shard's .npy file."""
+    dtype, shape = manifest.recorded.array(shard.count)
+    header = io.BytesIO()
+    described = {"descr": np.lib.format.dtype_to_descr(dtype), "fortran_order": False, "shape": shape}
+    np.lib.format.write_array_header_1_0(header, described)
+    return header.getvalue()
+
+
+def sidecar_content(manifest: Manifest, shard: Shard, sha256: str) -> bytes:
+    """The .json beside a shard whose content has the checksum `sha256`."""
+    return (json.dumps({**manifest.sidecar(shard), "sha256": sha256}, indent=2) + "\n").encode()
+
+
+def shard_size(manifest: Manifest, shard: Shard) -> int:
+    """Bytes of a shard's .npy file."""
+    return len(array_header(manifest, shard)) + codecs.record_bytes(manifest.recorded) * shard.count
+
+
+def store_size(manifest: Manifest) -> tuple[int, int]:
+    """(bytes, files) of the whole store when it is complete: the sum of its files' lengths, to the byte."""
+    shards = [shard for name in manifest.checkpoints for shard in manifest.checkpoint_shards(name)]
+    sidecars = sum(len(sidecar_content(manifest, shard, 64 * "0")) for shard in shards)
+    total = len(manifest.content()) + sidecars + sum(shard_size(manifest, shard) for shard in shards)
+    return total, 1 + 2 * len(shards)
+
+
 class ShardWriter:
-    """Writes one dense shard, records in order, to a temporary file that `commit` gives its name."""
+    """Writes one shard, records in order, to a temporary file that `commit` gives its name."""
 
     def __init__(self, store: Path, shard: Shard, manifest: Manifest):
         self.shard, self._manifest = shard, manifest
         self._path = shard.path(store)
         self._temporary = self._path.with_name(f".{self._path.name}.tmp")
-        self._classes = manifest.dataset["num_classes"]
         self._path.parent.mkdir(parents=True, exist_ok=True)
         self._digest = hashlib.sha256()
         self._written = 0
         self._file = open(self._temporary, "wb")  # noqa: SIM115  closed by commit
-        np.lib.format.write_array_header_1_0(
-            _Tee(self._file, self._digest),
-            {"descr": "<f2", "fortran_order": False, "shape": (shard.count, self._classes)},
-        )
+        self._write(array_header(manifest, shard))
 
-    def append(self, logits: np.ndarray) -> None:
-        """Write the next records: float32 [n, classes], rounded to float16."""
-        if not np.isfinite(logits).all() or np.abs(logits).max(initial=0) > 65504:
-            raise TrainingError(
-                f"{self.shard.checkpoint} gives logits that float16 cannot hold: is it a good checkpoint?"
-            )
-        records = np.ascontiguousarray(logits, dtype="<f2")
-        self._file.write(records.data)
-        self._digest.update(records.data)
+    def append(self, records: np.ndarray) -> None:
+        """Write the next records, uint8 [n, bytes]."""
+        self._write(np.ascontiguousarray(records).data)
         self._written += len(records)
+
+    def _write(self, data: bytes | memoryview) -> None:
+        self._file.write(data)
+        self._digest.update(data)
 
     def commit(self) -> None:
         """Make the shard stand: contents and checksum first, its name last."""
@@ -81,19 +111,7 @@ class ShardWriter:
         self._file.flush()
         os.fsync(self._file.fileno())
         self._file.close()
-        sidecar = {**self._manifest.sidecar(self.shard), "sha256": self._digest.hexdigest()}
-        text = json.dumps(sidecar, indent=2) + "\n"
-        write_atomically(self._path.with_suffix(".json"), lambda file: file.write(text.encode()))
+        sidecar = sidecar_content(self._manifest, self.shard, self._digest.hexdigest())
+        write_atomically(self._path.with_suffix(".json"), lambda file: file.write(sidecar))
         os.replace(self._temporary, self._path)
         sync_folder(self._path.parent)
-
-
-class _Tee:
-    """File and digest as one target."""
-
-    def __init__(self, *targets):
-        self._write, self._update = targets[0].write, targets[1].update
-
-    def write(self, data: bytes) -> None:
-        self._write(data)
-        self._update(data)

@@ -1,0 +1,333 @@
+"""Compute what a store's manifest describes: run checkpoints over the views of the images, write the missing shards,
+check records against their teachers, and tell beforehand what it takes."""
+
+from __future__ import annotations
+
+import math
+import shutil
+import statistics
+import tempfile
+import time
+from collections.abc import Generator, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import nn
+
+from ckd_dist import checkpoint, dist, engine, models
+from ckd_dist.config import CacheConfig, LoaderConfig, TrainingError, require
+from ckd_dist.data import Batch, BetonLoader, DatasetInfo, read_info, train_recipe
+from ckd_dist.log import ProgressDisplay, say
+from ckd_dist.store import codecs
+from ckd_dist.store.manifest import Manifest, Shard, member_name
+from ckd_dist.store.reader import StoreReader, require_images
+from ckd_dist.store.writer import ShardWriter, is_written, merged, shard_size, store_size
+from ckd_dist.views import SAMPLED_CODEC, ViewRecipe, uniforms
+
+TOLERANCE = 0.1
+"""Largest `Codec.deviation` of a record from its recomputation that `verify` calls equal. A float32 forward pass of a
+ResNet-20 deviates from a bfloat16 one by up to 0.02; records of another image by 0.2 at least, mostly by much more."""
+
+Work = list[tuple[list[str], list[list[Shard]]]]
+"""For each group of checkpoints that are in memory together, and for each view and range of samples, the shards to
+write. The ranges are what ranks share out."""
+
+
+class Recorder:
+    """The images and the teacher's run that a manifest names: gives the checkpoints' logits of any view."""
+
+    def __init__(self, manifest: Manifest, info: DatasetInfo, run: str, config: LoaderConfig, device: torch.device):
+        self.manifest, self.device, self.batch_size = manifest, device, config.batch_size
+        self._trajectory = checkpoint.trajectory(run, "teacher.run")
+        forward = manifest.forward
+        self.loader = BetonLoader(
+            info,
+            config,
+            ViewRecipe.from_dict(manifest.recipe),
+            batch_size=config.batch_size,
+            image_size=forward["image_size"],
+            device=device,
+            view_seed=manifest.view_seed,
+            mean=forward["mean"],
+            std=forward["std"],
+        )
+
+    def load(self, names: list[str]) -> dict[str, nn.Module]:
+        """The checkpoints on the device; raises `UserError` where the run's are not those of the manifest."""
+        teachers = {}
+        for name in names:
+            wanted = self.manifest.checkpoints[name]
+            (epoch,) = checkpoint.choose(self._trajectory, [wanted["epoch"]], "teacher.run")
+            model, _ = models.load_model(self._trajectory[epoch], "teacher.run")
+            found = checkpoint.weights_sha256(model.state_dict())
+            require(
+                found == wanted["weights_sha256"],
+                f"teacher.run: {self._trajectory[epoch]} has weights {found[:12]}, the store's {name} is of weights "
+                f"{wanted['weights_sha256'][:12]}: name the run that the store was written from",
+            )
+            teachers[name] = engine.to_device(model, self.device)
+        return teachers
+
+    def logits(
+        self, teachers: dict[str, nn.Module], ids: np.ndarray, view: int
+    ) -> Iterator[tuple[Batch, dict[str, torch.Tensor]]]:
+        """Every batch, decoded once, with the logits of each checkpoint, float32 [n, classes]."""
+        for batch in self.loader.batches(ids, view):
+            answers = {}
+            for name, model in teachers.items():
+                answers[name] = engine.forward_logits(model, batch.images, self.manifest.forward["amp"])
+            yield batch, answers
+
+    def write(
+        self, store: Path, teachers: dict[str, nn.Module], ranges: list[list[Shard]]
+    ) -> Generator[int, None, None]:
+        """Write shards, those of a range in one pass over its images; yields the number of records after each batch."""
+        codec = self.manifest.recorded
+        for shards in ranges:
+            writers = {shard.checkpoint: ShardWriter(store, shard, self.manifest) for shard in shards}
+            view, first, last = shards[0].view, shards[0].first, shards[0].last
+            needed = {name: teachers[name] for name in writers}
+            for batch, answers in self.logits(needed, np.arange(first, last + 1), view):
+                for name, logits in answers.items():
+                    writers[name].append(self._encode(codec, name, logits, batch, view))
+                yield len(batch.ids) * len(answers)
+            for writer in writers.values():
+                writer.commit()
+
+    def _encode(self, codec: codecs.Codec, name: str, logits: torch.Tensor, batch: Batch, view: int) -> np.ndarray:
+        if not bool(logits.abs().amax() <= 65504):  # also where it is not a number
+            raise TrainingError(f"{name} gives logits that float16 cannot hold: is it a good checkpoint?")
+        counter = SAMPLED_CODEC + self.manifest.checkpoints[name]["epoch"]
+        draws = uniforms(self.manifest.view_seed, view, batch.ids.numpy(), counter)
+        return codec.encode(logits, batch.labels, torch.from_numpy(draws).to(logits.device)).cpu().numpy()
+
+
+def describe(config: CacheConfig, device: torch.device) -> tuple[Manifest, Recorder]:
+    """What `config` asks for, and what computes it; raises `UserError` where the two do not go together."""
+    info = read_info(config.data.train, "data.train")
+    codec = codecs.from_config(config, info.num_classes)
+    recipe = train_recipe(config.data, info)
+    trajectory = checkpoint.trajectory(config.teacher.run, "teacher.run")
+    epochs = checkpoint.choose(trajectory, config.teacher.checkpoints or list(trajectory), "teacher.checkpoints")
+    members = {}
+    for epoch in sorted(epochs):
+        model, metadata = models.load_model(trajectory[epoch], "teacher.run")
+        models.require_classes(metadata, info.num_classes, "teacher.run")
+        members[member_name(epoch)] = {
+            "epoch": epoch,
+            "model": metadata["model"],
+            "weights_sha256": checkpoint.weights_sha256(model.state_dict()),
+        }
+    manifest = Manifest(
+        dataset={
+            "name": info.dataset,
+            "content_hash": info.content_hash,
+            "count": info.count,
+            "num_classes": info.num_classes,
+        },
+        recipe=recipe.to_dict(),
+        view_seed=config.seed,
+        forward={
+            "image_size": config.data.image_size or metadata["image_size"],
+            "mean": metadata["mean"],
+            "std": metadata["std"],
+            "amp": config.amp,
+        },
+        codec=codecs.to_dict(codec),
+        shard_size=config.shard_size,
+        views=config.views,
+        checkpoints=members,
+        images={},
+    )
+    recorder = Recorder(manifest, info, config.teacher.run, config.data, device)
+    manifest.images = recorder.loader.image_digests()
+    return manifest, recorder
+
+
+def missing_work(store: Path, manifest: Manifest, names: list[str], views: int, at_once: int | None) -> Work:
+    """What is still to be written of the checkpoints `names` and the first `views` views."""
+    size = at_once or len(names)
+    work = []
+    for group in (names[i : i + size] for i in range(0, len(names), size)):
+        ranges = [
+            [shard for shard in shards if not is_written(store, shard)]
+            for view in range(views)
+            for shards in zip(*(manifest.shards(name, view) for name in group), strict=True)
+        ]
+        work.append((group, [shards for shards in ranges if shards]))
+    return [(group, ranges) for group, ranges in work if ranges]
+
+
+def count_records(ranges: list[list[Shard]]) -> int:
+    """Records in shards."""
+    return sum(shard.count for shards in ranges for shard in shards)
+
+
+def write_work(store: Path, recorder: Recorder, work: Work) -> None:
+    """Write the shards of `work`, ranks sharing the ranges; collective."""
+    rank, world = dist.rank(), dist.world_size()
+    manifest = recorder.manifest
+    size = codecs.record_bytes(manifest.recorded)
+    mine = [(group, ranges[rank::world]) for group, ranges in work]
+    total = sum(count_records(ranges) for _, ranges in mine)
+    started, done = time.perf_counter(), 0
+    with ProgressDisplay(total, unit="records") as progress:
+        for number, (group, ranges) in enumerate(mine, start=1):
+            teachers = recorder.load(group) if ranges else {}
+            title = f"checkpoints {number}/{len(mine)}" if len(mine) > 1 else "caching"
+            for count in recorder.write(store, teachers, ranges):
+                done += count
+                progress.update(done, title, f"{format_bytes(done * size)} of {format_bytes(total * size)}")
+    dist.barrier()
+    seconds, records = time.perf_counter() - started, sum(count_records(ranges) for _, ranges in work)
+    say(
+        f"{store}: complete, {records:,} records ({format_bytes(records * size)}) written in {seconds:.1f} s "
+        f"({records / seconds:,.0f} records/s)"
+    )
+
+
+def require_space(store: Path, manifest: Manifest) -> None:
+    """Raise `UserError` when what is still to be written does not fit on the disk."""
+    folder = store if store.exists() else next(p for p in store.absolute().parents if p.exists())
+    there = sum(path.stat().st_size for path in store.rglob("*") if path.is_file())
+    needed, free = store_size(manifest)[0] - there, shutil.disk_usage(folder).free
+    require(
+        needed <= free,
+        f"store: {store} needs {format_bytes(needed)} more, the disk has {format_bytes(free)} free: make room, choose "
+        "another disk, fewer --views, or --codec topk",
+    )
+
+
+def format_bytes(count: float) -> str:
+    """A number of bytes in kB, MB, GB or TB of powers of 1000."""
+    for unit in ("bytes", "kB", "MB", "GB"):
+        if count < 1000:
+            return f"{count:,.0f} {unit}" if unit == "bytes" else f"{count:.3g} {unit}"
+        count /= 1000
+    return f"{count:,.3g} TB"
+
+
+# ------------------------------------------------------------------------------------------- plan
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a caching takes, from a short trial of it."""
+
+    bytes: int
+    """Length of all files of the complete store, exact."""
+    files: int
+    largest_shard_bytes: int
+    free_bytes: int
+    """On the disk of the store."""
+    missing_records: int
+    """An image's logits of one view and checkpoint, still to be written."""
+    seconds: float
+    """From the first batch to the last shard, on as many processes as made the plan."""
+    teacher_seconds_an_image: float
+    """Forward pass of one checkpoint, on one process: the median over checkpoints and batches."""
+    online_seconds: float
+    """What one checkpoint's forward passes add to a student of as many epochs as there are views."""
+    students: int
+    """From so many students on, each with a teacher of one checkpoint, caching takes less time than online teachers."""
+
+
+def plan(config: CacheConfig, device: torch.device, trial_seconds: float = 5.0) -> Plan:
+    """Cache for some seconds into a temporary folder and tell what the rest takes; collective."""
+    wanted, recorder = describe(config, device)
+    store, names = Path(config.store), list(wanted.checkpoints)
+    manifest = recorder.manifest = dist.on_main(lambda: merged(store, wanted))
+    work = dist.on_main(lambda: missing_work(store, manifest, names, config.views, config.teachers_at_once))
+    disk = next(p for p in store.absolute().parents if p.exists())
+    group = names[: config.teachers_at_once or len(names)]
+    teachers, rank, world = recorder.load(group), dist.rank(), dist.world_size()
+    trial = [
+        list(shards)
+        for view in range(config.views)
+        for shards in zip(*(manifest.shards(name, view) for name in group), strict=True)
+    ]
+    with tempfile.TemporaryDirectory(prefix=".plan_", dir=disk) as folder:
+        batches = recorder.write(Path(folder), teachers, trial[rank::world])
+        dist.barrier()
+        first, rate = _trial(batches, trial_seconds)
+        batches.close()
+    forward = _forward_seconds(recorder, teachers)
+    first, rate, forward = (max(each) for each in zip(*dist.gather_objects((first, rate, forward)), strict=True))
+    slowest = max(sum(count_records(ranges[k::world]) for _, ranges in work) for k in range(world))
+    seconds = first + slowest * rate if work else 0.0
+    online = forward * config.views * manifest.dataset["count"] / world
+    size, files = store_size(manifest)
+    return Plan(
+        bytes=size,
+        files=files,
+        largest_shard_bytes=shard_size(manifest, manifest.shards(names[0], 0)[0]),
+        free_bytes=shutil.disk_usage(disk).free,
+        missing_records=sum(count_records(ranges) for _, ranges in work),
+        seconds=seconds,
+        teacher_seconds_an_image=forward,
+        online_seconds=online,
+        students=max(1, math.ceil(seconds / online)),
+    )
+
+
+def _trial(batches: Iterator[int], trial_seconds: float) -> tuple[float, float]:
+    """(seconds of starting up, seconds a record) of a caching, from its first `trial_seconds`."""
+    started = time.perf_counter()
+    count = next(batches, 0)
+    first = time.perf_counter() - started
+    records, started = 0, time.perf_counter()
+    for more in batches:
+        records += more
+        if time.perf_counter() - started > trial_seconds:
+            break
+    if not records:  # there is but one batch
+        return 0.0, first / max(1, count)
+    rate = (time.perf_counter() - started) / records
+    return max(0.0, first - count * rate), rate
+
+
+def _forward_seconds(recorder: Recorder, teachers: dict[str, nn.Module], batches: int = 5) -> float:
+    """Seconds an image of one checkpoint's forward pass: the median over batches and checkpoints."""
+    count = min(recorder.manifest.dataset["count"], recorder.batch_size)
+    batch = next(recorder.loader.batches(np.arange(count)))
+    seconds = []
+    for model in teachers.values():
+        for _ in range(batches):
+            started = time.perf_counter()
+            engine.forward_logits(model, batch.images, recorder.manifest.forward["amp"]).sum().item()
+            seconds.append((time.perf_counter() - started) / count)
+    return statistics.median(seconds)
+
+
+# ------------------------------------------------------------------------------------------- verify
+
+
+def recompute(store: Path, info: DatasetInfo, run: str, config: LoaderConfig, device: torch.device, count: int) -> list:
+    """Compute `count` records of each checkpoint anew, of samples and views drawn at random, and compare: a list of
+    (what is wrong, deviation) for those that deviate by more than `TOLERANCE`.
+
+    Raises `UserError` where the images or the run are not those of the store.
+    """
+    manifest = Manifest.load(store, "STORE")
+    require_images(manifest, info, "STORE", store)
+    recorder = Recorder(manifest, info, run, config, device)
+    reader = StoreReader(str(store), [v["epoch"] for v in manifest.checkpoints.values()], info, check=False)
+    if note := manifest.decoding_note(recorder.loader.image_digests()):
+        say(note)
+    rng = np.random.default_rng()
+    views = rng.permutation(manifest.views)[:4]
+    names = list(manifest.checkpoints)
+    off = []
+    for name in names:
+        teachers = recorder.load([name])
+        for view, share in zip(views, np.array_split(np.arange(count), len(views)), strict=True):
+            ids = np.sort(rng.integers(0, info.count, len(share)))
+            for batch, answers in recorder.logits(teachers, ids, int(view)):
+                records = reader.rows(batch.ids.numpy(), int(view), [names.index(name)])[:, 0]
+                deviations = reader.codec.deviation(torch.from_numpy(records).to(device), answers[name])
+                for sample, deviation in zip(batch.ids.tolist(), deviations.tolist(), strict=True):
+                    if not deviation <= TOLERANCE:
+                        off.append((f"{name}, view {view}, sample {sample}", deviation))
+    return off
