@@ -35,24 +35,29 @@ Work = list[tuple[list[str], list[list[Shard]]]]
 write. The ranges are what ranks share out."""
 
 
+def store_loader(manifest: Manifest, info: DatasetInfo, config: LoaderConfig, device: torch.device) -> BetonLoader:
+    """The images as the teacher of a store saw them."""
+    forward = manifest.forward
+    return BetonLoader(
+        info,
+        config,
+        ViewRecipe.from_dict(manifest.recipe),
+        batch_size=config.batch_size,
+        image_size=forward["image_size"],
+        device=device,
+        view_seed=manifest.view_seed,
+        mean=forward["mean"],
+        std=forward["std"],
+    )
+
+
 class Recorder:
     """The images and the teacher's run that a manifest names: gives the checkpoints' logits of any view."""
 
     def __init__(self, manifest: Manifest, info: DatasetInfo, run: str, config: LoaderConfig, device: torch.device):
         self.manifest, self.device, self.batch_size = manifest, device, config.batch_size
         self._trajectory = checkpoint.trajectory(run, "teacher.run")
-        forward = manifest.forward
-        self.loader = BetonLoader(
-            info,
-            config,
-            ViewRecipe.from_dict(manifest.recipe),
-            batch_size=config.batch_size,
-            image_size=forward["image_size"],
-            device=device,
-            view_seed=manifest.view_seed,
-            mean=forward["mean"],
-            std=forward["std"],
-        )
+        self.loader = store_loader(manifest, info, config, device)
 
     def load(self, names: list[str]) -> dict[str, nn.Module]:
         """The checkpoints on the device; raises `UserError` where the run's are not those of the manifest."""

@@ -17,7 +17,7 @@ def main(config: DistillConfig) -> None:
     # Imported here because torch takes seconds: only once the options are known to be good.
     import torch
 
-    from ckd_dist import checkpoint, data, dist, engine, log, losses, models
+    from ckd_dist import caching, checkpoint, data, dist, engine, log, losses, models
     from ckd_dist.store import codecs
     from ckd_dist.store.reader import StoreReader
 
@@ -55,6 +55,9 @@ def main(config: DistillConfig) -> None:
                 f"data.views is {views}, {asked.store} holds {cached.views} views: cache more or ask for less",
             )
             seed, views = cached.view_seed, views or cached.views
+            digests = dist.on_main(lambda: caching.store_loader(cached, info, config.data, device).image_digests())
+            if note := cached.decoding_note(digests):
+                log.say(note)
             log.say(f"teacher: cached logits of {', '.join(f'epoch {epoch}' for epoch in epochs)}")
         elif asked.run:
             trajectory = checkpoint.trajectory(asked.run, "teacher.run")

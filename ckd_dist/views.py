@@ -22,7 +22,7 @@ from ckd_dist.ffcv_mended import IMAGE_MODES, AllocationQuery, Compiler, IntDeco
 
 # fastmath stays off: reassociated sums differ between machines, and one ulp moves a crop by a pixel. The disk cache
 # saves every process seconds of compilation; for it, FFCV's C functions are named symbols, not addresses.
-_compiled = njit(nogil=True, error_model="numpy", fastmath=False, cache=True)
+compiled = njit(nogil=True, error_model="numpy", fastmath=False, cache=True)
 binding.load_library_permanently(libffcv.lib._name)
 _resize: Any = types.ExternalFunction("resize", types.void(*[int64] * 11))
 _imdecode: Any = types.ExternalFunction(
@@ -71,14 +71,14 @@ class ViewRecipe:
         return cls(**arguments)
 
 
-@_compiled
+@compiled
 def _splitmix(z):
     z = (z ^ (z >> uint64(30))) * uint64(0xBF58476D1CE4E5B9)
     z = (z ^ (z >> uint64(27))) * uint64(0x94D049BB133111EB)
     return z ^ (z >> uint64(31))
 
 
-@_compiled
+@compiled
 def stream_key(seed, view, sample):
     """64-bit key of the stream of draws that belongs to one (seed, view, sample)."""
     key = _splitmix(uint64(seed) + uint64(0x9E3779B97F4A7C15))
@@ -86,14 +86,14 @@ def stream_key(seed, view, sample):
     return _splitmix(key ^ (uint64(sample) + uint64(0x8CB92BA72F3D8DD7)))
 
 
-@_compiled
+@compiled
 def uniform(key, n):
     """Draw n of the stream: a float64 in [0, 1), exact."""
     z = _splitmix(key + uint64(n + 1) * uint64(0x9E3779B97F4A7C15))
     return (z >> uint64(11)) * (1.0 / 9007199254740992.0)
 
 
-@_compiled
+@compiled
 def uniforms(seed, view, samples, n):
     """Draw n of the streams of many samples, int64 [n]: float64 [n] in [0, 1)."""
     draws = np.empty(len(samples))
@@ -102,7 +102,7 @@ def uniforms(seed, view, samples, n):
     return draws
 
 
-@_compiled
+@compiled
 def _exp(x):
     """exp(x) for |x| < 1 from + and * alone: the libraries' versions differ by an ulp between machines."""
     term, total = 1.0, 1.0
@@ -112,7 +112,7 @@ def _exp(x):
     return total
 
 
-@_compiled
+@compiled
 def _crop_box(key, height, width, recipe):
     """Box (top, left, height, width) in pixels; random_resized_crop as torchvision's RandomResizedCrop.get_params."""
     kind, scale_min, scale_max, ratio_min, ratio_max, log_min, log_max, padding, share, _ = recipe
@@ -153,13 +153,13 @@ def view(
     return _view(seed, view_id, sample_id, height, width, recipe.numbers())
 
 
-@_compiled
+@compiled
 def _view(seed, view_id, sample_id, height, width, recipe):
     key = stream_key(seed, view_id, sample_id)
     return _crop_box(key, height, width, recipe), uniform(key, _FLIP) < recipe[9]
 
 
-@_compiled
+@compiled
 def _resize_crop(image, top, left, height, width, out):
     _resize(
         0,
@@ -176,7 +176,7 @@ def _resize_crop(image, top, left, height, width, out):
     )
 
 
-@_compiled
+@compiled
 def _copy_padded(image, top, left, out):
     """out[y, x] = image[top + y, left + x], black where that lies outside."""
     height, width, _ = image.shape
@@ -187,7 +187,7 @@ def _copy_padded(image, top, left, out):
                 out[y, x, c] = image[top + y, left + x, c]
 
 
-@_compiled
+@compiled
 def _mirror(image):
     height, width, channels = image.shape
     for y in range(height):
@@ -196,7 +196,7 @@ def _mirror(image):
                 image[y, x, c], image[y, width - 1 - x, c] = image[y, width - 1 - x, c], image[y, x, c]
 
 
-@_compiled
+@compiled
 def _render(data, is_jpeg, height, width, seed, view_id, sample, recipe, decoded, padded, out):
     """Fill `out`, uint8 [size, size, 3], with a view of the stored image `data`; the other two are room to work."""
     if is_jpeg:
@@ -207,7 +207,7 @@ def _render(data, is_jpeg, height, width, seed, view_id, sample, recipe, decoded
         _render_image(data.reshape(height, width, 3), seed, view_id, sample, recipe, padded, out)
 
 
-@_compiled
+@compiled
 def _render_image(image, seed, view_id, sample, recipe, padded, out):
     height, width, _ = image.shape
     (top, left, h, w), mirrored = _view(seed, view_id, sample, height, width, recipe)

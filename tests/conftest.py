@@ -1,9 +1,12 @@
-"""Real data, real commands: small .beton files of Fashion-MNIST and of photographs; running and killing commands."""
+"""Real data, real commands: small .beton files of Fashion-MNIST and of photographs, a teacher and its logit store;
+running and killing commands."""
 
 from __future__ import annotations
 
+import hashlib
 import os
 import random
+import shutil
 import subprocess
 import sys
 import time
@@ -20,6 +23,8 @@ from PIL import Image
 
 ROOT = Path(__file__).resolve().parent.parent
 ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT)}
+VIEWS, SHARD = 2, 250
+"""Of the store that tests share."""
 
 
 def command_line(module: str, *arguments: object, nproc: int = 0) -> list[str]:
@@ -55,9 +60,11 @@ def kill_tree(process: subprocess.Popen) -> None:
     process.wait(timeout=30)
 
 
-def kill_and_repeat(command: list[str], progress: Callable[[], int], kills: list[int], seed: int = 0) -> None:
-    """Start `command`, SIGKILL all its processes a random moment after `progress()` first reaches each value of
-    `kills`, start it again, and let it end."""
+def kill_and_repeat(
+    command: list[str], progress: Callable[[], int], kills: list[int], seed: int = 0, longest: float = 0.1
+) -> None:
+    """Start `command`, SIGKILL all its processes a random moment, at most `longest` seconds, after `progress()` first
+    reaches each value of `kills`, start it again, and let it end."""
     moment = random.Random(seed)
     for target in kills:
         process = subprocess.Popen(
@@ -68,7 +75,7 @@ def kill_and_repeat(command: list[str], progress: Callable[[], int], kills: list
             assert process.poll() is None, f"the command ended before it could be killed at {target}"
             assert time.monotonic() - started < 200
             time.sleep(0.002)
-        time.sleep(moment.uniform(0, 0.1))
+        time.sleep(moment.uniform(0, longest))
         assert process.poll() is None, f"the command ended before it could be killed at {target}"
         kill_tree(process)
     done = subprocess.run(command, env=ENVIRONMENT, cwd=ROOT, capture_output=True, text=True, timeout=300)
@@ -126,3 +133,29 @@ def teacher(tmp_path_factory: pytest.TempPathFactory, fashion: dict[str, Path]) 
         "--optim.lr", 0.05, "--optim.warmup_epochs", 1, "--run_dir", path, nproc=2,
     )  # fmt: skip
     return path
+
+
+def cache_options(fashion: dict[str, Path], teacher: Path, store: Path, *more: object) -> list[str]:
+    """Options of cache_logits for the store that tests share, later ones winning."""
+    words = ["--data.train", fashion["train"], "--teacher.run", teacher, "--store", store, "--views", VIEWS]
+    return [str(word) for word in [*words, "--shard_size", SHARD, "--data.batch_size", 64, *more]]
+
+
+def contents(store: Path) -> dict[str, str]:
+    """sha256 of every file of a folder."""
+    files = sorted(path for path in store.rglob("*") if path.is_file())
+    return {str(path.relative_to(store)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
+
+
+@pytest.fixture(scope="session")
+def store(tmp_path_factory: pytest.TempPathFactory, fashion: dict[str, Path], teacher: Path) -> Path:
+    """Dense logits of all three checkpoints, two views, written by one process in batches of 64."""
+    path = tmp_path_factory.mktemp("store") / "store"
+    run("ckd_dist.cache_logits", *cache_options(fashion, teacher, path))
+    return path
+
+
+@pytest.fixture
+def copy(store: Path, tmp_path: Path) -> Path:
+    """A copy of the shared store, to be damaged."""
+    return Path(shutil.copytree(store, tmp_path / "copy"))

@@ -6,12 +6,10 @@ import json
 
 import pytest
 import torch
-from conftest import command_line, count_lines, kill_and_repeat, run
+from conftest import VIEWS, command_line, count_lines, kill_and_repeat, run
 
 from ckd_dist import cache_logits, checkpoint, distill, train_teacher
 from ckd_dist.config import CacheConfig, DistillConfig, TrainTeacherConfig, UserError, load_config
-
-VIEWS = 2
 
 
 def options(fashion, run_dir, *more):
@@ -32,14 +30,6 @@ def metrics(run_dir, split="train"):
 
 def summary(run_dir):
     return json.loads((run_dir / "summary.json").read_text())
-
-
-@pytest.fixture(scope="module")
-def store(tmp_path_factory, fashion, teacher):
-    path = tmp_path_factory.mktemp("store") / "store"
-    here(cache_logits, CacheConfig, "--data.train", fashion["train"], "--teacher.run", teacher, "--store", path,
-         "--views", VIEWS, "--shard_size", 500)  # fmt: skip
-    return path
 
 
 def test_cached_and_online_teachers_give_the_same_student(fashion, teacher, store, tmp_path):

@@ -5,34 +5,22 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from conftest import command_line, kill_and_repeat, run
+from conftest import VIEWS, cache_options, command_line, contents, kill_and_repeat, run
 
 from ckd_dist import cache_logits, data, engine, models
 from ckd_dist.config import CacheConfig, KDConfig, UserError, load_config
 from ckd_dist.store import codecs
 from ckd_dist.store.reader import StoreReader
 
-VIEWS, SHARD = 2, 250
 CPU = torch.device("cpu")
-
-
-def options(fashion, teacher, store, *more):
-    words = ["--data.train", fashion["train"], "--teacher.run", teacher, "--store", store, "--views", VIEWS]
-    return [str(word) for word in [*words, "--shard_size", SHARD, *more]]
 
 
 def cache_here(*arguments):
     cache_logits.main(load_config(CacheConfig, [str(word) for word in arguments]))
-
-
-def contents(store: Path) -> dict[str, str]:
-    files = sorted(path for path in store.rglob("*") if path.is_file())
-    return {str(path.relative_to(store)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
 
 
 def records(store, fashion, epochs, ids, view):
@@ -42,20 +30,6 @@ def records(store, fashion, epochs, ids, view):
 def rows(store, fashion, epochs, ids, view):
     """Logits of one checkpoint of a dense store."""
     return records(store, fashion, epochs, ids, view)[:, 0].copy().view(np.float16).astype(np.float32)
-
-
-@pytest.fixture(scope="module")
-def store(tmp_path_factory, fashion, teacher) -> Path:
-    """All three checkpoints, two views, written by one process in batches of 64."""
-    path = tmp_path_factory.mktemp("store") / "store"
-    run("ckd_dist.cache_logits", *options(fashion, teacher, path, "--data.batch_size", 64))
-    return path
-
-
-@pytest.fixture
-def copy(store, tmp_path) -> Path:
-    shutil.copytree(store, tmp_path / "copy")
-    return tmp_path / "copy"
 
 
 def test_the_store_is_complete_and_any_tool_reads_it(store):
@@ -74,7 +48,7 @@ def test_the_store_is_complete_and_any_tool_reads_it(store):
 def test_records_are_the_teachers_answers_to_the_students_images(store, fashion, teacher):
     info = data.read_info(fashion["train"], "")
     model, _ = models.load_model(teacher / "checkpoints" / "epoch_0002.pt", "")
-    recipe = data.train_recipe(load_config(CacheConfig, options(fashion, teacher, store)).data, info)
+    recipe = data.train_recipe(load_config(CacheConfig, cache_options(fashion, teacher, store)).data, info)
     ids = np.random.default_rng(0).permutation(info.count)[:333]
     from ckd_dist.config import LoaderConfig
 
@@ -87,7 +61,7 @@ def test_records_are_the_teachers_answers_to_the_students_images(store, fashion,
 
 
 def test_content_does_not_depend_on_world_size_or_batch_size(store, fashion, teacher, tmp_path):
-    run("ckd_dist.cache_logits", *options(fashion, teacher, tmp_path / "other", "--data.batch_size", 50), nproc=3)
+    run("ckd_dist.cache_logits", *cache_options(fashion, teacher, tmp_path / "other", "--data.batch_size", 50), nproc=3)
     ours, theirs = contents(store), contents(tmp_path / "other")
     assert ours.keys() == theirs.keys()
     assert ours["manifest.json"] == theirs["manifest.json"]
@@ -102,14 +76,27 @@ def test_content_does_not_depend_on_world_size_or_batch_size(store, fashion, tea
 
 def test_a_killed_caching_ends_with_the_same_bytes(store, fashion, teacher, tmp_path):
     path = tmp_path / "killed"
-    command = command_line("ckd_dist.cache_logits", *options(fashion, teacher, path, "--data.batch_size", 64), nproc=2)
-    kill_and_repeat(command, lambda: len(list(path.glob("epoch_*/view_*/*.npy"))), kills=[1, 10, 20], seed=2)
+    command = command_line("ckd_dist.cache_logits", *cache_options(fashion, teacher, path), nproc=2)
+    kill_and_repeat(command, lambda: len(list(path.glob("epoch_*/view_*/*.npy"))), kills=[0, 1, 6, 12, 18, 24], seed=2)
     assert contents(path) == contents(store)
+
+
+@pytest.mark.slow
+def test_a_caching_killed_60_times_ends_with_the_same_bytes(fashion, teacher, tmp_path):
+    more = ["--shard_size", 13, "--codec", "topk", "--k", 4]
+    run("ckd_dist.cache_logits", *cache_options(fashion, teacher, tmp_path / "whole", *more))
+    path = tmp_path / "killed"
+    command = command_line("ckd_dist.cache_logits", *cache_options(fashion, teacher, path, *more), nproc=2)
+    shards = 3 * VIEWS * -(-1201 // 13)
+    kills = [0] * 6 + [i * (shards - 60) // 54 for i in range(54)]
+    kill_and_repeat(command, lambda: len(list(path.glob("epoch_*/view_*/*.npy"))), kills, seed=5, longest=0.05)
+    assert len(contents(path)) == 2 * shards + 1
+    assert contents(path) == contents(tmp_path / "whole")
 
 
 def test_checkpoints_and_views_can_be_added_later(store, fashion, teacher, tmp_path, capsys):
     path = tmp_path / "grown"
-    few = options(fashion, teacher, path, "--data.batch_size", 64)
+    few = cache_options(fashion, teacher, path)
     cache_here(*few, "--teacher.checkpoints", "[3]", "--views", 1)
     cache_here(*few, "--teacher.checkpoints", "[1,3]")
     cache_here(*few)
@@ -149,12 +136,12 @@ def test_a_store_of_something_else_is_refused(copy, store, fashion, teacher, tmp
         (["--data.train", fashion["holdout"]], r"dataset\.content_hash"),
     ):
         with pytest.raises(UserError, match=expected):
-            cache_here(*options(fashion, teacher, copy, *more))
+            cache_here(*cache_options(fashion, teacher, copy, *more))
     assert contents(copy) == before
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.txt").write_text("years of work")
     with pytest.raises(UserError, match="is not empty and has no manifest"):
-        cache_here(*options(fashion, teacher, tmp_path / "mine"))
+        cache_here(*cache_options(fashion, teacher, tmp_path / "mine"))
 
 
 def flip_bit(path):
@@ -198,7 +185,7 @@ def test_verify_names_every_bad_shard_and_the_next_caching_mends_what_was_delete
     found = json.loads(run("ckd_dist.store", "verify", copy, "--json", status=1).stdout)
     assert found == {"shards": 30, "bad": [f"{bad[0]} does not match its checksum", f"{bad[1]} is missing"]}
     bad[0].unlink()
-    cache_here(*options(fashion, teacher, copy, "--data.batch_size", 64))
+    cache_here(*cache_options(fashion, teacher, copy))
     assert contents(copy) == contents(store)
     refused = run("ckd_dist.store", "verify", copy / "epoch_0001", status=2)
     assert refused.stderr.startswith("error: STORE: ") and refused.stderr.count("\n") == 1
@@ -224,7 +211,7 @@ def test_a_full_disk_ends_with_one_line_and_the_next_run_completes(store, fashio
     from conftest import ENVIRONMENT, ROOT
 
     path = tmp_path / "full"
-    command = command_line("ckd_dist.cache_logits", *options(fashion, teacher, path, "--data.batch_size", 64))
+    command = command_line("ckd_dist.cache_logits", *cache_options(fashion, teacher, path))
     # A limit on the size of files stands in for a full disk: writes fail in the same way, for any user.
     limited = ["bash", "-c", "trap '' XFSZ; ulimit -f 4; exec \"$@\"", "bash", *command]
     done = subprocess.run(
@@ -233,5 +220,5 @@ def test_a_full_disk_ends_with_one_line_and_the_next_run_completes(store, fashio
     assert done.returncode == 2 and done.stderr.startswith("error: rank 0: File too large"), done.stderr[-2000:]
     assert done.stderr.count("\n") == 1
     assert not list(path.glob("epoch_*/view_*/samples*.npy"))
-    cache_here(*options(fashion, teacher, path, "--data.batch_size", 64))
+    cache_here(*cache_options(fashion, teacher, path))
     assert contents(path) == contents(store)

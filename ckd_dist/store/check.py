@@ -21,6 +21,8 @@ def shard_fault(store: Path, manifest: Manifest, shard: Shard) -> str | None:
         digest = file_sha256(path)
     except FileNotFoundError as error:
         return f"{error.filename} is missing"
+    except OSError as error:
+        return f"{error.filename or path} cannot be read ({error.strerror})"
     except (json.JSONDecodeError, UnicodeDecodeError):
         return f"{sidecar_path} is damaged"
     if not isinstance(sidecar, dict):

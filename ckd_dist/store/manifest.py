@@ -125,15 +125,18 @@ class Manifest:
         require(path.is_file(), f"{option}: {store} is not a logit store: it has no manifest.json (see cache_logits)")
         try:
             values = json.loads(path.read_text())
-            found = values["format"]
+            found = values.pop("format")
             require(found == FORMAT, f"{option}: {path} has format {found}, this version reads {FORMAT}")
             checksum = values.pop("checksum")
-            require(checksum == _checksum(values), f"{option}: {path} does not match its checksum: it was changed")
-            del values["format"]
+            expected = _checksum({"format": found, **values})
+            require(checksum == expected, f"{option}: {path} does not match its checksum: it was changed")
             manifest = cls(**values)
-            codecs.from_dict(manifest.codec, manifest.dataset["num_classes"])
+            require(manifest.shard_size >= 1, f"{option}: {path} is damaged (shard_size {manifest.shard_size})")
+            codecs.record_bytes(manifest.recorded)
             return manifest
-        except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, AttributeError) as error:
+        except UserError:
+            raise
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise UserError(f"{option}: {path} is damaged ({error})") from None
 
 
