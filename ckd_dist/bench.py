@@ -9,10 +9,11 @@ from __future__ import annotations
 
 import json
 import statistics
-import subprocess
 import sys
 import time
 from pathlib import Path
+
+from ckd_dist.stages import stage
 
 IMAGES, BATCH_SIZE, VIEWS, ROUNDS = 6000, 128, 2, 7
 
@@ -33,17 +34,13 @@ def main(folder: Path) -> None:
 def prepare(folder: Path) -> None:
     """Images, a teacher of one epoch and its logits, by the commands that a user would type."""
     train, teacher = folder / "train.beton", folder / "teacher"
-    images = ["--dataset", "fashion_mnist", "--split", "train", "--subset", IMAGES, "--out", train]
-    model = ["--model.name", "resnet20", "--epochs", 1, "--run_dir", teacher]
-    cache = ["--teacher.run", teacher, "--views", VIEWS, "--store", folder / "store"]
-    stages = [
-        ("data_prep.write_beton", images),
-        ("ckd_dist.train_teacher", ["--data.train", train, *model]),
-        ("ckd_dist.cache_logits", ["--data.train", train, *cache]),
-    ]
-    for module, options in stages:
-        if module != "data_prep.write_beton" or not train.exists():
-            subprocess.run([sys.executable, "-m", module, *map(str, options)], check=True)
+    if not train.exists():
+        images = ["--dataset", "fashion_mnist", "--split", "train", "--subset", IMAGES, "--out", train]
+        stage("images", "data_prep.write_beton", *images)
+    model = ["--data.train", train, "--model.name", "resnet20", "--epochs", 1, "--run_dir", teacher]
+    stage("a teacher", "ckd_dist.train_teacher", *model)
+    cache = ["--data.train", train, "--teacher.run", teacher, "--views", VIEWS, "--store", folder / "store"]
+    stage("its logits", "ckd_dist.cache_logits", *cache)
 
 
 def measure_epochs(folder: Path, device) -> list[dict]:

@@ -8,20 +8,16 @@ Every stage is a command that a user would type; run again, what is complete is 
 from __future__ import annotations
 
 import json
-import os
-import shlex
-import subprocess
 import sys
 import time
 from pathlib import Path
 
-from rich.console import Console
 from rich.table import Table
+
+from ckd_dist.stages import console, stage
 
 TRAIN_IMAGES, HELD_OUT_IMAGES, PROCESSES = 4000, 1000, 2
 TEACHER_EPOCHS, HALF_WAY, VIEWS, STUDENT_EPOCHS = 8, 4, 4, 4
-
-console = Console()
 
 
 def main(folder: Path) -> None:
@@ -32,7 +28,7 @@ def main(folder: Path) -> None:
     for split, path, count in (("train", train, TRAIN_IMAGES), ("holdout", held_out, HELD_OUT_IMAGES)):
         if not path.exists():
             options = ["--dataset", "fashion_mnist", "--split", split, "--holdout", 0.1, "--subset", count]
-            stage(f"{count} images for {split}", "data_prep.write_beton", *options, "--out", path, processes=0)
+            stage(f"{count} images for {split}", "data_prep.write_beton", *options, "--out", path)
 
     data = ["--data.train", train, "--data.val", held_out]
     teacher, store = folder / "teacher", folder / "store"
@@ -40,11 +36,13 @@ def main(folder: Path) -> None:
         "the teacher and its trajectory",
         *("ckd_dist.train_teacher", *data, "--model.name", "resnet20", "--epochs", TEACHER_EPOCHS),
         *("--save_every", 2, "--run_dir", teacher),
+        processes=PROCESSES,
     )
     caching = stage(
         "the logits of every checkpoint",
         *("ckd_dist.cache_logits", "--data.train", train, "--teacher.run", teacher, "--store", store),
         *("--views", VIEWS, "--shard_size", 1000),
+        processes=PROCESSES,
     )
     full, half = f"[{TEACHER_EPOCHS}]", f"[{HALF_WAY}]"
     both = f"[{HALF_WAY},{TEACHER_EPOCHS}]"
@@ -64,24 +62,10 @@ def main(folder: Path) -> None:
             *("ckd_dist.distill", *data, "--model.name", "resnet8", "--epochs", STUDENT_EPOCHS, "--log_every", 1),
             *("--optim.warmup_epochs", 1, "--kd.alpha", 0.5, "--kd.temperature", 4, *options),
             *("--run_dir", folder / name),
+            processes=PROCESSES,
         )
     report(folder, teacher, {name: source for name, (source, _) in students.items()}, caching)
-    console.print(f"run folder: {folder}  ({time.perf_counter() - started:.0f} s in all)", highlight=False)
-
-
-def stage(title: str, *words: object, processes: int = PROCESSES) -> float:
-    """Run one command as a user would and return its seconds; a failure ends this process with its status."""
-    command = ["-m", *map(str, words)]
-    torchrun = ["torchrun", "--standalone", f"--nproc_per_node={processes}"]
-    console.rule(f"[bold]{title}", align="left")
-    console.print(shlex.join([*(torchrun if processes else ["python"]), *command]), style="dim", highlight=False)
-    launcher = ["-m", "torch.distributed.run", *torchrun[1:]] if processes else []
-    started = time.perf_counter()
-    done = subprocess.run([sys.executable, *launcher, *command], env={"OMP_NUM_THREADS": "1", **os.environ})
-    if done.returncode:
-        console.print(f"this command failed with exit status {done.returncode}", style="red")
-        sys.exit(done.returncode)
-    return time.perf_counter() - started
+    console.print(f"run folder: {folder}  ({time.perf_counter() - started:.0f} s in all)")
 
 
 def report(folder: Path, teacher: Path, students: dict[str, str], caching: float) -> None:
@@ -111,8 +95,7 @@ def report(folder: Path, teacher: Path, students: dict[str, str], caching: float
         f"caching took {caching:.1f} s, once for all students.\n"
         f"Largest difference of a step's loss between the two: {difference:.2g}.\n"
         "This size shows that the machine works. It is far too small, and has too few seeds, to show that the paper's "
-        "effect holds.",
-        highlight=False,
+        "effect holds."
     )
 
 

@@ -60,7 +60,7 @@ def parse_options(argv: Sequence[str] | None) -> argparse.Namespace:
         "--root",
         type=Path,
         metavar="DIR",
-        help="its folder; fashion_mnist and cifar are downloaded into it unless they are there; "
+        help="its folder; fashion_mnist and cifar are downloaded into it unless they are there; (stacked_)"
         "fashion_mnist needs none where Debian's package dataset-fashion-mnist is installed",
     )
     add(

@@ -163,6 +163,20 @@ def test_the_json_has_the_agreed_keys_and_true_values(tmp_path):
 
 
 @needs_fashion_mnist
+def test_stacked_fashion_mnist_has_every_image_once_and_its_classes_as_digits():
+    grey = sources.load_source("fashion_mnist", None, train=False)
+    stacked = sources.load_source("stacked_fashion_mnist", None, train=False)
+    assert len(stacked) == len(grey) // 3 and len(stacked.classes) == 1000
+    assert stacked.classes[387] == "Dress, Bag, Sneaker"
+    number = {image.tobytes(): i for i, image in enumerate(grey.images)}  # equal images get one number
+    channels = np.moveaxis(stacked.images, 3, 1).reshape(-1, 28, 28)
+    used = [number[np.ascontiguousarray(channel).tobytes()] for channel in channels]
+    assert len(set(used)) >= len(number) - 1
+    digits = grey.labels[used].reshape(-1, 3)
+    np.testing.assert_array_equal(digits @ [100, 10, 1], stacked.labels)
+
+
+@needs_fashion_mnist
 def test_fashion_mnist_under_a_root_is_read_from_there(tmp_path):
     root = tmp_path / "mine"
     root.mkdir()

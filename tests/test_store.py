@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import hashlib
 import json
-import shutil
+import os
+import socket
+import subprocess
+import time
 
 import numpy as np
 import pytest
 import torch
-from conftest import VIEWS, cache_options, command_line, contents, kill_and_repeat, run
+from conftest import ENVIRONMENT, ROOT, VIEWS, cache_options, command_line, contents, kill_and_repeat, run
 
 from ckd_dist import cache_logits, data, engine, models
 from ckd_dist.config import CacheConfig, KDConfig, UserError, load_config
@@ -144,72 +147,7 @@ def test_a_store_of_something_else_is_refused(copy, store, fashion, teacher, tmp
         cache_here(*cache_options(fashion, teacher, tmp_path / "mine"))
 
 
-def flip_bit(path):
-    content = bytearray(path.read_bytes())
-    content[-1] ^= 1
-    path.write_bytes(content)
-
-
-@pytest.mark.parametrize(
-    ("damage", "expected"),
-    [
-        (lambda shard: flip_bit(shard), "does not match its checksum"),
-        (lambda shard: shard.write_bytes(shard.read_bytes()[:-7]), "does not match its checksum"),
-        (lambda shard: shard.unlink(), "is missing"),
-        (lambda shard: shard.with_suffix(".json").unlink(), "is missing"),
-        (lambda shard: shard.with_suffix(".json").write_text("{"), "is damaged"),
-        (lambda shard: shutil.copy(next(shard.parent.glob("*1200.npy")), shard), "does not match its checksum"),
-        (lambda shard: [shutil.copy(p, shard.parent) for p in shard.parent.parent.glob("view_0000/*")], "has view 0"),
-    ],
-    ids=["flipped bit", "truncated", "missing", "no sidecar", "bad sidecar", "another shard", "another view"],
-)  # fmt: skip
-def test_a_damaged_store_is_refused_by_the_name_of_the_file(copy, fashion, damage, expected):
-    damage(copy / "epoch_0003" / "view_0001" / "samples_00000250-00000499.npy")
-    with pytest.raises(
-        UserError, match=rf"teacher\.store: .*view_0001.*{expected}.*run python -m ckd_dist.store repair"
-    ):
-        rows(copy, fashion, [3], [0], 0)
-    rows(copy, fashion, [2], [0], 0)  # the other checkpoints are good
-
-
-def test_verify_names_every_bad_shard_and_the_next_caching_mends_what_was_deleted(copy, store, fashion, teacher):
-    whole = json.loads(run("ckd_dist.store", "info", copy, "--json").stdout)
-    assert [member["written"] for member in whole["checkpoints"]] == [VIEWS * 5] * 3
-    assert "30 of 30 shards are good" in run("ckd_dist.store", "verify", copy).stdout
-    bad = [
-        copy / "epoch_0001" / "view_0000" / "samples_00000500-00000749.npy",
-        next(copy.glob("epoch_0003/*1/*1200.npy")),
-    ]
-    flip_bit(bad[0])
-    bad[1].unlink()
-    found = json.loads(run("ckd_dist.store", "verify", copy, "--json", status=1).stdout)
-    assert found == {"shards": 30, "bad": [f"{bad[0]} does not match its checksum", f"{bad[1]} is missing"]}
-    bad[0].unlink()
-    cache_here(*cache_options(fashion, teacher, copy))
-    assert contents(copy) == contents(store)
-    refused = run("ckd_dist.store", "verify", copy / "epoch_0001", status=2)
-    assert refused.stderr.startswith("error: STORE: ") and refused.stderr.count("\n") == 1
-
-
-def test_a_damaged_manifest_is_refused(copy, fashion):
-    manifest = copy / "manifest.json"
-    values = json.loads(manifest.read_text())
-    for text, expected in (
-        ("{", "is damaged"),
-        (json.dumps({**values, "format": 2}), "has format 2, this version reads 1"),
-        (json.dumps({**values, "view_seed": 9}), "has identity"),
-        (json.dumps({k: v for k, v in values.items() if k != "recipe"}), "is damaged"),
-    ):
-        manifest.write_text(text)
-        with pytest.raises(UserError, match=expected):
-            rows(copy, fashion, [3], [0], 0)
-
-
 def test_a_full_disk_ends_with_one_line_and_the_next_run_completes(store, fashion, teacher, tmp_path):
-    import subprocess
-
-    from conftest import ENVIRONMENT, ROOT
-
     path = tmp_path / "full"
     command = command_line("ckd_dist.cache_logits", *cache_options(fashion, teacher, path))
     # A limit on the size of files stands in for a full disk: writes fail in the same way, for any user.
@@ -220,5 +158,39 @@ def test_a_full_disk_ends_with_one_line_and_the_next_run_completes(store, fashio
     assert done.returncode == 2 and done.stderr.startswith("error: rank 0: File too large"), done.stderr[-2000:]
     assert done.stderr.count("\n") == 1
     assert not list(path.glob("epoch_*/view_*/samples*.npy"))
+    cache_here(*cache_options(fashion, teacher, path))
+    assert contents(path) == contents(store)
+
+
+def test_a_folder_that_cannot_be_written_ends_with_one_line(fashion, teacher, tmp_path):
+    (tmp_path / "ours").mkdir(mode=0o555)
+    # Root may write everywhere, unless it gives that capability away.
+    plain_user = ["setpriv", "--inh-caps=-dac_override", "--bounding-set=-dac_override"] if os.geteuid() == 0 else []
+    command = command_line("ckd_dist.cache_logits", *cache_options(fashion, teacher, tmp_path / "ours" / "store"))
+    done = subprocess.run(
+        [*plain_user, *command], env=ENVIRONMENT, cwd=ROOT, capture_output=True, text=True, timeout=200
+    )
+    assert done.returncode == 2
+    assert done.stderr == f"error: rank 0: Permission denied: {tmp_path / 'ours' / 'store'}\n"
+
+
+def test_a_vanished_rank_ends_the_other_with_one_line_and_the_next_run_completes(store, fashion, teacher, tmp_path):
+    path = tmp_path / "left"
+    command = command_line("ckd_dist.cache_logits", *cache_options(fashion, teacher, path))
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    group = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    ranks = []
+    for rank in "01":
+        environment = {**ENVIRONMENT, **group, "RANK": rank, "LOCAL_RANK": rank}
+        ranks.append(subprocess.Popen(command, env=environment, cwd=ROOT, stderr=subprocess.PIPE, text=True))
+    while not list(path.glob("epoch_*/view_*/.*.tmp")):
+        assert all(process.poll() is None for process in ranks)
+        time.sleep(0.002)
+    ranks[1].kill()
+    _, errors = ranks[0].communicate(timeout=60)
+    ranks[1].communicate()
+    assert ranks[0].returncode == 1 and errors == "error: rank 0: stopped, another rank has failed\n", errors
     cache_here(*cache_options(fashion, teacher, path))
     assert contents(path) == contents(store)

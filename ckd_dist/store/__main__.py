@@ -33,13 +33,12 @@ class _Parser(argparse.ArgumentParser):
         raise UserError(f"{message} (see --help)")
 
 
-def main() -> int:
-    """Run the command line; returns the exit status."""
-    words = sys.argv[1:]
+def main(words: list[str] | None = None) -> int:
+    """Run a command line (default: this process's); returns the exit status."""
+    words = sys.argv[1:] if words is None else words
     if words[:1] == ["plan"]:
-        words = [word for word in words[1:] if word != "--json"]
-        as_json = ["--json", "true"] if len(words) < len(sys.argv) - 2 else []
-        return plan(load_config(PlanConfig, [*words, *as_json], prog="python -m ckd_dist.store plan"))
+        words = [f"{word}=true" if word == "--json" else word for word in words[1:]]
+        return plan(load_config(PlanConfig, words, prog="python -m ckd_dist.store plan"))
     options = _parse(words)
     if options.command == "info":
         return info(options.store, options.json)

@@ -1,0 +1,30 @@
+"""Commands of this package, run one after another as a user would type them: what quickstart and the comparisons do."""
+
+from __future__ import annotations
+
+import os
+import shlex
+import subprocess
+import sys
+import time
+
+from rich.console import Console
+
+console = Console(highlight=False)
+
+
+def stage(title: str, *words: object, processes: int = 0) -> float:
+    """Show and run `python -m WORDS`, under torchrun if there are `processes`, and return its seconds; a failure ends
+    this process with its status."""
+    command = ["-m", *map(str, words)]
+    torchrun = ["torchrun", "--standalone", f"--nproc_per_node={processes}"]
+    console.rule(f"[bold]{title}", align="left")
+    console.print(shlex.join([*(torchrun if processes else ["python"]), *command]), style="dim")
+    launcher = ["-m", "torch.distributed.run", *torchrun[1:]] if processes else []
+    started = time.perf_counter()
+    threads = {"OMP_NUM_THREADS": "1"} if processes else {}
+    done = subprocess.run([sys.executable, *launcher, *command], env={**threads, **os.environ})
+    if done.returncode:
+        console.print(f"this command failed with exit status {done.returncode}", style="red")
+        sys.exit(done.returncode)
+    return time.perf_counter() - started

@@ -1,0 +1,304 @@
+"""`python -m ckd_dist.store`: plan, info, verify, repair, convert."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+
+import numpy as np
+import pytest
+import torch
+from conftest import VIEWS, cache_options, contents, run
+
+from ckd_dist import cache_logits, caching, data, distill
+from ckd_dist.config import CacheConfig, DistillConfig, LoaderConfig, UserError, load_config
+from ckd_dist.store.__main__ import main as store_command
+from ckd_dist.store.manifest import Manifest
+from ckd_dist.store.writer import ShardWriter, store_size
+
+
+def store_here(*words):
+    return store_command([str(word) for word in words])
+
+
+def cache_here(*words):
+    cache_logits.main(load_config(CacheConfig, [str(word) for word in words]))
+
+
+def size_and_files(folder):
+    sizes = [path.stat().st_size for path in folder.rglob("*") if path.is_file()]
+    return sum(sizes), len(sizes)
+
+
+@pytest.fixture(scope="module")
+def topk(tmp_path_factory, fashion, teacher):
+    """The shared store once more, with four logits a record, one teacher in memory at a time."""
+    path = tmp_path_factory.mktemp("topk") / "store"
+    cache_here(*cache_options(fashion, teacher, path, "--codec", "topk", "--k", 4, "--teachers-at-once", 1))
+    return path
+
+
+@pytest.fixture
+def from_dense(store, fashion, tmp_path):
+    def convert(*codec):
+        path = tmp_path / "converted"
+        assert store_here("convert", store, path, "--data.train", fashion["train"], *codec) == 0
+        return path
+
+    return convert
+
+
+# ------------------------------------------------------------------------------------------- plan, info
+
+
+def test_plan_knows_the_size_to_the_byte_and_writes_nothing(store, fashion, teacher, tmp_path):
+    words = cache_options(fashion, teacher, tmp_path / "planned", "--json")
+    found = json.loads(run("ckd_dist.store", "plan", *words, nproc=2).stdout)
+    assert (found["bytes"], found["files"]) == size_and_files(store)
+    assert found["missing_records"] == 3 * VIEWS * 1201
+    assert found["largest_shard_bytes"] == max(path.stat().st_size for path in store.rglob("*.npy"))
+    assert found["seconds"] > 0 and found["students"] >= 1 and found["free_bytes"] > 0
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_plan_of_a_store_that_is_there_tells_what_is_missing(copy, topk, fashion, teacher, capsys):
+    shutil.rmtree(copy / "epoch_0002" / "view_0001")
+    before = contents(copy)
+    assert store_here("plan", *cache_options(fashion, teacher, copy)) == 0
+    out = capsys.readouterr().out
+    assert "1,201" in out and "caching pays" in out and contents(copy) == before
+    manifest = Manifest.load(topk, "")
+    assert store_size(manifest) == size_and_files(topk)
+    with pytest.raises(UserError, match=r"codec\.name dense, this command has topk"):
+        store_here("plan", *cache_options(fashion, teacher, copy, "--codec", "topk", "--k", 4))
+
+
+def test_what_does_not_fit_on_the_disk_is_refused_before_it_is_begun(fashion, teacher, tmp_path, monkeypatch, capsys):
+    full = shutil._ntuple_diskusage(10**9, 10**9 - 10**5, 10**5)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: full)
+    words = cache_options(fashion, teacher, tmp_path / "store")
+    with pytest.raises(UserError, match=r"needs 1[0-9]{2} kB more, the disk has 100 kB free: make room"):
+        cache_here(*words)
+    assert store_here("plan", *words) == 1
+    assert "it does not fit" in capsys.readouterr().out
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_info_tells_what_is_there(copy, topk, capsys):
+    next(copy.glob("epoch_0002/*1/*1200.npy")).unlink()
+    assert store_here("info", copy, "--json") == 0
+    whole = json.loads(capsys.readouterr().out)
+    assert [member["written"] for member in whole["checkpoints"]] == [VIEWS * 5, VIEWS * 5 - 1, VIEWS * 5]
+    assert store_here("info", topk) == 0
+    out = capsys.readouterr().out
+    assert "topk, k 4" in out and "10 of 10" in out
+
+
+# ------------------------------------------------------------------------------------------- verify, repair
+
+
+def damage(store):
+    """Three bad shards: a flipped bit, a missing file, a missing JSON."""
+    bad = [
+        store / "epoch_0001" / "view_0000" / "samples_00000500-00000749.npy",
+        store / "epoch_0002" / "view_0001" / "samples_00000000-00000249.json",
+        store / "epoch_0003" / "view_0001" / "samples_00001000-00001200.npy",
+    ]
+    content = bytearray(bad[0].read_bytes())
+    content[-1] ^= 1
+    bad[0].write_bytes(content)
+    bad[1].unlink()
+    bad[2].unlink()
+    return [f"{bad[0]} does not match its checksum", f"{bad[1]} is missing", f"{bad[2]} is missing"]
+
+
+def test_verify_names_every_bad_shard_and_repair_mends_them_and_nothing_else(copy, store, fashion, teacher):
+    assert "30 of 30 shards are good" in run("ckd_dist.store", "verify", copy).stdout
+    expected = damage(copy)
+    times = {path: path.stat().st_mtime_ns for path in copy.rglob("*.npy")}
+    found = json.loads(run("ckd_dist.store", "verify", copy, "--json", status=1).stdout)
+    assert found == {"shards": 30, "bad": expected}
+    mend = ["repair", copy, "--teacher.run", teacher, "--data.train", fashion["train"], "--data.batch_size", 64]
+    out = run("ckd_dist.store", *mend, nproc=2).stdout
+    assert all(line in out for line in expected) and "702 records" in out.replace(",", "")
+    assert contents(copy) == contents(store)
+    assert sum(path.stat().st_mtime_ns != times.get(path) for path in copy.rglob("*.npy")) == 3
+    assert store_here(*mend) == 0
+    assert contents(copy) == contents(store)
+
+
+@pytest.mark.parametrize("codec", [(), ("--codec", "topk", "--k", 4), ("--codec", "sampled", "--k", 5)])
+def test_verify_with_the_teacher_finds_records_of_other_images(from_dense, copy, fashion, teacher, codec, capsys):
+    store = from_dense(*codec) if codec else copy
+    with_teacher = ["verify", store, "--teacher.run", teacher, "--data.train", fashion["train"], "--records", 60]
+    assert store_here(*with_teacher) == 0
+    assert "180 of 180 records are the teacher's, within 0.1" in capsys.readouterr().out
+    # A caching that mixed up its images writes shards with good checksums.
+    manifest = Manifest.load(store, "")
+    for shard in manifest.checkpoint_shards("epoch_0002"):
+        records = np.load(shard.path(store)).reshape(shard.count, -1).view(np.uint8)
+        writer = ShardWriter(store, shard, manifest)
+        writer.append(np.roll(records, 1, axis=0))
+        writer.commit()
+    assert store_here("verify", store) == 0
+    assert store_here(*with_teacher, "--json") == 1
+    off = json.loads(capsys.readouterr().out.split("\n", 1)[1])["off"]
+    assert len(off) >= 30 and all(where.startswith("epoch_0002, view ") for where, _ in off)
+
+
+def test_another_run_or_other_images_cannot_verify_or_repair_a_store(copy, store, fashion, teacher, tmp_path):
+    other = tmp_path / "run"
+    shutil.copytree(teacher, other)
+    shutil.copy(other / "checkpoints" / "epoch_0003.pt", other / "checkpoints" / "epoch_0001.pt")
+    damage(copy)
+    before = contents(copy)
+    for images, run_dir, expected in (
+        ("train", other, r"teacher\.run: .*epoch_0001\.pt has weights .*, the store's epoch_0001 is of weights"),
+        ("holdout", teacher, r"STORE: .* is of images with content_hash"),
+    ):
+        words = ["--teacher.run", run_dir, "--data.train", fashion[images]]
+        with pytest.raises(UserError, match=expected):
+            store_here("repair", copy, *words)
+        with pytest.raises(UserError, match=expected):
+            store_here("verify", store, *words)
+    assert contents(copy) == before
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        (["verify", "STORE/epoch_0001"], "error: STORE: .* is not a logit store"),
+        (["verify", "STORE", "--teacher.run", "x"], "--teacher.run and --data.train go together"),
+        (["repair", "STORE"], "the following arguments are required: --teacher.run, --data.train"),
+        (["convert", "STORE", "NEW", "--codec", "topk", "--data.train", "X"], "k goes with --codec topk"),
+        (["delete", "STORE"], "invalid choice: 'delete'"),
+        (["plan", "--stroe", "x"], "unknown option --stroe; did you mean --store?"),
+    ],
+)
+def test_bad_command_lines_are_refused_in_one_line(store, words, expected):
+    done = run("ckd_dist.store", *[word.replace("STORE", str(store)) for word in words], status=2)
+    assert re.search(expected, done.stderr), done.stderr
+    assert done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
+
+
+# ------------------------------------------------------------------------------------------- convert
+
+
+def test_a_converted_store_is_the_cached_one_but_for_the_order_of_equal_logits(topk, from_dense):
+    path = from_dense("--codec", "topk", "--k", 4)
+    assert Manifest.load(path, "") == Manifest.load(topk, "")
+    same, records = 0, 0
+    for shard in topk.rglob("*.npy"):
+        a, b = np.load(shard), np.load(path / shard.relative_to(topk))
+        for field in ("logits", "log_sum_exp", "mean", "std"):
+            np.testing.assert_array_equal(a[field], b[field])
+        same, records = same + (a["classes"] == b["classes"]).all(1).sum(), records + len(a)
+    assert same > 0.98 * records
+    before = contents(path)
+    assert from_dense("--codec", "topk", "--k", 4) == path  # a second time there is nothing left to do
+    assert contents(path) == before
+
+
+def test_bfloat16_halves_the_digits_not_the_range(store, from_dense):
+    path = from_dense("--codec", "dense", "--dtype", "bfloat16")
+    name = "epoch_0003/view_0001/samples_00000250-00000499.npy"
+    bits = np.load(path / name)
+    assert bits.dtype == np.uint16
+    values = (bits.astype(np.uint32) << 16).view(np.float32)
+    np.testing.assert_allclose(values, np.load(store / name).astype(np.float32), rtol=2**-8)
+
+
+def test_convert_refuses_what_it_cannot_do(store, topk, fashion, tmp_path):
+    for words, expected in (
+        ((topk, "--codec", "sampled", "--k", 4), "has codec topk, convert reads dense stores only"),
+        ((store, "--codec", "dense"), "already: choose another codec"),
+        ((store, "--codec", "topk", "--k", 11), "k is 11, the images have 10 classes"),
+    ):
+        source, *codec = words
+        with pytest.raises(UserError, match=expected):
+            store_here("convert", source, tmp_path / "new", "--data.train", fashion["train"], *codec)
+    assert not (tmp_path / "new").exists()
+
+
+# ------------------------------------------------------------------------------------------- students
+
+
+def distill_here(fashion, run_dir, store, *more):
+    images = ["--data.train", fashion["train"], "--data.val", fashion["holdout"], "--data.batch_size", 64]
+    model = ["--model.name", "resnet8", "--epochs", 2, "--optim.lr", 0.05, "--log_every", 1]
+    words = [*images, *model, "--teacher.store", store, "--run_dir", run_dir, *more]
+    distill.main(load_config(DistillConfig, [str(word) for word in words]))
+    lines = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    return [line for line in lines if line["split"] == "train"]
+
+
+@pytest.mark.parametrize("loss", ["kd", "standardized"])
+def test_a_student_of_topk_is_that_of_dense_within_the_codecs_error(store, topk, fashion, tmp_path, loss):
+    more = ["--kd.loss", loss, "--kd.temperature", 4]
+    dense = distill_here(fashion, tmp_path / "dense", store, *more)
+    sparse = distill_here(fashion, tmp_path / "topk", topk, *more)
+    assert dense[0]["ce"] == sparse[0]["ce"]  # the same images
+    assert sparse[0]["kd"] == pytest.approx(dense[0]["kd"], rel=0.05)
+    assert sparse[-1]["kd"] < 0.8 * sparse[0]["kd"] and sparse[-1]["top1"] > 20
+
+
+def test_a_student_learns_from_sampled_classes(from_dense, fashion, tmp_path):
+    store = from_dense("--codec", "sampled", "--k", 3, "--sample_temperature", 2)
+    lines = distill_here(fashion, tmp_path / "run", store, "--kd.temperature", 2)
+    assert lines[-1]["kd"] < 0.9 * lines[0]["kd"] and lines[-1]["top1"] > 20
+
+
+@pytest.mark.parametrize(
+    ("more", "expected"),
+    [
+        (
+            ["--kd.loss", "mse"],
+            "kd.loss mse needs the logits of all 10 classes, and 4 are kept; a store of codec dense can",
+        ),
+        (["--kd.loss", "dist"], "a store of codec dense can serve it"),
+        (["--kd.loss", "standardized", "--teacher.checkpoints", "[1,3]"], "a store of codec dense can serve it"),
+    ],
+)
+def test_a_loss_that_the_store_cannot_serve_is_refused_before_the_first_step(topk, fashion, tmp_path, more, expected):
+    with pytest.raises(UserError, match=f"teacher.store: its codec is topk: .*{expected}"):
+        distill_here(fashion, tmp_path / "run", topk, *more)
+    assert not (tmp_path / "run").exists()
+
+
+def test_checkpoints_teach_one_after_another(store, fashion, tmp_path, capsys):
+    order = ["--teacher.checkpoints", "[3,1]", "--teacher.combine", "sequence"]
+    sequence = distill_here(fashion, tmp_path / "sequence", store, *order)
+    assert "teachers in sequence: epochs 3, 1" in capsys.readouterr().out
+    first = distill_here(fashion, tmp_path / "first", store, "--teacher.checkpoints", "[3]")
+    steps = len(first) // 2
+    assert [line["loss"] for line in sequence[:steps]] == [line["loss"] for line in first[:steps]]
+    assert sequence[steps]["loss"] != first[steps]["loss"] and sequence[steps]["ce"] == first[steps]["ce"]
+    more = ["--teacher.checkpoints", "[1,2,3]", "--teacher.combine", "sequence"]
+    with pytest.raises(UserError, match=r"3 checkpoints cannot all have a share of 2 epochs"):
+        distill_here(fashion, tmp_path / "short", store, *more)
+
+
+def test_cached_and_online_ensembles_by_probability_and_weight_are_the_same(store, teacher, fashion, tmp_path):
+    mix = ["--teacher.checkpoints", "[1,3]", "--teacher.combine", "probabilities", "--teacher.weights", "[3,1]"]
+    cached = distill_here(fashion, tmp_path / "cached", store, *mix, "--epochs", 1)
+    online = ["--teacher.store", "null", "--teacher.run", teacher, "--data.views", VIEWS]
+    online = distill_here(fashion, tmp_path / "online", store, *mix, *online, "--epochs", 1)
+    assert max(abs(a["loss"] - b["loss"]) for a, b in zip(cached, online, strict=True)) < 2e-3
+    plain = distill_here(fashion, tmp_path / "plain", store, *mix[:2], "--epochs", 1)
+    assert plain[0]["kd"] != cached[0]["kd"]
+
+
+def test_images_that_decode_differently_are_noticed_and_said(copy, fashion, teacher, tmp_path, capsys):
+    manifest = Manifest.load(copy, "")
+    assert len(manifest.images) == 4 and set(manifest.images) == {"0", "400", "800", "1200"}
+    manifest.images["400"] = "0" * 64
+    manifest.save(copy)
+    distill_here(fashion, tmp_path / "run", copy, "--epochs", 1)
+    said = "warning: image 400 decodes here to other pixels than when the store was written"
+    assert capsys.readouterr().out.count(said) == 1
+    cache_here(*cache_options(fashion, teacher, copy))
+    assert capsys.readouterr().out.count(said) == 1
+    info = data.read_info(fashion["train"], "")
+    assert caching.recompute(copy, info, str(teacher), LoaderConfig(), torch.device("cpu"), 8) == []
+    assert capsys.readouterr().out.count(said) == 1
