@@ -89,10 +89,10 @@ def plan(config: PlanConfig) -> int:
 
     with dist.process_group() as device:
         found = caching.plan(config, device)
-        world = dist.world_size()
+        rank, world = dist.rank(), dist.world_size()
     fits = found.bytes <= found.free_bytes
-    if dist.rank():
-        return 0
+    if rank:
+        return 0 if fits else 1
     if config.json:
         print(json.dumps(asdict(found), indent=2))
         return 0 if fits else 1
@@ -178,8 +178,10 @@ def verify(options: argparse.Namespace) -> int:
             loader = LoaderConfig(batch_size=options.batch_size)
             off = caching.recompute(options.store, images, options.run, loader, device, options.records)
             result.update(recomputed=options.records * len(manifest.checkpoints), off=off, tolerance=caching.TOLERANCE)
-    if dist.rank():
-        return 0
+        rank = dist.rank()
+    status = 1 if bad or result.get("off") else 0
+    if rank:
+        return status
     if options.json:
         print(json.dumps(result, indent=2))
     else:
@@ -189,7 +191,7 @@ def verify(options: argparse.Namespace) -> int:
             good = result["recomputed"] - len(lines)
             lines.append(f"{good} of {result['recomputed']} records are the teacher's, within {caching.TOLERANCE}")
             print(*lines, sep="\n")
-    return 1 if bad or result.get("off") else 0
+    return status
 
 
 def repair(options: argparse.Namespace) -> int:

@@ -95,7 +95,7 @@ class Manifest:
     def require_same(self, other: Manifest, here: str, there: str) -> None:
         """Raise `UserError` naming the first field in which `self` (described as `here`) differs from `other`."""
         mine, theirs = flatten(self.identity), flatten(other.identity)
-        for key in sorted(mine.keys() | theirs.keys()):
+        for key in {**mine, **theirs}:
             a, b = mine.get(key), theirs.get(key)
             require(a == b, f"{here} has {key} {a}, {there} has {b}: they do not belong together")
 
