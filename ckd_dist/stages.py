@@ -19,7 +19,7 @@ def stage(title: str, *words: object, processes: int = 0) -> float:
     command = ["-m", *map(str, words)]
     torchrun = ["torchrun", "--standalone", f"--nproc_per_node={processes}"]
     console.rule(f"[bold]{title}", align="left")
-    console.print(shlex.join([*(torchrun if processes else ["python"]), *command]), style="dim")
+    console.print(shlex.join([*(torchrun if processes else ["python"]), *command]), style="dim", soft_wrap=True)
     launcher = ["-m", "torch.distributed.run", *torchrun[1:]] if processes else []
     started = time.perf_counter()
     threads = {"OMP_NUM_THREADS": "1"} if processes else {}
