@@ -10,7 +10,7 @@ SHELL := bash
 .SHELLFLAGS := -euo pipefail -c
 .ONESHELL:
 .DEFAULT_GOAL := help
-.PHONY: help quickstart test bench lint setup clean
+.PHONY: help quickstart test soak codecs bench lint setup clean
 
 help:  ## list the targets
 	@sed -nE 's/^([a-z]+):.*## (.*)/make \1|\2/p' Makefile | while IFS='|' read -r target text; do
@@ -22,6 +22,12 @@ quickstart: setup  ## set up, then the whole pipeline on real data, some minutes
 
 test: setup  ## set up, then every test that this machine can run
 	@.venv/bin/python -m pytest -n 2 --dist worksteal $(ARGS)
+
+soak: setup  ## set up, then kill a caching 60 times at random moments, 7 minutes
+	@.venv/bin/python -m pytest -m slow -k 60_times tests/test_store.py $(ARGS)
+
+codecs: setup  ## set up, then make the README's table of codecs, 50 minutes on two cores
+	@.venv/bin/python -m ckd_dist.compare_codecs $(ARGS)
 
 bench: setup  ## set up, then measure the speed of this machine
 	@.venv/bin/python -m ckd_dist.bench $(ARGS)

@@ -16,6 +16,7 @@ from pathlib import Path
 from ckd_dist.stages import stage
 
 IMAGES, BATCH_SIZE, VIEWS, ROUNDS = 6000, 128, 2, 7
+IMAGENET = 1_281_167
 
 
 def main(folder: Path) -> None:
@@ -26,7 +27,12 @@ def main(folder: Path) -> None:
     prepare(folder)
     with dist.process_group() as device:
         rows = measure_epochs(folder, device)
-        result = {"environment": log.environment(), "rows": rows}
+        result = {
+            "environment": log.environment(),
+            "rows": rows,
+            "store": measure_store(folder / "scratch" / "imagenet_store", IMAGENET),
+            "plan": measure_plan(folder),
+        }
     (folder / "bench.json").write_text(json.dumps(result, indent=2) + "\n")
     show(result)
 
@@ -116,6 +122,109 @@ def measure_epochs(folder: Path, device) -> list[dict]:
     ]
 
 
+def measure_store(path: Path, count: int, classes: int = 1000, batch_size: int = 1024, batches: int = 300) -> dict:
+    """Write, verify and read a dense store of `count` records of random logits; reading, in random order from the page
+    cache, in turn with numpy's own `take` of the same rows of an array in memory."""
+    import shutil
+
+    import numpy as np
+
+    from ckd_dist.store import codecs
+    from ckd_dist.store.check import faults
+    from ckd_dist.store.manifest import Manifest
+    from ckd_dist.store.reader import StoreReader
+    from ckd_dist.store.writer import ShardWriter, open_store
+
+    shutil.rmtree(path, ignore_errors=True)
+    manifest = Manifest(
+        dataset={"name": "random", "content_hash": "none", "count": count, "num_classes": classes},
+        recipe={},
+        view_seed=0,
+        forward={},
+        codec=codecs.to_dict(codecs.Dense(classes)),
+        shard_size=65536,
+        views=1,
+        checkpoints={"epoch_0001": {"epoch": 1, "model": "none", "weights_sha256": "none"}},
+        images={},
+    )
+    open_store(path, manifest)
+    rng = np.random.default_rng(0)
+    every = np.empty((count, classes), dtype=np.float16)
+    block = rng.normal(size=(batch_size, classes)).astype(np.float16)
+    for first in range(0, count, batch_size):  # the same numbers in every block, but for a sample's own in front
+        every[first : first + batch_size] = block[: count - first]
+    every[:, 0], every[:, 1] = np.arange(count) % 2048, np.arange(count) // 2048
+
+    started = time.perf_counter()
+    for shard in manifest.shards("epoch_0001", 0):
+        writer = ShardWriter(path, shard, manifest)
+        for first in range(shard.first, shard.last + 1, batch_size):
+            writer.append(every[first : min(first + batch_size, shard.last + 1)].view(np.uint8))
+        writer.commit()
+    written = time.perf_counter() - started
+    started = time.perf_counter()
+    assert faults(path, manifest) == []
+    verified = time.perf_counter() - started
+
+    reader = StoreReader(str(path), [], check=False)
+    order = rng.permutation(count)
+    seconds: dict[str, list[float]] = {"take": [], "rows": []}
+    for number in range(-20, batches):  # the first ones compile and touch pages
+        ids = order[rng.integers(0, count, batch_size)]
+        started = time.perf_counter()
+        taken = every.take(ids, axis=0)
+        between = time.perf_counter()
+        rows = reader.rows(ids, 0)
+        ended = time.perf_counter()
+        assert (rows[:, 0].view(np.float16) == taken).all()
+        if number >= 0:
+            seconds["take"].append(between - started)
+            seconds["rows"].append(ended - between)
+    size = sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
+    shutil.rmtree(path)
+    return {
+        "records": count,
+        "classes": classes,
+        "bytes": size,
+        "write_bytes_per_s": size / written,
+        "verify_bytes_per_s": size / verified,
+        "read_records_per_s": batch_size / statistics.median(seconds["rows"]),
+        "read_rate_over_take": _spread([a / b for a, b in zip(seconds["take"], seconds["rows"], strict=True)]),
+    }
+
+
+def measure_plan(folder: Path, tries: int = 3) -> dict:
+    """What `store plan` foretells over what caching then takes, both as commands."""
+    import re
+    import shutil
+    import subprocess
+
+    def output(*words: object) -> str:
+        command = [sys.executable, "-m", *map(str, words)]
+        return subprocess.run(command, check=True, capture_output=True, text=True).stdout
+
+    store = folder / "scratch" / "planned_store"
+    options = [
+        "--data.train",
+        folder / "train.beton",
+        "--teacher.run",
+        folder / "teacher",
+        "--store",
+        store,
+        "--views",
+        4,
+    ]
+    ratios = []
+    for _ in range(tries):
+        shutil.rmtree(store, ignore_errors=True)
+        planned = json.loads(output("ckd_dist.store", "plan", *options, "--json"))
+        found = re.search(r"written in ([\d.]+) s", output("ckd_dist.cache_logits", *options))
+        assert found and planned["bytes"] == sum(f.stat().st_size for f in store.rglob("*") if f.is_file())
+        ratios.append(planned["seconds"] / float(found[1]))
+    shutil.rmtree(store)
+    return {"planned_seconds_over_taken": _spread(ratios)}
+
+
 def _spread(values: list[float]) -> dict[str, float]:
     return {"median": statistics.median(values), "min": min(values), "max": max(values)}
 
@@ -138,7 +247,18 @@ def show(result: dict) -> None:
     for row in result["rows"]:
         cells = ["{median:.3f} ({min:.3f} to {max:.3f})".format(**row[key]) for key in ("seconds", "ratio_to_plain")]
         table.add_row(row["case"], *cells, f"{row['images_per_s']:,.0f}")
-    Console(width=120).print(table)
+    console = Console(width=120, highlight=False)
+    console.print(table)
+    store, plan = result["store"], result["plan"]
+    spread = "{median:.2f} ({min:.2f} to {max:.2f})".format
+    console.print(
+        f"Dense store of {store['records']:,} records x {store['classes']} classes, {store['bytes'] / 1e9:.2f} GB: "
+        f"written at {store['write_bytes_per_s'] / 1e6:,.0f} MB/s, verified at "
+        f"{store['verify_bytes_per_s'] / 1e6:,.0f} MB/s, read in random order, batches of 1024, at "
+        f"{store['read_records_per_s']:,.0f} records/s: {spread(**store['read_rate_over_take'])} of numpy's take of the "
+        "same rows in memory.\n"
+        f"`store plan`: seconds foretold over seconds taken, 3 tries: {spread(**plan['planned_seconds_over_taken'])}."
+    )
 
 
 if __name__ == "__main__":

@@ -8,22 +8,28 @@ from the other. --teacher.run runs/teacher, instead of --teacher.store, runs the
 the plain student, for the baseline. The same command again goes on from the last saved step.
 """
 
+from __future__ import annotations
+
 from functools import partial
+from typing import TYPE_CHECKING
 
 from ckd_dist.config import DistillConfig, require, run_command
+
+if TYPE_CHECKING:
+    import torch
+
+    from ckd_dist.data import DatasetInfo
+    from ckd_dist.store.reader import StoreReader
 
 
 def main(config: DistillConfig) -> None:
     # Imported here because torch takes seconds: only once the options are known to be good.
-    import torch
-
-    from ckd_dist import caching, checkpoint, data, dist, engine, log, losses, models
+    from ckd_dist import data, dist, engine, log, losses
     from ckd_dist.store import codecs
-    from ckd_dist.store.reader import StoreReader
 
     kd, asked = config.kd, config.teacher
-    weights: list[float] = []
-    codec: codecs.Codec
+    # How several checkpoints teach at once, if they do.
+    combine = asked.combine if len(asked.checkpoints) > 1 and asked.combine != "sequence" else None
 
     def plain_loss(logits, batch):
         return {"loss": losses.cross_entropy(logits, batch.labels, config.label_smoothing)}
@@ -38,63 +44,32 @@ def main(config: DistillConfig) -> None:
 
     with dist.process_group() as device:
         info = data.read_info(config.data.train, "data.train")
-        combine = asked.combine if len(asked.checkpoints) > 1 and asked.combine != "sequence" else None
+        reader = cached_teacher(config, info, combine, device) if asked.store else None
+        online = online_teacher(config, info, device) if asked.run else {}
+        dense = codecs.Dense(info.num_classes)
+        codec: codecs.Codec = reader.codec if reader else dense
+        if online:
+            codecs.require_served(dense, kd, combine)
+        epochs = reader.epochs if reader else list(online)
         seed, views = config.data.view_seed, config.data.views
-        recipe, reader = None, None
-        epochs: list[int] = []
-        members: list[torch.nn.Module] = []
-        if asked.store:
-            reader = StoreReader(asked.store, asked.checkpoints, info, kd, combine)
-            cached, codec, epochs, recipe = reader.manifest, reader.codec, reader.epochs, reader.recipe
-            require(
-                seed in (None, cached.view_seed),
-                f"data.view_seed is {seed}, the store holds views of seed {cached.view_seed}: leave it out",
-            )
-            require(
-                (views or 1) <= cached.views,
-                f"data.views is {views}, {asked.store} holds {cached.views} views: cache more or ask for less",
-            )
-            seed, views = cached.view_seed, views or cached.views
-            digests = dist.on_main(lambda: caching.store_loader(cached, info, config.data, device).image_digests())
-            if note := cached.decoding_note(digests):
-                log.say(note)
-            log.say(f"teacher: cached logits of {', '.join(f'epoch {epoch}' for epoch in epochs)}")
-        elif asked.run:
-            trajectory = checkpoint.trajectory(asked.run, "teacher.run")
-            epochs = checkpoint.choose(trajectory, asked.checkpoints, "teacher.checkpoints")
-            codec = dense = codecs.Dense(info.num_classes)
-            codecs.require_served(codec, kd, combine)
-            for epoch in epochs:
-                model, metadata = models.load_model(trajectory[epoch], "teacher.run")
-                models.require_classes(metadata, info.num_classes, "teacher.run")
-                for key, ours in (("image_size", info.image_size(config.data.image_size)), ("mean", list(info.mean))):
-                    require(
-                        metadata[key] == ours,
-                        f"teacher.run: the online teacher was trained with {key} {metadata[key]}, the student gets "
-                        f"{ours}: cache its logits instead",
-                    )
-                members.append(engine.to_device(model, device))
-            log.say(f"teacher: online, {', '.join(f'epoch {epoch}' for epoch in epochs)}")
+        if reader:
+            seed, views = reader.manifest.view_seed, views or reader.manifest.views
         if views and views < config.epochs:
             log.say(f"{views} views for {config.epochs} epochs: epoch {views + 1} sees the first view again, and so on")
-        shares = asked.weights or [1.0] * len(epochs)
-        shares = [share / sum(shares) for share in shares]
+        weights = [weight / sum(asked.weights) for weight in asked.weights] or [1 / len(epochs) for _ in epochs]
+        lessons = [list(range(len(epochs)))] * config.epochs  # which of the checkpoints teach in each epoch
         if asked.combine == "sequence":
-            turns = engine.turns(shares, config.epochs)
-            log.say(f"teachers in sequence: epochs {', '.join(str(epochs[turn]) for turn in turns)}")
+            lessons = [[turn] for turn in engine.turns(weights, config.epochs)]
             weights = [1.0]
-        else:
-            weights = shares
+            log.say(f"teachers in sequence: epochs {', '.join(str(epochs[turn]) for (turn,) in lessons)}")
 
         def source(epoch: int) -> engine.Source:
             """The view of an epoch, and who teaches it."""
-            chosen = [turns[epoch]] if asked.combine == "sequence" else list(range(len(epochs)))
+            members = [online[epochs[m]] for m in lessons[epoch]] if online else []
             return engine.Source(
                 view=epoch % (views or config.epochs),
-                rows=partial(reader.rows, members=chosen) if reader else None,
-                teacher=partial(engine.online_records, [members[m] for m in chosen], dense, config.amp)
-                if members
-                else None,
+                rows=partial(reader.rows, members=lessons[epoch]) if reader else None,
+                teacher=partial(engine.online_records, members, dense, config.amp) if members else None,
             )
 
         engine.train(
@@ -102,11 +77,57 @@ def main(config: DistillConfig) -> None:
             distillation_loss if epochs else plain_loss,
             device=device,
             info=info,
-            recipe=data.train_recipe(config.data, info, recipe),
+            recipe=data.train_recipe(config.data, info, reader.recipe if reader else None),
             view_seed=seed or 0,
             source=source,
             save_every=config.save_every or config.epochs,
         )
+
+
+def cached_teacher(config: DistillConfig, info: DatasetInfo, combine: str | None, device: torch.device) -> StoreReader:
+    """The store that the options name; raises `UserError` where it does not fit the images, the loss or the views."""
+    from ckd_dist import caching, dist, log
+    from ckd_dist.store.reader import StoreReader
+
+    store, seed, views = config.teacher.store, config.data.view_seed, config.data.views
+    assert store is not None
+    reader = StoreReader(store, config.teacher.checkpoints, info, config.kd, combine)
+    manifest = reader.manifest
+    require(
+        seed in (None, manifest.view_seed),
+        f"data.view_seed is {seed}, the store holds views of seed {manifest.view_seed}: leave it out",
+    )
+    require(
+        (views or 1) <= manifest.views,
+        f"data.views is {views}, {store} holds {manifest.views} views: cache more or ask for less",
+    )
+    log.say(f"teacher: cached logits of {', '.join(f'epoch {epoch}' for epoch in reader.epochs)}")
+    digests = dist.on_main(lambda: caching.store_loader(manifest, info, config.data, device).image_digests())
+    if note := manifest.decoding_note(digests):
+        log.say(note)
+    return reader
+
+
+def online_teacher(config: DistillConfig, info: DatasetInfo, device: torch.device) -> dict[int, torch.nn.Module]:
+    """Epoch -> checkpoint on the device; raises `UserError` where the student's images are not the teacher's."""
+    from ckd_dist import checkpoint, engine, log, models
+
+    assert config.teacher.run is not None
+    trajectory = checkpoint.trajectory(config.teacher.run, "teacher.run")
+    epochs = checkpoint.choose(trajectory, config.teacher.checkpoints, "teacher.checkpoints")
+    members = {}
+    for epoch in epochs:
+        model, metadata = models.load_model(trajectory[epoch], "teacher.run")
+        models.require_classes(metadata, info.num_classes, "teacher.run")
+        for key, ours in (("image_size", info.image_size(config.data.image_size)), ("mean", list(info.mean))):
+            require(
+                metadata[key] == ours,
+                f"teacher.run: the online teacher was trained with {key} {metadata[key]}, the student gets "
+                f"{ours}: cache its logits instead",
+            )
+        members[epoch] = engine.to_device(model, device)
+    log.say(f"teacher: online, {', '.join(f'epoch {epoch}' for epoch in epochs)}")
+    return members
 
 
 if __name__ == "__main__":

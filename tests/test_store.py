@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import resource
 import socket
 import subprocess
 import time
@@ -14,7 +15,7 @@ import pytest
 import torch
 from conftest import ENVIRONMENT, ROOT, VIEWS, cache_options, command_line, contents, kill_and_repeat, run
 
-from ckd_dist import cache_logits, data, engine, models
+from ckd_dist import bench, cache_logits, data, engine, models
 from ckd_dist.config import CacheConfig, KDConfig, UserError, load_config
 from ckd_dist.store import codecs
 from ckd_dist.store.reader import StoreReader
@@ -194,3 +195,10 @@ def test_a_vanished_rank_ends_the_other_with_one_line_and_the_next_run_completes
     assert ranks[0].returncode == 1 and errors == "error: rank 0: stopped, another rank has failed\n", errors
     cache_here(*cache_options(fashion, teacher, path))
     assert contents(path) == contents(store)
+
+
+@pytest.mark.slow
+def test_a_store_of_imagenets_size_is_written_verified_and_read(tmp_path):
+    result = bench.measure_store(tmp_path / "store", bench.IMAGENET)  # compares every row that it reads
+    assert result["bytes"] > 2 * 1000 * bench.IMAGENET
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 < 12e9
