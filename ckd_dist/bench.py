@@ -255,8 +255,8 @@ def show(result: dict) -> None:
         f"Dense store of {store['records']:,} records x {store['classes']} classes, {store['bytes'] / 1e9:.2f} GB: "
         f"written at {store['write_bytes_per_s'] / 1e6:,.0f} MB/s, verified at "
         f"{store['verify_bytes_per_s'] / 1e6:,.0f} MB/s, read in random order, batches of 1024, at "
-        f"{store['read_records_per_s']:,.0f} records/s: {spread(**store['read_rate_over_take'])} of numpy's take of the "
-        "same rows in memory.\n"
+        f"{store['read_records_per_s']:,.0f} records/s: {spread(**store['read_rate_over_take'])} of numpy's take of "
+        "the same rows in memory.\n"
         f"`store plan`: seconds foretold over seconds taken, 3 tries: {spread(**plan['planned_seconds_over_taken'])}."
     )
 
