@@ -378,9 +378,7 @@ def load_config(
     )
     parser.add_argument("--config", action="config", help="YAML file with any of the options below.")
     parser.add_class_arguments(cls)
-    words = sys.argv[1:] if argv is None else argv
-    # --shard-size is --shard_size: only the names of options are touched, not their values.
-    argv = [re.sub(r"^--[\w.-]+", lambda m: "--" + m[0][2:].replace("-", "_"), word) for word in words]
+    argv = option_words(sys.argv[1:] if argv is None else argv)
     try:
         return cls(**_sections(parser.instantiate(parser.parse_args(argv)), cls))
     except jsonargparse.ArgumentError as error:
@@ -388,6 +386,11 @@ def load_config(
         while cause is not None and not isinstance(cause, UserError):
             cause = cause.__cause__ or cause.__context__
         raise UserError(str(cause) if cause else _one_line(str(error), parser)) from None
+
+
+def option_words(words: Sequence[str]) -> list[str]:
+    """A command line in which options have the names of fields: --shard-size is --shard_size."""
+    return [re.sub(r"^--[\w.-]+", lambda m: "--" + m[0][2:].replace("-", "_"), word) for word in words]
 
 
 def to_dict(config: object) -> dict:

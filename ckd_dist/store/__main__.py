@@ -23,7 +23,16 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import NoReturn
 
-from ckd_dist.config import CodecConfig, LoaderConfig, PlanConfig, UserError, load_config, require, run_process
+from ckd_dist.config import (
+    CodecConfig,
+    LoaderConfig,
+    PlanConfig,
+    UserError,
+    load_config,
+    option_words,
+    require,
+    run_process,
+)
 
 COMMANDS = ("plan", "info", "verify", "repair", "convert")
 
@@ -35,7 +44,7 @@ class _Parser(argparse.ArgumentParser):
 
 def main(words: list[str] | None = None) -> int:
     """Run a command line (default: this process's); returns the exit status."""
-    words = sys.argv[1:] if words is None else words
+    words = option_words(sys.argv[1:] if words is None else words)
     if words[:1] == ["plan"]:
         words = [f"{word}=true" if word == "--json" else word for word in words[1:]]
         return plan(load_config(PlanConfig, words, prog="python -m ckd_dist.store plan"))
@@ -54,7 +63,7 @@ def _parse(words: list[str]) -> argparse.Namespace:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         usage=f"%(prog)s {{{','.join(COMMANDS)}}} ...",
     )
-    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND", prog=parser.prog)
     added = {name: commands.add_parser(name, allow_abbrev=False) for name in COMMANDS[1:]}
     for command in added.values():
         command.add_argument("store", type=Path, metavar="STORE")
@@ -64,10 +73,14 @@ def _parse(words: list[str]) -> argparse.Namespace:
     for name in ("verify", "repair", "convert"):
         needed = name != "verify"
         if name != "convert":
-            added[name].add_argument("--teacher.run", dest="run", metavar="RUN", required=needed, help="the teacher's")
-        added[name].add_argument("--data.train", dest="train", metavar="X.beton", required=needed, help="the images")
+            added[name].add_argument(
+                "--teacher.run", dest="run", metavar="RUN", required=needed, help="the teacher's run"
+            )
+        added[name].add_argument("--data.train", dest="train", metavar="X.beton", required=needed, help="its images")
     for name in ("verify", "repair"):
-        added[name].add_argument("--data.batch_size", dest="batch_size", type=int, default=128, metavar="N")
+        added[name].add_argument(
+            "--data.batch_size", dest="batch_size", type=int, default=128, metavar="N", help="images a pass (128)"
+        )
     added["verify"].add_argument(
         "--records", type=int, default=256, metavar="N", help="records of each checkpoint to compute anew (256)"
     )

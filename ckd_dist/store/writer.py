@@ -91,6 +91,7 @@ class ShardWriter:
         self._path = shard.path(store)
         self._temporary = self._path.with_name(f".{self._path.name}.tmp")
         self._path.parent.mkdir(parents=True, exist_ok=True)
+        self._record_bytes = codecs.record_bytes(manifest.recorded)
         self._digest = hashlib.sha256()
         self._written = 0
         self._file = open(self._temporary, "wb")  # noqa: SIM115  closed by commit
@@ -98,6 +99,7 @@ class ShardWriter:
 
     def append(self, records: np.ndarray) -> None:
         """Write the next records, uint8 [n, bytes]."""
+        assert records.shape[1:] == (self._record_bytes,)
         self._write(np.ascontiguousarray(records).data)
         self._written += len(records)
 
