@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from ckd_dist import checkpoint, dist, engine, models
+from ckd_dist import checkpoint, data, dist, engine, models
 from ckd_dist.config import CacheConfig, LoaderConfig, TrainingError, require
 from ckd_dist.data import Batch, BetonLoader, DatasetInfo, read_info, train_recipe
 from ckd_dist.log import ProgressDisplay, say
@@ -35,20 +35,10 @@ Work = list[tuple[list[str], list[list[Shard]]]]
 write. The ranges are what ranks share out."""
 
 
-def store_loader(manifest: Manifest, info: DatasetInfo, config: LoaderConfig, device: torch.device) -> BetonLoader:
-    """The images as the teacher of a store saw them."""
-    forward = manifest.forward
-    return BetonLoader(
-        info,
-        config,
-        ViewRecipe.from_dict(manifest.recipe),
-        batch_size=config.batch_size,
-        image_size=forward["image_size"],
-        device=device,
-        view_seed=manifest.view_seed,
-        mean=forward["mean"],
-        std=forward["std"],
-    )
+def image_digests(manifest: Manifest, info: DatasetInfo) -> dict[str, str]:
+    """`data.image_digests` of the images as the teacher of a store saw them."""
+    recipe = ViewRecipe.from_dict(manifest.recipe)
+    return data.image_digests(info, recipe, manifest.view_seed, manifest.forward["image_size"])
 
 
 class Recorder:
@@ -57,7 +47,18 @@ class Recorder:
     def __init__(self, manifest: Manifest, info: DatasetInfo, run: str, config: LoaderConfig, device: torch.device):
         self.manifest, self.device, self.batch_size = manifest, device, config.batch_size
         self._trajectory = checkpoint.trajectory(run, "teacher.run")
-        self.loader = store_loader(manifest, info, config, device)
+        forward = manifest.forward
+        self.loader = BetonLoader(
+            info,
+            config,
+            ViewRecipe.from_dict(manifest.recipe),
+            batch_size=config.batch_size,
+            image_size=forward["image_size"],
+            device=device,
+            view_seed=manifest.view_seed,
+            mean=forward["mean"],
+            std=forward["std"],
+        )
 
     def load(self, names: list[str]) -> dict[str, nn.Module]:
         """The checkpoints on the device; raises `UserError` where the run's are not those of the manifest."""
@@ -147,7 +148,7 @@ def describe(config: CacheConfig, device: torch.device) -> tuple[Manifest, Recor
         images={},
     )
     recorder = Recorder(manifest, info, config.teacher.run, config.data, device)
-    manifest.images = recorder.loader.image_digests()
+    manifest.images = image_digests(manifest, info)
     return manifest, recorder
 
 
@@ -193,11 +194,16 @@ def write_work(store: Path, recorder: Recorder, work: Work) -> None:
     )
 
 
+def space(store: Path, manifest: Manifest) -> tuple[int, int]:
+    """(bytes still to be written, bytes free on the disk)."""
+    folder = next(path for path in (store, *store.absolute().parents) if path.exists())
+    there = sum(path.stat().st_size for path in store.rglob("*") if path.is_file())
+    return store_size(manifest)[0] - there, shutil.disk_usage(folder).free
+
+
 def require_space(store: Path, manifest: Manifest) -> None:
     """Raise `UserError` when what is still to be written does not fit on the disk."""
-    folder = store if store.exists() else next(p for p in store.absolute().parents if p.exists())
-    there = sum(path.stat().st_size for path in store.rglob("*") if path.is_file())
-    needed, free = store_size(manifest)[0] - there, shutil.disk_usage(folder).free
+    needed, free = space(store, manifest)
     require(
         needed <= free,
         f"store: {store} needs {format_bytes(needed)} more, the disk has {format_bytes(free)} free: make room, choose "
@@ -225,6 +231,8 @@ class Plan:
     """Length of all files of the complete store, exact."""
     files: int
     largest_shard_bytes: int
+    missing_bytes: int
+    """Of them, still to be written."""
     free_bytes: int
     """On the disk of the store."""
     missing_records: int
@@ -264,11 +272,13 @@ def plan(config: CacheConfig, device: torch.device, trial_seconds: float = 5.0) 
     seconds = first + slowest * rate if work else 0.0
     online = forward * config.views * manifest.dataset["count"] / world
     size, files = store_size(manifest)
+    needed, free = dist.on_main(lambda: space(store, manifest))
     return Plan(
         bytes=size,
         files=files,
         largest_shard_bytes=shard_size(manifest, manifest.shards(names[0], 0)[0]),
-        free_bytes=shutil.disk_usage(disk).free,
+        missing_bytes=needed,
+        free_bytes=free,
         missing_records=sum(count_records(ranges) for _, ranges in work),
         seconds=seconds,
         teacher_seconds_an_image=forward,
@@ -319,7 +329,7 @@ def recompute(store: Path, info: DatasetInfo, run: str, config: LoaderConfig, de
     require_images(manifest, info, "STORE", store)
     recorder = Recorder(manifest, info, run, config, device)
     reader = StoreReader(str(store), [v["epoch"] for v in manifest.checkpoints.values()], info, check=False)
-    if note := manifest.decoding_note(recorder.loader.image_digests()):
+    if note := manifest.decoding_note(image_digests(manifest, info)):
         say(note)
     rng = np.random.default_rng()
     views = rng.permutation(manifest.views)[:4]

@@ -14,8 +14,8 @@ import torch
 
 from ckd_dist import dist
 from ckd_dist.config import LoaderConfig, UserError, ViewDataConfig, require
-from ckd_dist.ffcv_mended import Epoch, IntDecoder, Loader, OrderOption, PipelineSpec, Reader, ToTensor
-from ckd_dist.views import SampleIdDecoder, ViewDecoder, ViewRecipe
+from ckd_dist.ffcv_mended import IMAGE_MODES, Epoch, IntDecoder, Loader, OrderOption, PipelineSpec, Reader, ToTensor
+from ckd_dist.views import SampleIdDecoder, ViewDecoder, ViewRecipe, render
 
 Rows = Callable[[np.ndarray, int], np.ndarray]
 """(sample ids [n], view) -> a store's records, uint8 [n, members, bytes]; called in the loader's thread."""
@@ -87,6 +87,32 @@ def read_labels(info: DatasetInfo) -> np.ndarray:
     """Class index of every sample, int64 [count], without decoding an image."""
     reader = Reader(str(info.path))
     return reader.metadata[f"f{reader.field_names.index('label')}"].astype(np.int64).reshape(-1)
+
+
+def decode_view(
+    info: DatasetInfo, recipe: ViewRecipe, seed: int, view: int, ids: np.ndarray, image_size: int
+) -> np.ndarray:
+    """A few samples as models see them under `view`, before normalisation, uint8 [n, size, size, 3]: what a loader
+    gives, without the second that setting one up takes."""
+    reader = Reader(str(info.path))
+    fields = reader.metadata[f"f{reader.field_names.index('image')}"]
+    order = np.argsort(reader.alloc_table["ptr"])
+    images = np.empty((len(ids), image_size, image_size, 3), dtype=np.uint8)
+    for image, sample in zip(images, ids, strict=True):
+        field = fields[sample]
+        place = order[np.searchsorted(reader.alloc_table["ptr"], field["data_ptr"], sorter=order)]
+        stored = np.fromfile(info.path, np.uint8, int(reader.alloc_table["size"][place]), offset=int(field["data_ptr"]))
+        jpeg, height, width = field["mode"] == IMAGE_MODES["jpg"], int(field["height"]), int(field["width"])
+        render(stored, bool(jpeg), height, width, seed, view, int(sample), recipe, image)
+    return images
+
+
+def image_digests(info: DatasetInfo, recipe: ViewRecipe, seed: int, image_size: int) -> dict[str, str]:
+    """Sample id -> sha256 of its first view, uint8 [size, size, 3], for a few samples: tells one JPEG or resize library
+    from another."""
+    ids = np.unique(np.linspace(0, info.count - 1, 4).astype(np.int64))
+    images = decode_view(info, recipe, seed, 0, ids, image_size)
+    return {str(i): hashlib.sha256(image.tobytes()).hexdigest() for i, image in zip(ids, images, strict=True)}
 
 
 def train_recipe(config: ViewDataConfig, info: DatasetInfo, cached: ViewRecipe | None = None) -> ViewRecipe:
@@ -264,14 +290,3 @@ class BetonLoader:
             ids=ids,
             teacher_records=rows,
         )
-
-    def image_digests(self) -> dict[str, str]:
-        """Sample id -> sha256 of its decoded first view, uint8 [size, size, 3], for a few samples: tells one JPEG or
-        resize library from another."""
-        ids = np.unique(np.linspace(0, self.info.count - 1, 4).astype(np.int64))
-        epoch = self._epoch(ids, 0, None)
-        try:
-            images = [image.numpy().tobytes() for arrays in epoch for image in arrays[0]]
-        finally:
-            epoch.close()
-        return {str(i): hashlib.sha256(image).hexdigest() for i, image in zip(ids, images, strict=True)}

@@ -44,7 +44,7 @@ def main(config: DistillConfig) -> None:
 
     with dist.process_group() as device:
         info = data.read_info(config.data.train, "data.train")
-        reader = cached_teacher(config, info, combine, device) if asked.store else None
+        reader = cached_teacher(config, info, combine) if asked.store else None
         online = online_teacher(config, info, device) if asked.run else {}
         dense = codecs.Dense(info.num_classes)
         codec: codecs.Codec = reader.codec if reader else dense
@@ -84,7 +84,7 @@ def main(config: DistillConfig) -> None:
         )
 
 
-def cached_teacher(config: DistillConfig, info: DatasetInfo, combine: str | None, device: torch.device) -> StoreReader:
+def cached_teacher(config: DistillConfig, info: DatasetInfo, combine: str | None) -> StoreReader:
     """The store that the options name; raises `UserError` where it does not fit the images, the loss or the views."""
     from ckd_dist import caching, dist, log
     from ckd_dist.store.reader import StoreReader
@@ -102,8 +102,7 @@ def cached_teacher(config: DistillConfig, info: DatasetInfo, combine: str | None
         f"data.views is {views}, {store} holds {manifest.views} views: cache more or ask for less",
     )
     log.say(f"teacher: cached logits of {', '.join(f'epoch {epoch}' for epoch in reader.epochs)}")
-    digests = dist.on_main(lambda: caching.store_loader(manifest, info, config.data, device).image_digests())
-    if note := manifest.decoding_note(digests):
+    if note := dist.on_main(lambda: manifest.decoding_note(caching.image_digests(manifest, info))):
         log.say(note)
     return reader
 

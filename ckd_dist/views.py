@@ -223,6 +223,22 @@ def _render_image(image, seed, view_id, sample, recipe, padded, out):
         _mirror(out)
 
 
+def render(
+    stored: np.ndarray,
+    is_jpeg: bool,
+    height: int,
+    width: int,
+    seed: int,
+    view_id: int,
+    sample_id: int,
+    recipe: ViewRecipe,
+    out: np.ndarray,
+) -> None:
+    """Fill `out`, uint8 [size, size, 3], with a view of one image, `stored` as FFCV keeps it (JPEG, or pixels)."""
+    decoded, padded = (np.empty(3 * height * width, dtype=np.uint8) for _ in range(2))
+    _render(stored, is_jpeg, height, width, seed, view_id, sample_id, recipe.numbers(), decoded, padded, out)
+
+
 def _channel(*values: int) -> tuple[AllocationQuery, ...]:
     """Buffers that carry integers in [0, 2**31) into compiled code as their shape, and hold no bytes.
 

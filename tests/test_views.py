@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import itertools
 import json
 import threading
@@ -30,7 +31,11 @@ def loader(path, recipe, size, *, batch_size=32, seed=0, **options):
 
 
 def digests(beton_loader, ids, view_id):
-    return dict(zip(ids.tolist(), beton_loader.image_digests(ids, view_id), strict=True))
+    return {
+        int(sample): hashlib.sha256(image.numpy().tobytes()).hexdigest()
+        for batch in beton_loader.batches(ids, view_id)
+        for sample, image in zip(batch.ids, batch.images, strict=True)
+    }
 
 
 @pytest.mark.parametrize(("name", "recipe", "size"), [("photographs", RRC, 48), ("fashion", PAD, 40)])
@@ -71,10 +76,10 @@ def test_other_views_seeds_and_samples_differ(photographs):
 
 def test_epochs_do_not_recompile(photographs):
     beton_loader = loader(photographs, RRC, 48)
-    beton_loader.image_digests(np.arange(8), 0)
+    digests(beton_loader, np.arange(8), 0)
     with event.install_recorder("numba:compile") as recorder:
         for view_id in range(1, 5):
-            beton_loader.image_digests(np.arange(30), view_id)
+            digests(beton_loader, np.arange(30), view_id)
     assert recorder.buffer == []
 
 
@@ -174,3 +179,16 @@ def test_ranks_share_every_global_batch(world, monkeypatch):
             data.train_ids(count, batch_size, 5, 2, first_step=4).reshape(6, -1), parts[-1][4:]
         )
     np.testing.assert_array_equal(np.concatenate(parts, axis=1), data.shuffled_ids(count, 5, 2)[:100].reshape(10, 10))
+
+
+@pytest.mark.parametrize(
+    ("name", "recipe", "size"), [("photographs", RRC, 48), ("fashion", PAD, 28), ("fashion", PAD, 40)]
+)
+def test_a_view_decoded_alone_is_that_of_the_loader(name, recipe, size, request):
+    path = request.getfixturevalue(name)
+    info = data.read_info(path if isinstance(path, Path) else path["train"], "")
+    ids = np.array([5, 0, 77, 3])
+    (batch,) = loader(info.path, recipe, size, seed=9).batches(ids, 4)
+    alone = torch.from_numpy(data.decode_view(info, recipe, 9, 4, ids, size))
+    mean, std = (torch.tensor(values).view(1, 3, 1, 1) for values in (info.mean, info.std))
+    torch.testing.assert_close(batch.images, (alone.permute(0, 3, 1, 2) / 255 - mean) / std, rtol=0, atol=1e-5)

@@ -103,7 +103,7 @@ def plan(config: PlanConfig) -> int:
     with dist.process_group() as device:
         found = caching.plan(config, device)
         rank, world = dist.rank(), dist.world_size()
-    fits = found.bytes <= found.free_bytes
+    fits = found.missing_bytes <= found.free_bytes
     if rank:
         return 0 if fits else 1
     if config.json:
@@ -114,7 +114,7 @@ def plan(config: PlanConfig) -> int:
         "size": f"{size} ({found.bytes:,} bytes) in {found.files:,} files",
         "largest shard": caching.format_bytes(found.largest_shard_bytes),
         "free on the disk": free if fits else f"[red]{free}: it does not fit[/]",
-        "records to write": f"{found.missing_records:,}",
+        "to write": f"{found.missing_records:,} records, {caching.format_bytes(found.missing_bytes)}",
         "time": f"{format_seconds(found.seconds)} ({found.seconds:.1f} s) on {world} processes like this one",
         "one teacher, online": f"{1e6 * found.teacher_seconds_an_image:,.0f} µs an image; a student of {config.views} "
         f"epochs waits {format_seconds(found.online_seconds)} for it",
@@ -222,7 +222,7 @@ def repair(options: argparse.Namespace) -> int:
         require_images(manifest, images, "STORE", store)
         loader = LoaderConfig(batch_size=options.batch_size)
         recorder = caching.Recorder(manifest, images, options.run, loader, device)
-        if note := manifest.decoding_note(recorder.loader.image_digests()):
+        if note := manifest.decoding_note(caching.image_digests(manifest, images)):
             say(note)
         names = list(manifest.checkpoints)
         recorder.load(names[:1])  # refuses another run before anything is deleted

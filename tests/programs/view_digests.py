@@ -1,5 +1,6 @@
 """Write the sha256 of every decoded image of a file, as one rank of many: BETON SIZE VIEW OUT_FOLDER."""
 
+import hashlib
 import json
 import sys
 from pathlib import Path
@@ -16,5 +17,9 @@ with dist.process_group() as device:
     recipe = ViewRecipe(kind="random_resized_crop")
     loader = data.BetonLoader(info, LoaderConfig(), recipe, batch_size=16, image_size=int(size), device=device)
     ids = data.shuffled_ids(info.count, 3, dist.world_size())[dist.rank() :: dist.world_size()]
-    digests = {int(i): d for i, d in zip(ids, loader.image_digests(np.array(ids), int(view)), strict=True)}
+    digests = {
+        int(sample): hashlib.sha256(image.numpy().tobytes()).hexdigest()
+        for batch in loader.batches(np.array(ids), int(view))
+        for sample, image in zip(batch.ids, batch.images, strict=True)
+    }
     Path(out, f"{dist.world_size()}_{dist.rank()}.json").write_text(json.dumps(digests))
