@@ -39,8 +39,10 @@ class Dense:
         """Logits float32 [n, classes] -> records uint8 [n, bytes]; labels and draws do not matter here."""
         return _bytes(logits.to(getattr(torch, self.dtype)))
 
-    def decode(self, records: torch.Tensor, temperature: float | torch.Tensor) -> torch.Tensor:
-        """Records uint8 [n, bytes] -> logits float32 [n, classes], the same at every temperature."""
+    def decode(
+        self, records: torch.Tensor, temperature: float | torch.Tensor, student: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """Records uint8 [n, bytes] -> logits float32 [n, classes], whatever the temperature and the student."""
         return records.contiguous().view(getattr(torch, self.dtype)).float()
 
     def std(self, records: torch.Tensor) -> torch.Tensor:
@@ -66,7 +68,11 @@ class TopK:
 
     From these the softmax at any temperature T: the logits kept are exact; all others together weigh exp(K(1/T)) each,
     where K(s) = log mean exp(s * logit) over them is the cubic with their mean, their variance and, at s = 1, their
-    true weight. So the rest's mass is exact at T = 1 and right to second order at high T; it is spread evenly.
+    true weight. So the rest's mass is exact at T = 1 and right to second order at high T.
+
+    How the teacher shares this mass among the rest is not known, and no answer is taught: it is shared as the student
+    itself does. Then the divergence of the losses is, gradient included, that of the k classes and one more that stands
+    for the rest, which the teacher's own softmax minimises. (Shared evenly, it would teach that the rest is equal.)
     """
 
     name: ClassVar[str] = "topk"
@@ -89,9 +95,12 @@ class TopK:
         parts = (classes.to(torch.int16), rounded.gather(1, classes).half(), statistics.float())
         return torch.cat([_bytes(part) for part in parts], dim=1)
 
-    def decode(self, records: torch.Tensor, temperature: float | torch.Tensor) -> torch.Tensor:
+    def decode(
+        self, records: torch.Tensor, temperature: float | torch.Tensor, student: torch.Tensor | None = None
+    ) -> torch.Tensor:
         """Records uint8 [n, bytes] -> float32 [n, classes] whose softmax at `temperature` (a number, or [n, 1]) is the
-        teacher's, as far as the record knows it."""
+        teacher's, as far as the record knows it: the rest's mass is spread as `student`, logits [n, classes], spreads
+        it, or evenly."""
         classes, kept, log_sum_exp, mean, std = self._fields(records)
         logits, others = kept.double(), self.num_classes - self.k
         if others == 0:
@@ -109,7 +118,12 @@ class TopK:
 
         third = within(at_one, 1) - rest_mean - rest_variance / 2
         rest = within(rest_mean * s + rest_variance / 2 * s**2 + third * s**3, s) / s
-        return rest.float().repeat(1, self.num_classes).scatter(1, classes, kept)
+        if student is None:
+            return rest.float().repeat(1, self.num_classes).scatter(1, classes, kept)
+        shape = (student.detach().double() * s).scatter(1, classes, -torch.inf)
+        mass = rest * s + np.log(others)  # log of the sum of exp(s * logit) over the rest
+        spread = (shape - shape.logsumexp(1, keepdim=True) + mass) / s
+        return spread.float().clamp(min=-1e4).scatter(1, classes, kept)
 
     def std(self, records: torch.Tensor) -> torch.Tensor:
         """Standard deviation of the logits over all classes, float32 [n]."""
@@ -179,9 +193,11 @@ class Sampled:
         weights = torch.where(is_kept, p, threshold).gather(1, chosen)
         return torch.cat([_bytes(order.gather(1, chosen).to(torch.int16)), _bytes(weights.half())], dim=1)
 
-    def decode(self, records: torch.Tensor, temperature: float | torch.Tensor) -> torch.Tensor:
+    def decode(
+        self, records: torch.Tensor, temperature: float | torch.Tensor, student: torch.Tensor | None = None
+    ) -> torch.Tensor:
         """Records uint8 [n, bytes] -> float32 [n, classes] whose softmax at `temperature` is the sparse target. It must
-        be the temperature that the classes were drawn at: see `refusal`."""
+        be the temperature that the classes were drawn at, see `refusal`; the student does not matter."""
         classes, weights = self._fields(records)
         nothing = torch.full((len(records), self.num_classes), _LOG_NOTHING, device=records.device)
         return temperature * nothing.scatter(1, classes, weights.log().clamp(min=_LOG_NOTHING))
@@ -260,20 +276,29 @@ def require_served(codec: Codec, kd: KDConfig, combine: str | None) -> None:
 
 
 def teacher_logits(
-    codec: Codec, records: torch.Tensor, kd: KDConfig, *, weights: list[float] | None = None, combine: str = "logits"
+    codec: Codec,
+    records: torch.Tensor,
+    kd: KDConfig,
+    student: torch.Tensor | None = None,
+    *,
+    weights: list[float] | None = None,
+    combine: str = "logits",
 ) -> torch.Tensor:
-    """What the losses ask of a teacher: records uint8 [n, members, bytes] -> logits float32 [n, classes] for
-    `losses.distillation` with the same `kd`. Members are averaged as `losses.ensemble_logits` does it."""
+    """What `losses.distillation` with the same `kd` asks of a teacher: records uint8 [n, members, bytes] -> logits
+    float32 [n, classes]. Members are averaged as `losses.ensemble_logits` does it. What a sparse codec leaves open is
+    filled in as `student`, logits [n, classes], has it, or evenly."""
     members = [records[:, m] for m in range(records.shape[1])]
-    if kd.loss == "standardized" and len(members) == 1:
+    standardized = kd.loss == "standardized"
+    if standardized and len(members) == 1:
         # The softmax of (z - mean) / std at T is that of z at T * std; a shift changes nothing.
         std = codec.std(members[0])[:, None] + losses.STANDARDIZE_EPS
-        return codec.decode(members[0], kd.temperature * std) / std
-    logits = [codec.decode(member, kd.temperature) for member in members]
+        shape = None if student is None else losses.standardize(student) * std
+        return codec.decode(members[0], kd.temperature * std, shape) / std
+    logits = [codec.decode(member, kd.temperature, student) for member in members]
     if len(logits) == 1:
         return logits[0]
     average = losses.ensemble_logits(logits, weights, combine, kd.temperature)
-    return losses.standardize(average) if kd.loss == "standardized" else average
+    return losses.standardize(average) if standardized else average
 
 
 def _bytes(tensor: torch.Tensor) -> torch.Tensor:
