@@ -193,6 +193,8 @@ class TeacherConfig:
     """Run folder of train_teacher: the teacher runs online, at every step."""
     checkpoints: list[int] = field(default_factory=list)
     """Epochs of the teacher's checkpoints; default: the last."""
+    selection: str | None = None
+    """Folder of select_teacher: the checkpoint that it chose is the teacher."""
     combine: Literal["logits", "probabilities", "sequence"] = "logits"
     """How several checkpoints teach: by the mean of their logits, by the mean of their softmaxes at the loss's
     temperature, or one after another, each for its share of the student's epochs."""
@@ -207,6 +209,10 @@ class TeacherConfig:
         require(
             not self.checkpoints or bool(self.store or self.run),
             "teacher.checkpoints is given without a teacher: add --teacher.store or --teacher.run",
+        )
+        require(
+            self.selection is None or (bool(self.store or self.run) and not self.checkpoints),
+            "teacher.selection goes with teacher.store or teacher.run, and without teacher.checkpoints",
         )
         require(
             len(set(self.checkpoints)) == len(self.checkpoints),
@@ -348,6 +354,62 @@ class PlanConfig(CacheConfig):
 
     json: bool = False
     """Print JSON."""
+
+
+@dataclass(kw_only=True)
+class SelectDataConfig(ViewDataConfig):
+    """Where the images come from and how their views are drawn."""
+
+    val: str
+    """Held-out images to score on: a .beton file. Never the test set."""
+
+
+@dataclass(kw_only=True)
+class ProbeConfig:
+    """The decoder and the classifier that are trained on each checkpoint's features."""
+
+    steps: int = 300
+    """Optimiser steps, on batches of data.batch_size."""
+    lr: float = 3e-3
+    """Peak learning rate of Adam; it falls to 0 as a cosine."""
+    repeats: int = 3
+    """Probes of different initial weights for each checkpoint; they give the estimates' deviation."""
+
+    def __post_init__(self) -> None:
+        require(self.steps >= 1, f"probe.steps is {self.steps}: give 1 or more")
+        require(self.lr > 0, f"probe.lr is {self.lr}: give a positive number")
+        require(self.repeats >= 1, f"probe.repeats is {self.repeats}: give 1 or more")
+
+
+@dataclass(kw_only=True)
+class SelectConfig:
+    """Choose the teacher's checkpoint by the mutual information of its features with image and label."""
+
+    data: SelectDataConfig
+    teacher: TrajectoryConfig
+    run_dir: str
+    """Folder of this selection: selection.json and what it took."""
+    probe: ProbeConfig = field(default_factory=ProbeConfig)
+    layer: str | None = None
+    """Module whose output is F; default: the last feature map before pooling."""
+    scaling: Literal["raw", "minmax", "zscore"] = "zscore"
+    """How I(X;F), a value a pixel, and I(Y;F), a value an image, are made comparable over the checkpoints before they
+    are added: zscore gives both the same deviation, minmax the same range, raw leaves their units as they are."""
+    weight: float = 1.0
+    """Weight of I(Y;F)."""
+    seed: int = 0
+    """Seed of the probes' weights and of the order of the images."""
+    amp: Literal["bfloat16", "float16", "off"] = "bfloat16"
+    """Precision of the teacher's forward pass."""
+    student: str = "resnet18"
+    """Model that the cost is compared with: training one such student from each checkpoint, by a short timing."""
+    student_epochs: int = 16
+    """Its epochs."""
+
+    def __post_init__(self) -> None:
+        require_seed(self.seed, "seed")
+        require(self.weight >= 0, f"weight is {self.weight}: give 0 or more")
+        require(self.student_epochs >= 1, f"student_epochs is {self.student_epochs}: give 1 or more")
 
 
 @dataclass(kw_only=True)

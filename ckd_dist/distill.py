@@ -10,10 +10,12 @@ the plain student, for the baseline. The same command again goes on from the las
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ckd_dist.config import DistillConfig, require, run_command
+from ckd_dist.config import DistillConfig, TeacherConfig, require, run_command
 
 if TYPE_CHECKING:
     import torch
@@ -27,6 +29,8 @@ def main(config: DistillConfig) -> None:
     from ckd_dist import data, dist, engine, log, losses
     from ckd_dist.store import codecs
 
+    if config.teacher.selection:
+        config = replace(config, teacher=with_selection(config.teacher))
     kd, asked = config.kd, config.teacher
     # How several checkpoints teach at once, if they do.
     combine = asked.combine if len(asked.checkpoints) > 1 and asked.combine != "sequence" else None
@@ -35,9 +39,9 @@ def main(config: DistillConfig) -> None:
         return {"loss": losses.cross_entropy(logits, batch.labels, config.label_smoothing)}
 
     def distillation_loss(logits, batch):
-        teacher = codecs.teacher_logits(codec, batch.teacher_records, kd, weights=weights, combine=asked.combine)
-        values = losses.distillation(logits, teacher, batch.labels, kd, config.label_smoothing)
-        answers = teacher.argmax(dim=1)
+        ask = partial(codecs.teacher_logits, codec, batch.teacher_records, kd, weights=weights, combine=asked.combine)
+        values = losses.distillation(logits, ask(logits.detach()), batch.labels, kd, config.label_smoothing)
+        answers = ask().argmax(dim=1)
         values["teacher_top1"] = 100.0 * (answers == batch.labels)
         values["agreement"] = 100.0 * (answers == logits.argmax(dim=1))
         return values
@@ -82,6 +86,28 @@ def main(config: DistillConfig) -> None:
             source=source,
             save_every=config.save_every or config.epochs,
         )
+
+
+def with_selection(asked: TeacherConfig) -> TeacherConfig:
+    """The teacher that select_teacher chose; raises `UserError` where its weights are not those of the store or run."""
+    from ckd_dist import checkpoint, models, selection
+    from ckd_dist.store.manifest import Manifest, member_name
+
+    assert asked.selection is not None
+    epoch, chosen = selection.read_choice(asked.selection, "teacher.selection")
+    if asked.store:
+        members = Manifest.load(Path(asked.store), "teacher.store").checkpoints
+        found = members.get(member_name(epoch), {}).get("weights_sha256", "missing")
+    else:
+        trajectory = checkpoint.trajectory(asked.run or "", "teacher.run")
+        checkpoint.choose(trajectory, [epoch], "teacher.selection")
+        found = checkpoint.weights_sha256(models.load_model(trajectory[epoch], "teacher.run")[0].state_dict())
+    require(
+        found == chosen,
+        f"teacher.selection: it chose epoch {epoch} with weights {chosen[:12]}, {asked.store or asked.run} has "
+        f"{found[:12]}: they are of different runs",
+    )
+    return replace(asked, selection=None, checkpoints=[epoch])
 
 
 def cached_teacher(config: DistillConfig, info: DatasetInfo, combine: str | None) -> StoreReader:

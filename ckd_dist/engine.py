@@ -77,6 +77,18 @@ def forward_logits(model: nn.Module, images: torch.Tensor, amp: str) -> torch.Te
         return model(images).float()
 
 
+@torch.inference_mode()
+def forward_features(model: nn.Module, layer: str, images: torch.Tensor, amp: str) -> tuple[torch.Tensor, torch.Tensor]:
+    """(output of the module `layer`, logits) of a model in eval mode, float32."""
+    found: list[torch.Tensor] = []
+    hook = model.get_submodule(layer).register_forward_hook(lambda module, inputs, output: found.append(output))
+    try:
+        logits = forward_logits(model, images, amp)
+    finally:
+        hook.remove()
+    return found[0].float(), logits
+
+
 def online_records(members: list[nn.Module], codec: Dense, amp: str, images: torch.Tensor) -> torch.Tensor:
     """Records of an online teacher's members, uint8 [n, members, bytes]: their logits, rounded as the dense store
     rounds them, so that cached and online teachers give the same numbers."""

@@ -64,6 +64,28 @@ def require_classes(metadata: dict, num_classes: int, option: str) -> None:
     require(found == num_classes, f"{option}: the checkpoint has {found} classes, the images have {num_classes}")
 
 
+def feature_layer(model: nn.Module, image_size: int) -> str:
+    """Name of the module that gives the last feature map before pooling: of all modules with an output of shape [n,
+    channels, h, w] larger than 1x1, the one that ends last. Raises `UserError` when there is none (a transformer)."""
+    last: list[str] = []
+
+    def note(name: str) -> Callable:
+        def hook(module: nn.Module, inputs: object, output: object) -> None:
+            if isinstance(output, torch.Tensor) and output.ndim == 4 and output.shape[2] * output.shape[3] > 1:
+                last[:] = [name]
+
+        return hook
+
+    hooks = [module.register_forward_hook(note(name)) for name, module in model.named_modules() if name]
+    parameter = next(model.parameters())
+    with torch.inference_mode():
+        model(torch.zeros(1, 3, image_size, image_size, device=parameter.device))
+    for hook in hooks:
+        hook.remove()
+    require(bool(last), "layer: the teacher has no feature map before a pooling: name a layer that has one")
+    return last[0]
+
+
 def load_weights(model: nn.Module, path: str) -> None:
     """Initial weights from `path`: a state dict, or a checkpoint of this system; raises `UserError` on any mismatch."""
     option = "model.weights"

@@ -11,11 +11,11 @@ from conftest import ROOT
 FLOORS = [
     {"config", "ffcv_mended", "stages"},
     {"dist"},
-    {"losses", "optim", "views", "checkpoint", "log"},
+    {"losses", "optim", "views", "checkpoint", "log", "mi"},
     {"data", "models", "store"},
     {"engine"},
-    {"caching"},
-    {"train_teacher", "cache_logits", "distill", "evaluate", "bench", "compare_codecs", "quickstart"},
+    {"caching", "selection"},
+    {"train_teacher", "cache_logits", "distill", "evaluate", "select_teacher", "bench", "compare_codecs", "quickstart"},
 ]
 ALLOWED = {("log", "checkpoint"), ("store", "data")}
 MODULES = sorted(p for p in (ROOT / "ckd_dist").rglob("*.py") if p.name != "__init__.py")

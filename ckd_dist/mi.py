@@ -1,0 +1,119 @@
+"""How much a checkpoint's features F tell of the image X and of the label Y: estimates by probes, in nats.
+
+A decoder restores the image from F, a small classifier predicts the label; what they achieve on images that they were
+not trained on bounds the mutual information from below (Wang et al., arXiv 2210.06458, who follow Wang et al.,
+"Revisiting Locally Supervised Learning", arXiv 2101.10832, section 3):
+
+    I(X;F) = H(X) - reconstruction loss     binary cross entropy a pixel value, of pixels in [0, 1]
+    I(Y;F) = H(Y) - cross entropy
+
+H(Y) is the entropy of the labels. H(X) is not known and the same for all checkpoints; in its place stands the loss of
+guessing the mean colour everywhere, the best that this decoder can do without features: so I(X;F) is 0 for features
+that tell nothing.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+Scaling = Literal["raw", "minmax", "zscore"]
+
+
+class Probes(nn.Module):
+    """Decoder and classifier of one feature map, float [n, channels, h, w], as in the published code of InfoPro."""
+
+    def __init__(self, channels: int, image_size: int, num_classes: int):
+        super().__init__()
+        self.image_size = image_size
+        self.decoder = nn.Sequential(
+            nn.Conv2d(channels, 12, 3, padding=1),
+            nn.BatchNorm2d(12),
+            nn.ReLU(inplace=True),
+            nn.Conv2d(12, 3, 3, padding=1),
+        )
+        self.classifier = nn.Sequential(
+            nn.Conv2d(channels, channels, 3, padding=1),
+            nn.BatchNorm2d(channels),
+            nn.ReLU(inplace=True),
+            nn.AdaptiveAvgPool2d(1),
+            nn.Flatten(),
+            nn.Linear(channels, 128),
+            nn.ReLU(inplace=True),
+            nn.Linear(128, num_classes),
+        )
+
+    def forward(
+        self, features: torch.Tensor, pixels: torch.Tensor, labels: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Losses of the two on images `pixels`, float [n, 3, size, size] in [0, 1]: (binary cross entropy, the mean
+        over pixel values; cross entropy), each [n], in nats."""
+        enlarged = F.interpolate(features, size=self.image_size, mode="bilinear", align_corners=False)
+        restored = self.decoder(enlarged).float()
+        reconstruction = F.binary_cross_entropy_with_logits(restored, pixels, reduction="none").flatten(1).mean(1)
+        return reconstruction, F.cross_entropy(self.classifier(features).float(), labels, reduction="none")
+
+
+def label_entropy(counts: np.ndarray) -> float:
+    """H(Y) in nats, of labels that occur `counts` times each."""
+    p = counts[counts > 0] / counts.sum()
+    return float(-(p * np.log(p)).sum())
+
+
+def mean_colour_loss(mean_colour: torch.Tensor, held_out_mean: torch.Tensor) -> float:
+    """Binary cross entropy a pixel value, in nats, of guessing `mean_colour`, float [3] in [0, 1], for images whose
+    mean colour is `held_out_mean`."""
+    guess, truth = mean_colour.double().clamp(1e-4, 1 - 1e-4), held_out_mean.double()
+    return float(-(truth * guess.log() + (1 - truth) * (1 - guess).log()).mean())
+
+
+def scores(image: np.ndarray, label: np.ndarray, scaling: Scaling, weight: float) -> np.ndarray:
+    """I(X;F) + weight * I(Y;F) of each checkpoint, [n] from [n] twice, each term first scaled over the checkpoints.
+
+    raw: as they are, nats a pixel value beside nats a label; minmax: to 0 to 1; zscore: to mean 0 and deviation 1. A
+    term that does not differ between checkpoints counts nothing.
+    """
+
+    def scale(values: np.ndarray) -> np.ndarray:
+        if scaling == "raw":
+            return values
+        offset, unit = (values.min(), np.ptp(values)) if scaling == "minmax" else (values.mean(), values.std())
+        return (values - offset) / unit if unit > 1e-12 else np.zeros_like(values)
+
+    return scale(np.asarray(image, dtype=np.float64)) + weight * scale(np.asarray(label, dtype=np.float64))
+
+
+# ------------------------------------------------------------------------------------------- from logits alone
+
+
+def mean_entropy(logits: torch.Tensor) -> float:
+    """Mean entropy of the softmax, in nats: logits float [n, classes]."""
+    log_p = F.log_softmax(logits.double(), dim=1)
+    return float(-(log_p.exp() * log_p).sum(1).mean())
+
+
+def calibration_error(logits: torch.Tensor, labels: torch.Tensor, bins: int = 15) -> float:
+    """Expected calibration error in [0, 1]: the difference of confidence and accuracy, averaged over equal bins of
+    confidence (Guo et al., "On Calibration of Modern Neural Networks", arXiv 1706.04599): logits float [n, classes],
+    labels int64 [n]."""
+    confidence, answer = logits.double().softmax(1).max(1)
+    right = (answer == labels).double()
+    index = (confidence * bins).ceil().long().clamp(1, bins) - 1
+    gap = torch.zeros(bins, dtype=torch.float64).index_add(0, index.cpu(), (confidence - right).cpu())
+    return float(gap.abs().sum() / len(labels))
+
+
+def conditional_mutual_information(logits: torch.Tensor, labels: torch.Tensor) -> float:
+    """I(X; Y' | Y) in nats, Y' drawn from the softmax: how far answers to images of one class differ from that class's
+    mean answer (Ye et al., "Bayes Conditional Distribution Estimation for Knowledge Distillation Based on Conditional
+    Mutual Information", arXiv 2401.08732): logits float [n, classes], labels int64 [n]."""
+    log_p = F.log_softmax(logits.double(), dim=1)
+    p = log_p.exp()
+    classes = logits.shape[1]
+    sums = torch.zeros(classes, classes, dtype=p.dtype, device=p.device).index_add(0, labels, p)
+    means = sums / torch.bincount(labels, minlength=classes).clamp(min=1)[:, None]
+    return float((p * (log_p - means[labels].clamp(min=1e-300).log())).sum(1).mean())

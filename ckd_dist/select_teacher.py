@@ -1,0 +1,105 @@
+"""Choose the checkpoint that teaches best by mutual information: Algorithm 1 of the paper.
+
+  torchrun --nproc_per_node=8 -m ckd_dist.select_teacher --data.train train.beton --data.val holdout.beton \\
+      --teacher.run runs/teacher --run_dir runs/selection
+
+For every checkpoint, frozen, a decoder and a classifier are trained on its features F and scored on held-out images:
+I(X;F) and I(Y;F), see ckd_dist.mi. The checkpoint with the largest I(X;F) + weight * I(Y;F) is chosen. Each image is
+decoded once for all checkpoints. selection.json holds the estimates, the choice under every scaling, and what to
+compare it with: the half-way and the last checkpoint, and scores of the logits alone. `distill --teacher.selection
+runs/selection` takes it.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from functools import partial
+from pathlib import Path
+from typing import BinaryIO
+
+from ckd_dist.config import SelectConfig, require, run_command
+
+
+def main(config: SelectConfig) -> None:
+    # Imported here because torch takes seconds: only once the options are known to be good.
+    from ckd_dist import data, dist, log, selection
+    from ckd_dist.checkpoint import write_atomically
+
+    with dist.process_group() as device:
+        info = data.read_info(config.data.train, "data.train")
+        held_out = data.read_info(config.data.val, "data.val")
+        require(
+            held_out.num_classes == info.num_classes,
+            f"data.val has {held_out.num_classes} classes, data.train {info.num_classes}",
+        )
+        trajectory = selection.load_trajectory(config, info, device)
+        log.say(
+            f"{config.run_dir}: {len(trajectory.models)} checkpoints of {config.teacher.run}, F is the output of "
+            f"{trajectory.layer}; {config.probe.repeats} probes each, {config.probe.steps} steps"
+        )
+        started = time.perf_counter()
+        probes, mean_colour = selection.train_probes(config, trajectory, info)
+        found, constants = selection.estimate(config, trajectory, probes, mean_colour, held_out)
+        seconds = time.perf_counter() - started
+        result = selection.decide(config, trajectory, found, constants)
+        student = selection.student_seconds(config, trajectory, info)
+        cost = {"seconds": seconds, "student_seconds": student, "share": seconds / (student * len(trajectory.models))}
+        if dist.rank() == 0:
+            folder = Path(config.run_dir)
+            folder.mkdir(parents=True, exist_ok=True)
+            for name, values in (("cost.json", {**cost, "environment": log.environment()}), ("selection.json", result)):
+                write_atomically(folder / name, partial(_write, json.dumps(values, indent=2) + "\n"))
+            show(config, result, cost)
+
+
+def _write(text: str, file: BinaryIO) -> None:
+    file.write(text.encode())
+
+
+def show(config: SelectConfig, result: dict, cost: dict) -> None:
+    """Print the estimates and the choice."""
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table()
+    for column in (
+        "epoch",
+        "I(X;F), nats a pixel",
+        "I(Y;F), nats",
+        "score",
+        "top-1 %",
+        "calibration",
+        "entropy",
+        "CMI",
+    ):
+        table.add_column(column, justify="right")
+    for row in result["checkpoints"]:
+        cells = []
+        for key in ("image_information", "label_information"):
+            deviation = row[f"{key}_deviation"]
+            cells.append(f"{row[key]:.4f}" + (f" ± {deviation:.4f}" if deviation is not None else ""))
+        chosen = row["epoch"] == result["choice"]
+        table.add_row(
+            f"{row['epoch']}{' *' if chosen else ''}",
+            *cells,
+            f"{row['scores'][config.scaling]:.3f}",
+            f"{row['top1']:.2f}",
+            f"{row['calibration_error']:.4f}",
+            f"{row['entropy']:.4f}",
+            f"{row['conditional_mutual_information']:.4f}",
+            style="bold" if chosen else None,
+        )
+    console = Console(highlight=False, width=120)
+    console.print(table)
+    others = ", ".join(f"{scaling}: epoch {epoch}" for scaling, epoch in result["choices"].items())
+    count = len(result["checkpoints"])
+    console.print(
+        f"Chosen: epoch {result['choice']} ({others}). It took {cost['seconds']:.0f} s, {100 * cost['share']:.1f} % of "
+        f"the {cost['student_seconds'] * count:.0f} s that training {config.student} from each of {count} checkpoints "
+        f"for {config.student_epochs} epochs would take."
+    )
+
+
+if __name__ == "__main__":
+    run_command(main, SelectConfig, "ckd_dist.select_teacher")

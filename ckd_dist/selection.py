@@ -1,0 +1,307 @@
+"""Probe the features of a teacher's checkpoints, and choose the one that teaches: the work of `select_teacher`."""
+
+from __future__ import annotations
+
+import json
+import math
+import statistics
+import time
+from collections.abc import Generator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import nn
+
+from ckd_dist import checkpoint, data, dist, engine, mi, models
+from ckd_dist.config import SelectConfig, UserError, require
+from ckd_dist.data import Batch, BetonLoader, DatasetInfo
+from ckd_dist.log import ProgressDisplay
+
+FIRST_VIEW = 1 << 21
+"""Probes see views that neither the teacher nor a student is trained on."""
+
+
+@dataclass
+class Trajectory:
+    """A teacher's checkpoints, frozen, on the device."""
+
+    models: dict[int, nn.Module]
+    weights_sha256: dict[int, str]
+    layer: str
+    """Module whose output is F."""
+    channels: int
+    """Of F."""
+    image_size: int
+    mean: torch.Tensor
+    """With which the teacher's images are normalised, float [3, 1, 1] on the device."""
+    std: torch.Tensor
+
+    def pixels(self, batch: Batch) -> torch.Tensor:
+        """The images in [0, 1], float [n, 3, size, size]."""
+        return (batch.images * self.std + self.mean).clamp(0, 1)
+
+
+def load_trajectory(config: SelectConfig, info: DatasetInfo, device: torch.device) -> Trajectory:
+    """The checkpoints that the options name; raises `UserError` for a wrong number of classes or an unknown layer."""
+    files = checkpoint.trajectory(config.teacher.run, "teacher.run")
+    epochs = checkpoint.choose(files, sorted(config.teacher.checkpoints) or list(files), "teacher.checkpoints")
+    teachers, weights = {}, {}
+    for epoch in epochs:
+        model, metadata = models.load_model(files[epoch], "teacher.run")
+        models.require_classes(metadata, info.num_classes, "teacher.run")
+        weights[epoch] = checkpoint.weights_sha256(model.state_dict())
+        teachers[epoch] = engine.to_device(model, device)
+    image_size = config.data.image_size or metadata["image_size"]
+    first = teachers[epochs[0]]
+    layer = config.layer or models.feature_layer(first, image_size)
+    names = [name for name, _ in first.named_modules() if name]
+    require(layer in names, f"layer: the teacher has no module {layer}; it has {', '.join(names[:40])}")
+    features, _ = engine.forward_features(first, layer, torch.zeros(1, 3, image_size, image_size, device=device), "off")
+    require(features.ndim == 4, f"layer: {layer} gives {tuple(features.shape[1:])} an image, not channels x h x w")
+    mean, std = (torch.tensor(metadata[key], device=device).view(3, 1, 1) for key in ("mean", "std"))
+    return Trajectory(teachers, weights, layer, features.shape[1], image_size, mean, std)
+
+
+def _loader(config: SelectConfig, trajectory: Trajectory, info: DatasetInfo, recipe, batch_size: int) -> BetonLoader:
+    mean, std = (tuple(values.flatten().tolist()) for values in (trajectory.mean, trajectory.std))
+    return BetonLoader(
+        info,
+        config.data,
+        recipe,
+        batch_size=batch_size,
+        image_size=trajectory.image_size,
+        device=trajectory.mean.device,
+        view_seed=config.seed,
+        mean=mean,
+        std=std,
+    )
+
+
+# ------------------------------------------------------------------------------------------- probes
+
+
+def train_probes(
+    config: SelectConfig, trajectory: Trajectory, info: DatasetInfo
+) -> tuple[dict[int, list[mi.Probes]], torch.Tensor]:
+    """Train the probes of all checkpoints together, each image decoded once: (epoch -> probes, mean colour, float
+    [3]). Collective: ranks share every batch and add up their gradients."""
+    batch_size, device = config.data.batch_size, trajectory.mean.device
+    require(batch_size <= info.count, f"data.batch_size {batch_size} is larger than the {info.count} images")
+    share = data.rank_share(batch_size)
+    recipe = data.train_recipe(config.data, info)
+    loader = _loader(config, trajectory, info, recipe, share.stop - share.start)
+    probes: dict[int, list[mi.Probes]] = {}
+    for epoch in trajectory.models:
+        probes[epoch] = []
+        for repeat in range(config.probe.repeats):
+            torch.manual_seed(hash((config.seed, repeat)) % 2**63)  # the same for all checkpoints: a fair start
+            probe = mi.Probes(trajectory.channels, trajectory.image_size, info.num_classes)
+            probes[epoch].append(probe.to(device).train())
+    parameters = [p for each in probes.values() for probe in each for p in probe.parameters()]
+    optimizer = torch.optim.Adam(parameters, lr=config.probe.lr)
+
+    def batches() -> Generator[Batch, None, None]:
+        epoch = 0
+        while True:
+            ids = data.train_ids(info.count, batch_size, config.seed, epoch)
+            yield from loader.batches(ids, FIRST_VIEW + epoch)
+            epoch += 1
+
+    colour_sum = torch.zeros(3, dtype=torch.float64, device=device)
+    source = batches()
+    with ProgressDisplay(config.probe.steps, unit="steps") as progress:
+        for step in range(config.probe.steps):
+            batch = next(source)
+            pixels = trajectory.pixels(batch)
+            colour_sum += pixels.mean((2, 3)).sum(0)
+            for group in optimizer.param_groups:
+                group["lr"] = config.probe.lr * 0.5 * (1 + math.cos(math.pi * step / config.probe.steps))
+            for epoch, model in trajectory.models.items():
+                features, _ = engine.forward_features(model, trajectory.layer, batch.images, config.amp)
+                features = features.clone()  # made outside inference mode: autograd may save it
+                for probe in probes[epoch]:
+                    reconstruction, cross_entropy = probe(features, pixels, batch.labels)
+                    ((reconstruction + cross_entropy).sum() / batch_size).backward()
+            _sum_gradients(parameters)
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+            progress.update(step + 1, "probes")
+    source.close()
+    mean_colour = dist.all_reduce_sum(colour_sum) / (config.probe.steps * batch_size)
+    for each in probes.values():
+        for probe in each:
+            for buffer in probe.buffers():
+                if buffer.is_floating_point():  # batch-norm statistics of all ranks' images
+                    dist.all_reduce_sum(buffer).div_(dist.world_size())
+    return probes, mean_colour
+
+
+def _sum_gradients(parameters: list[nn.Parameter]) -> None:
+    """Add up the gradients of all ranks, in one message."""
+    if dist.world_size() == 1:
+        return
+    gradients = [p.grad for p in parameters if p.grad is not None]
+    flat = dist.all_reduce_sum(torch.cat([gradient.flatten() for gradient in gradients]))
+    for gradient, summed in zip(gradients, flat.split([g.numel() for g in gradients]), strict=True):
+        gradient.copy_(summed.view_as(gradient))
+
+
+@dataclass
+class Estimates:
+    """What held-out images tell of one checkpoint."""
+
+    image: list[float]
+    """I(X;F) in nats a pixel value, one value a probe."""
+    label: list[float]
+    """I(Y;F) in nats, one value a probe."""
+    logits: dict[str, float]
+    """Scores of the logits alone: top1, entropy, calibration_error, conditional_mutual_information."""
+
+
+@torch.no_grad()
+def estimate(
+    config: SelectConfig,
+    trajectory: Trajectory,
+    probes: dict[int, list[mi.Probes]],
+    mean_colour: torch.Tensor,
+    held_out: DatasetInfo,
+) -> tuple[dict[int, Estimates], dict[str, float]]:
+    """Score the probes on held-out images: (epoch -> estimates, the constants `label_entropy` and `mean_colour_loss`).
+    Collective: each rank takes a contiguous share."""
+    loader = _loader(config, trajectory, held_out, data.eval_recipe(held_out), config.data.batch_size)
+    epochs = list(trajectory.models)
+    device = trajectory.mean.device
+    losses = torch.zeros(len(epochs), config.probe.repeats, 2, dtype=torch.float64, device=device)
+    colour_sum = torch.zeros_like(mean_colour)
+    logits: dict[int, list[torch.Tensor]] = {epoch: [] for epoch in epochs}
+    labels: list[torch.Tensor] = []
+    for each in probes.values():
+        for probe in each:
+            probe.eval()
+    for batch in loader.batches(np.array_split(np.arange(held_out.count), dist.world_size())[dist.rank()]):
+        pixels = trajectory.pixels(batch)
+        colour_sum += pixels.mean((2, 3)).sum(0)
+        labels.append(batch.labels.cpu())
+        for e, epoch in enumerate(epochs):
+            features, answers = engine.forward_features(
+                trajectory.models[epoch], trajectory.layer, batch.images, config.amp
+            )
+            logits[epoch].append(answers.cpu())
+            for p, probe in enumerate(probes[epoch]):
+                for k, loss in enumerate(probe(features, pixels, batch.labels)):
+                    losses[e, p, k] += loss.sum()
+    losses = dist.all_reduce_sum(losses).cpu() / held_out.count
+    held_out_mean = dist.all_reduce_sum(colour_sum) / held_out.count
+    everyones_labels = _gather(labels)
+    constants = {
+        "label_entropy": mi.label_entropy(np.bincount(everyones_labels.numpy(), minlength=held_out.num_classes)),
+        "mean_colour_loss": mi.mean_colour_loss(mean_colour, held_out_mean),
+    }
+    last = _gather(logits[epochs[-1]])
+    found = {}
+    for e, epoch in enumerate(epochs):
+        everyones = _gather(logits.pop(epoch))
+        found[epoch] = Estimates(
+            image=(constants["mean_colour_loss"] - losses[e, :, 0]).tolist(),
+            label=(constants["label_entropy"] - losses[e, :, 1]).tolist(),
+            logits={
+                "top1": 100 * (everyones.argmax(1) == everyones_labels).double().mean().item(),
+                "entropy": mi.mean_entropy(everyones),
+                "calibration_error": mi.calibration_error(everyones, everyones_labels),
+                "conditional_mutual_information": mi.conditional_mutual_information(everyones, everyones_labels),
+                "agreement_with_last": 100 * (everyones.argmax(1) == last.argmax(1)).double().mean().item(),
+            },
+        )
+    return found, constants
+
+
+def _gather(parts: list[torch.Tensor]) -> torch.Tensor:
+    """All ranks' rows, in rank order, on every rank."""
+    return torch.cat(dist.gather_objects(torch.cat(parts)))
+
+
+# ------------------------------------------------------------------------------------------- choice
+
+
+def decide(
+    config: SelectConfig, trajectory: Trajectory, found: dict[int, Estimates], constants: dict[str, float]
+) -> dict:
+    """What selection.json holds: the estimates, and which checkpoint they and simpler rules choose."""
+    epochs = list(found)
+    image, label = (
+        np.array([statistics.mean(getattr(found[epoch], key)) for epoch in epochs]) for key in ("image", "label")
+    )
+    scalings: tuple[mi.Scaling, ...] = ("raw", "minmax", "zscore")
+    scores = {scaling: mi.scores(image, label, scaling, config.weight) for scaling in scalings}
+    choices = {scaling: epochs[int(values.argmax())] for scaling, values in scores.items()}
+    choice = choices[config.scaling]
+    return {
+        "format": 1,
+        "choice": choice,
+        "weights_sha256": trajectory.weights_sha256[choice],
+        "scaling": config.scaling,
+        "weight": config.weight,
+        "choices": choices,
+        "fixed": {"half": min(epochs, key=lambda epoch: (abs(epoch - epochs[-1] / 2), epoch)), "full": epochs[-1]},
+        "layer": trajectory.layer,
+        "seed": config.seed,
+        "probe": {"steps": config.probe.steps, "lr": config.probe.lr, "repeats": config.probe.repeats},
+        "constants": constants,
+        "checkpoints": [
+            {
+                "epoch": epoch,
+                "weights_sha256": trajectory.weights_sha256[epoch],
+                "image_information": image[e],
+                "image_information_deviation": _deviation(found[epoch].image),
+                "label_information": label[e],
+                "label_information_deviation": _deviation(found[epoch].label),
+                "scores": {scaling: values[e] for scaling, values in scores.items()},
+                **found[epoch].logits,
+            }
+            for e, epoch in enumerate(epochs)
+        ],
+    }
+
+
+def _deviation(values: list[float]) -> float | None:
+    return statistics.stdev(values) if len(values) > 1 else None
+
+
+def read_choice(path: str, option: str) -> tuple[int, str]:
+    """(epoch, sha256 of its weights) that a selection.json, or the folder with one, chooses."""
+    file = Path(path) / "selection.json" if Path(path).is_dir() else Path(path)
+    try:
+        values = json.loads(file.read_text())
+        require(values["format"] == 1, f"{option}: {file} has format {values['format']}, this version reads 1")
+        return int(values["choice"]), str(values["weights_sha256"])
+    except FileNotFoundError:
+        raise UserError(f"{option}: no such file: {file} (write it with ckd_dist.select_teacher)") from None
+    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
+        raise UserError(f"{option}: {file} is damaged ({error!r}): run select_teacher again") from None
+
+
+def student_seconds(config: SelectConfig, trajectory: Trajectory, info: DatasetInfo, steps: int = 5) -> float:
+    """Seconds to train one student on as many processes as these, from a short timing of its step on images in memory:
+    the median of `steps`."""
+    device, world = trajectory.mean.device, dist.world_size()
+    count = max(2, config.data.batch_size // world)
+    model = models.build_model(config.student, info.num_classes).to(device).to(memory_format=torch.channels_last)
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-3, momentum=0.9)
+    images = torch.randn(count, 3, trajectory.image_size, trajectory.image_size, device=device)
+    images = images.contiguous(memory_format=torch.channels_last)
+    labels = torch.zeros(count, dtype=torch.int64, device=device)
+    seconds = []
+    for step in range(steps + 2):  # the first two warm up
+        started = time.perf_counter()
+        with engine.autocast(device, config.amp):
+            logits = model(images)
+        nn.functional.cross_entropy(logits.float(), labels).backward()
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        logits.detach().sum().item()  # waits for a GPU
+        if step >= 2:
+            seconds.append(time.perf_counter() - started)
+    slowest = max(dist.gather_objects(statistics.median(seconds)))
+    return slowest / count * info.count * config.student_epochs / world

@@ -1,0 +1,150 @@
+"""Choosing the teacher's checkpoint: right where the answer is known, and the same however it is computed."""
+
+from __future__ import annotations
+
+import json
+import shutil
+
+import numpy as np
+import pytest
+import torch
+from conftest import run
+from PIL import Image
+
+from ckd_dist import checkpoint, distill, models, select_teacher
+from ckd_dist.config import DistillConfig, SelectConfig, UserError, load_config
+from data_prep.sources import load_source
+
+QUICK = ["--data.batch_size", 64, "--probe.steps", 150, "--probe.repeats", 2, "--student", "resnet8"]
+
+
+def select_here(*words):
+    config = load_config(SelectConfig, [str(word) for word in words])
+    select_teacher.main(config)
+    return json.loads((select_teacher.Path(config.run_dir) / "selection.json").read_text())
+
+
+@pytest.fixture(scope="module")
+def coded(tmp_path_factory):
+    """Images whose red channel is a garment that has nothing to do with the label, and whose blue one is a shade that
+    is the label: split -> .beton."""
+    folder = tmp_path_factory.mktemp("coded")
+    source, rng = load_source("fashion_mnist", None, train=False), np.random.default_rng(0)
+    files = {}
+    for split, count in (("train", 1000), ("holdout", 400)):
+        for i in range(count):
+            label = int(rng.integers(4))
+            pixels = np.zeros((28, 28, 3), dtype=np.uint8)
+            pixels[..., 0], pixels[..., 2] = source.images[i + 2000 * (split == "holdout")], 80 * label
+            path = folder / split / str(label) / f"{i}.png"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(pixels).save(path)
+        files[split] = folder / f"{split}.beton"
+        options = ("--root", folder / split, "--split", "test", "--out", files[split])
+        run("data_prep.write_beton", "--dataset", "imagefolder", *options)
+    return files
+
+
+@pytest.fixture(scope="module")
+def known(tmp_path_factory):
+    """A run of three checkpoints whose features are made by hand: epoch 1 gives nothing, epoch 2 passes both the
+    garment and the shade on, epoch 3 the garment only."""
+    run_dir = tmp_path_factory.mktemp("known") / "run"
+    for epoch, passed in ((1, []), (2, [0, 2]), (3, [0])):
+        model = models.build_model("resnet8", 4)
+        with torch.no_grad():
+            for name, tensor in model.state_dict().items():
+                if "conv" in name or "shortcut.0" in name or name == "features.0.weight":
+                    tensor.zero_()  # residual branches give nothing; shortcuts below copy
+                elif name.endswith("bias"):
+                    tensor.fill_(4.0 if name == "features.1.bias" else 0.0)  # positive, so that no ReLU cuts
+            for channel in passed:
+                model.features[0].weight[channel, channel, 1, 1] = 1.0
+            for block in model.features:
+                if isinstance(getattr(block, "shortcut", None), torch.nn.Sequential):
+                    for channel in range(16):
+                        block.shortcut[0].weight[channel, channel] = 1.0
+        metadata = {
+            "model": "resnet8", "num_classes": 4, "epoch": epoch, "image_size": 28,
+            "mean": [0.485, 0.456, 0.406], "std": [0.229, 0.224, 0.225], "dataset": {},
+        }  # fmt: skip
+        path = checkpoint.checkpoint_path(run_dir, epoch)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        checkpoint.save(path, {"weights": model.state_dict(), "metadata": metadata})
+    return run_dir
+
+
+@pytest.fixture(scope="module")
+def chosen(coded, known, tmp_path_factory):
+    """(options, result) of a selection among them."""
+    words = ["--data.train", coded["train"], "--data.val", coded["holdout"], "--data.flip", "false", *QUICK]
+    words = [*words, "--teacher.run", known]
+    return words, select_here(*words, "--run_dir", tmp_path_factory.mktemp("selection") / "first")
+
+
+def test_the_checkpoint_that_keeps_image_and_label_is_chosen_under_every_scaling(chosen):
+    _, result = chosen
+    assert result["choice"] == 2 and result["choices"] == {"raw": 2, "minmax": 2, "zscore": 2}
+    nothing, both, image_only = result["checkpoints"]
+    assert abs(nothing["image_information"]) < 0.05 and abs(nothing["label_information"]) < 0.1
+    assert abs(image_only["label_information"]) < 0.15 and image_only["image_information"] > 0.03
+    assert both["label_information"] > 1.0 and both["image_information"] > image_only["image_information"]
+    assert result["fixed"] == {"half": 1, "full": 3} and result["constants"]["label_entropy"] < np.log(4)
+    assert result["layer"] == "features" and both["label_information_deviation"] > 0
+
+
+def test_a_selection_is_the_same_bit_for_bit_and_nearly_so_on_two_processes(chosen, tmp_path):
+    words, first = chosen
+    assert select_here(*words, "--run_dir", tmp_path / "again") == first
+    run("ckd_dist.select_teacher", *words, "--run_dir", tmp_path / "two", nproc=2)
+    two = json.loads((tmp_path / "two" / "selection.json").read_text())
+    assert two["choices"] == first["choices"] and two["constants"] == pytest.approx(first["constants"], rel=1e-6)
+    # Batch norm sees each process's part of the batch.
+    for a, b in zip(first["checkpoints"], two["checkpoints"], strict=True):
+        assert a["image_information"] == pytest.approx(b["image_information"], abs=0.02)
+        assert a["label_information"] == pytest.approx(b["label_information"], abs=0.1)
+        assert a["top1"] == b["top1"]
+    cost = json.loads((tmp_path / "two" / "cost.json").read_text())
+    assert cost["seconds"] > 0 and cost["share"] == pytest.approx(cost["seconds"] / (3 * cost["student_seconds"]))
+
+
+def test_the_last_feature_map_is_found_and_another_layer_can_be_named(chosen, tmp_path):
+    names = {"resnet8": "features", "wrn_16_2": "features", "resnet18": "layer4", "mobilenet_v2": "features"}
+    for name, layer in names.items():
+        assert models.feature_layer(models.build_model(name, 10).eval(), 64) == layer
+    with pytest.raises(UserError, match="no feature map before a pooling"):
+        models.feature_layer(torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(3 * 28 * 28, 10)), 28)
+    words, _ = chosen
+    few = [*words, "--probe.steps", 2, "--teacher.checkpoints", "[2,3]", "--run_dir", tmp_path / "other"]
+    assert select_here(*few, "--layer", "features.3")["layer"] == "features.3"
+    for layer, expected in (("features.33", "the teacher has no module features.33"), ("fc", r"fc gives \(4,\)")):
+        with pytest.raises(UserError, match=expected):
+            select_here(*few, "--layer", layer)
+
+
+def test_distill_takes_the_choice_and_refuses_that_of_another_run(fashion, teacher, store, tmp_path):
+    images = ["--data.train", fashion["train"], "--data.val", fashion["holdout"], "--data.batch_size", 64]
+    words = [*images, "--teacher.run", teacher, *QUICK, "--probe.steps", 3, "--run_dir", tmp_path / "selection"]
+    result = select_here(*words)
+    student = [*images, "--model.name", "resnet8", "--epochs", 1, "--teacher.store", store]
+
+    def distill_here(run_dir, *more):
+        distill.main(load_config(DistillConfig, [str(word) for word in (*student, "--run_dir", run_dir, *more)]))
+
+    distill_here(tmp_path / "run", "--teacher.selection", tmp_path / "selection")
+    saved = (tmp_path / "run" / "config.yaml").read_text()
+    assert f"checkpoints:\n  - {result['choice']}\n" in saved and "selection: null" in saved
+    path = tmp_path / "selection" / "selection.json"
+    path.write_text(json.dumps({**result, "weights_sha256": "0" * 64}))
+    with pytest.raises(
+        UserError, match=r"teacher\.selection: it chose epoch . with weights 000000000000, .* different"
+    ):
+        distill_here(tmp_path / "other", "--teacher.selection", path)
+    path.write_text("{}")
+    with pytest.raises(UserError, match=r"teacher\.selection: .*selection\.json is damaged"):
+        distill_here(tmp_path / "other", "--teacher.selection", path)
+    with pytest.raises(UserError, match=r"teacher\.selection: no such file"):
+        distill_here(tmp_path / "other", "--teacher.selection", tmp_path / "nowhere")
+    with pytest.raises(UserError, match=r"teacher\.selection goes with teacher\.store or teacher\.run, and without"):
+        distill_here(tmp_path / "other", "--teacher.selection", path, "--teacher.checkpoints", "[1]")
+    shutil.rmtree(tmp_path / "selection")
