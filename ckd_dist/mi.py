@@ -27,9 +27,8 @@ Scaling = Literal["raw", "minmax", "zscore"]
 class Probes(nn.Module):
     """Decoder and classifier of one feature map, float [n, channels, h, w], as in the published code of InfoPro."""
 
-    def __init__(self, channels: int, image_size: int, num_classes: int):
+    def __init__(self, channels: int, num_classes: int):
         super().__init__()
-        self.image_size = image_size
         self.decoder = nn.Sequential(
             nn.Conv2d(channels, 12, 3, padding=1),
             nn.BatchNorm2d(12),
@@ -48,14 +47,18 @@ class Probes(nn.Module):
         )
 
     def forward(
-        self, features: torch.Tensor, pixels: torch.Tensor, labels: torch.Tensor
+        self, features: torch.Tensor, enlarged: torch.Tensor, pixels: torch.Tensor, labels: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Losses of the two on images `pixels`, float [n, 3, size, size] in [0, 1]: (binary cross entropy, the mean
-        over pixel values; cross entropy), each [n], in nats."""
-        enlarged = F.interpolate(features, size=self.image_size, mode="bilinear", align_corners=False)
+        """Losses of the two on images `pixels`, float [n, 3, size, size] in [0, 1], from their features and the same
+        `enlarge`d: (binary cross entropy, the mean over pixel values; cross entropy), each [n], in nats."""
         restored = self.decoder(enlarged).float()
         reconstruction = F.binary_cross_entropy_with_logits(restored, pixels, reduction="none").flatten(1).mean(1)
         return reconstruction, F.cross_entropy(self.classifier(features).float(), labels, reduction="none")
+
+
+def enlarge(features: torch.Tensor, image_size: int) -> torch.Tensor:
+    """Features [n, channels, h, w] as the decoder takes them, [n, channels, size, size]: once for all its repeats."""
+    return F.interpolate(features, size=image_size, mode="bilinear", align_corners=False)
 
 
 def label_entropy(counts: np.ndarray) -> float:

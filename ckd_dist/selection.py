@@ -97,8 +97,8 @@ def train_probes(
         probes[epoch] = []
         for repeat in range(config.probe.repeats):
             torch.manual_seed(hash((config.seed, repeat)) % 2**63)  # the same for all checkpoints: a fair start
-            probe = mi.Probes(trajectory.channels, trajectory.image_size, info.num_classes)
-            probes[epoch].append(probe.to(device).train())
+            probe = mi.Probes(trajectory.channels, info.num_classes).to(device)
+            probes[epoch].append(probe.to(memory_format=torch.channels_last).train())
     parameters = [p for each in probes.values() for probe in each for p in probe.parameters()]
     optimizer = torch.optim.Adam(parameters, lr=config.probe.lr)
 
@@ -121,8 +121,10 @@ def train_probes(
             for epoch, model in trajectory.models.items():
                 features, _ = engine.forward_features(model, trajectory.layer, batch.images, config.amp)
                 features = features.clone()  # made outside inference mode: autograd may save it
+                enlarged = mi.enlarge(features, trajectory.image_size)
                 for probe in probes[epoch]:
-                    reconstruction, cross_entropy = probe(features, pixels, batch.labels)
+                    with engine.autocast(device, config.amp):
+                        reconstruction, cross_entropy = probe(features, enlarged, pixels, batch.labels)
                     ((reconstruction + cross_entropy).sum() / batch_size).backward()
             _sum_gradients(parameters)
             optimizer.step()
@@ -189,9 +191,11 @@ def estimate(
                 trajectory.models[epoch], trajectory.layer, batch.images, config.amp
             )
             logits[epoch].append(answers.cpu())
+            enlarged = mi.enlarge(features, trajectory.image_size)
             for p, probe in enumerate(probes[epoch]):
-                for k, loss in enumerate(probe(features, pixels, batch.labels)):
-                    losses[e, p, k] += loss.sum()
+                with engine.autocast(device, config.amp):
+                    both = probe(features, enlarged, pixels, batch.labels)
+                losses[e, p] += torch.stack(both).sum(1)
     losses = dist.all_reduce_sum(losses).cpu() / held_out.count
     held_out_mean = dist.all_reduce_sum(colour_sum) / held_out.count
     everyones_labels = _gather(labels)

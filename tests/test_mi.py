@@ -15,20 +15,21 @@ from data_prep.sources import load_source
 def train(features, pixels, labels, num_classes, steps=250, seed=0):
     """(I(X;F), I(Y;F)) by probes trained on the first three quarters and scored on the rest."""
     torch.manual_seed(seed)
-    probes = mi.Probes(features.shape[1], pixels.shape[-1], num_classes)
+    probes, enlarged = mi.Probes(features.shape[1], num_classes), mi.enlarge(features, pixels.shape[-1])
     optimizer = torch.optim.Adam(probes.parameters(), lr=5e-3)
     cut = len(features) * 3 // 4
     for step in range(steps):
         for group in optimizer.param_groups:
             group["lr"] = 5e-3 * (1 - step / steps)
         chosen = torch.randint(cut, (64,))
-        reconstruction, cross_entropy = probes(features[chosen], pixels[chosen], labels[chosen])
+        reconstruction, cross_entropy = probes(features[chosen], enlarged[chosen], pixels[chosen], labels[chosen])
         optimizer.zero_grad()
         (reconstruction.mean() + cross_entropy.mean()).backward()
         optimizer.step()
     probes.eval()
     with torch.no_grad():
-        image_loss, label_loss = (each.mean().item() for each in probes(features[cut:], pixels[cut:], labels[cut:]))
+        scored = probes(features[cut:], enlarged[cut:], pixels[cut:], labels[cut:])
+        image_loss, label_loss = (each.mean().item() for each in scored)
     entropy = mi.label_entropy(np.bincount(labels[cut:].numpy(), minlength=num_classes))
     return mi.mean_colour_loss(
         pixels[:cut].mean((0, 2, 3)), pixels[cut:].mean((0, 2, 3))

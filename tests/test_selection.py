@@ -15,7 +15,7 @@ from ckd_dist import checkpoint, distill, models, select_teacher
 from ckd_dist.config import DistillConfig, SelectConfig, UserError, load_config
 from data_prep.sources import load_source
 
-QUICK = ["--data.batch_size", 64, "--probe.steps", 150, "--probe.repeats", 2, "--student", "resnet8"]
+QUICK = ["--data.batch_size", 64, "--probe.steps", 80, "--probe.repeats", 2, "--student", "resnet8"]
 
 
 def select_here(*words):
