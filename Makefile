@@ -26,7 +26,7 @@ test: setup  ## set up, then every test that this machine can run
 soak: setup  ## set up, then kill a caching 60 times at random moments, 7 minutes
 	@.venv/bin/python -m pytest -m slow -k 60_times tests/test_store.py $(ARGS)
 
-codecs: setup  ## set up, then make the README's table of codecs, 50 minutes on two cores
+codecs: setup  ## set up, then make the README's table of codecs, 80 minutes on two cores
 	@.venv/bin/python -m ckd_dist.compare_codecs $(ARGS)
 
 bench: setup  ## set up, then measure the speed of this machine

@@ -3,7 +3,7 @@
   python -m ckd_dist.compare_codecs [RUN_DIR]
 
 Two tasks of real images: Fashion-MNIST, and Stacked Fashion-MNIST with a thousand classes. One resnet20 a task, its
-logits cached densely and converted to every codec; resnet8 students of three seeds learn from each. About 50 minutes on
+logits cached densely and converted to every codec; resnet8 students of three seeds learn from each. About 80 minutes on
 two CPU cores; run again, what is complete is not repeated. Writes codecs.json and codecs.md into RUN_DIR (default
 runs/codecs).
 """
@@ -137,7 +137,7 @@ def train_students(title: str, runs: dict) -> dict:
         if done.returncode:
             raise RuntimeError(f"{words[-1]}: {done.stderr.strip()}")
         top1 = json.loads((Path(str(words[-1])) / "summary.json").read_text())["top1"]
-        console.print(f"{words[-1]}: top-1 {top1:.2f} %")
+        console.print(f"{words[-1]}: top-1 {top1:.2f} %", soft_wrap=True)
         return top1
 
     with ThreadPoolExecutor(at_once) as pool:

@@ -112,7 +112,11 @@ def with_selection(asked: TeacherConfig) -> TeacherConfig:
 
 def cached_teacher(config: DistillConfig, info: DatasetInfo, combine: str | None) -> StoreReader:
     """The store that the options name; raises `UserError` where it does not fit the images, the loss or the views."""
+    import numpy as np
+    import torch
+
     from ckd_dist import caching, dist, log
+    from ckd_dist.store import codecs
     from ckd_dist.store.reader import StoreReader
 
     store, seed, views = config.teacher.store, config.data.view_seed, config.data.views
@@ -128,6 +132,15 @@ def cached_teacher(config: DistillConfig, info: DatasetInfo, combine: str | None
         f"data.views is {views}, {store} holds {manifest.views} views: cache more or ask for less",
     )
     log.say(f"teacher: cached logits of {', '.join(f'epoch {epoch}' for epoch in reader.epochs)}")
+    codec, temperature = reader.codec, config.kd.temperature
+    if isinstance(codec, codecs.TopK) and config.kd.loss != "standardized":
+        some = torch.from_numpy(reader.rows(np.arange(min(1000, info.count)), 0)[:, 0])
+        share = codec.kept(some, temperature).mean().item()
+        if share < 0.5:
+            log.say(
+                f"warning: at kd.temperature {temperature:g} the {codec.k} classes kept hold {100 * share:.0f} % of "
+                "the teacher's softmax: a student learns little from so few; lower it, or use a dense store"
+            )
     if note := dist.on_main(lambda: manifest.decoding_note(caching.image_digests(manifest, info))):
         log.say(note)
     return reader

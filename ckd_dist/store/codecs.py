@@ -129,6 +129,11 @@ class TopK:
         """Standard deviation of the logits over all classes, float32 [n]."""
         return self._fields(records)[4][:, 0].float()
 
+    def kept(self, records: torch.Tensor, temperature: float) -> torch.Tensor:
+        """Share of the teacher's softmax at `temperature` that the k classes hold, float32 [n]."""
+        softmax = (self.decode(records, temperature) / temperature).softmax(dim=1)
+        return softmax.gather(1, self._fields(records)[0]).sum(dim=1)
+
     def refusal(self, kd: KDConfig, combine: str | None) -> str | None:
         """Why the loss cannot be served, or None; `combine` says how several checkpoints teach at once, if they do."""
         if kd.loss in ("mse", "dist"):
