@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import mmap
+import os
 from pathlib import Path
 from typing import Any
 
@@ -64,6 +65,8 @@ class StoreReader:
         self._members = [available[epoch] for epoch in self.epochs]
         self.codec = self.manifest.recorded
         self._record_bytes = codecs.record_bytes(self.codec)
+        size = self._record_bytes * self.manifest.dataset["count"] * self.manifest.views * len(self._members)
+        self._outgrows_memory = size > os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 2
         if kd:
             codecs.require_served(self.codec, kd, combine)
         self._views: dict[tuple[str, int], tuple[list, np.ndarray]] = {}
@@ -93,8 +96,8 @@ class StoreReader:
             for shard in self.manifest.shards(member, view):
                 array = np.load(shard.path(self.store), mmap_mode="r")
                 assert array.flags.c_contiguous and array.nbytes == shard.count * self._record_bytes
-                # Rows are read in random order: where they are not in memory, nothing is read ahead for nothing.
-                array._mmap.madvise(mmap.MADV_RANDOM)
+                if self._outgrows_memory:  # rows come in random order: what is read ahead of them is read for nothing
+                    array._mmap.madvise(mmap.MADV_RANDOM)
                 arrays.append(array)
             self._views[member, view] = arrays, np.array([a.ctypes.data for a in arrays], dtype=np.uint64)
         return self._views[member, view][1]
