@@ -13,7 +13,7 @@ import sys
 import time
 from pathlib import Path
 
-from ckd_dist.stages import stage
+from ckd_dist.stages import run_in_folder, stage
 
 IMAGES, BATCH_SIZE, VIEWS, ROUNDS = 6000, 128, 2, 7
 IMAGENET = 1_281_167
@@ -262,7 +262,4 @@ def show(result: dict) -> None:
 
 
 if __name__ == "__main__":
-    if {"-h", "--help"} & set(sys.argv[1:]) or len(sys.argv) > 2:
-        print(__doc__)
-        sys.exit(0 if len(sys.argv) <= 2 else 2)
-    main(Path(sys.argv[1] if len(sys.argv) > 1 else "runs/bench"))
+    run_in_folder(main, "runs/bench")

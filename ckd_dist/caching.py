@@ -41,6 +41,15 @@ def image_digests(manifest: Manifest, info: DatasetInfo) -> dict[str, str]:
     return data.image_digests(info, recipe, manifest.view_seed, manifest.forward["image_size"])
 
 
+def encode(manifest: Manifest, shard: Shard, ids: np.ndarray, logits: torch.Tensor, labels: torch.Tensor) -> np.ndarray:
+    """Records uint8 [n, bytes] of samples `ids` [n] of a shard: logits float32 [n, classes], labels int64 [n]."""
+    codec, draws = manifest.recorded, None
+    if isinstance(codec, codecs.Sampled):
+        counter = SAMPLED_CODEC + manifest.checkpoints[shard.checkpoint]["epoch"]
+        draws = torch.from_numpy(uniforms(manifest.view_seed, shard.view, ids, counter)).to(logits.device)
+    return codec.encode(logits, labels, draws).cpu().numpy()  # type: ignore[arg-type]  # only sampled reads them
+
+
 class Recorder:
     """The images and the teacher's run that a manifest names: gives the checkpoints' logits of any view."""
 
@@ -90,24 +99,19 @@ class Recorder:
         self, store: Path, teachers: dict[str, nn.Module], ranges: list[list[Shard]]
     ) -> Generator[int, None, None]:
         """Write shards, those of a range in one pass over its images; yields the number of records after each batch."""
-        codec = self.manifest.recorded
         for shards in ranges:
             writers = {shard.checkpoint: ShardWriter(store, shard, self.manifest) for shard in shards}
             view, first, last = shards[0].view, shards[0].first, shards[0].last
             needed = {name: teachers[name] for name in writers}
             for batch, answers in self.logits(needed, np.arange(first, last + 1), view):
                 for name, logits in answers.items():
-                    writers[name].append(self._encode(codec, name, logits, batch, view))
+                    if not bool(logits.abs().amax() <= 65504):  # also where it is not a number
+                        raise TrainingError(f"{name} gives logits that float16 cannot hold: is it a good checkpoint?")
+                    shard = writers[name].shard
+                    writers[name].append(encode(self.manifest, shard, batch.ids.numpy(), logits, batch.labels))
                 yield len(batch.ids) * len(answers)
             for writer in writers.values():
                 writer.commit()
-
-    def _encode(self, codec: codecs.Codec, name: str, logits: torch.Tensor, batch: Batch, view: int) -> np.ndarray:
-        if not bool(logits.abs().amax() <= 65504):  # also where it is not a number
-            raise TrainingError(f"{name} gives logits that float16 cannot hold: is it a good checkpoint?")
-        counter = SAMPLED_CODEC + self.manifest.checkpoints[name]["epoch"]
-        draws = uniforms(self.manifest.view_seed, view, batch.ids.numpy(), counter)
-        return codec.encode(logits, batch.labels, torch.from_numpy(draws).to(logits.device)).cpu().numpy()
 
 
 def describe(config: CacheConfig, device: torch.device) -> tuple[Manifest, Recorder]:
@@ -256,12 +260,8 @@ def plan(config: CacheConfig, device: torch.device, trial_seconds: float = 5.0) 
     disk = next(p for p in store.absolute().parents if p.exists())
     group = names[: config.teachers_at_once or len(names)]
     teachers, rank, world = recorder.load(group), dist.rank(), dist.world_size()
-    trial = [
-        list(shards)
-        for view in range(config.views)
-        for shards in zip(*(manifest.shards(name, view) for name in group), strict=True)
-    ]
     with tempfile.TemporaryDirectory(prefix=".plan_", dir=disk) as folder:
+        ((_, trial),) = missing_work(Path(folder), manifest, group, config.views, None)
         batches = recorder.write(Path(folder), teachers, trial[rank::world])
         dist.barrier()
         first, rate = _trial(batches, trial_seconds)

@@ -26,6 +26,11 @@ def write_atomically(path: Path, write: Callable[[BinaryIO], Any]) -> None:
     sync_folder(path.parent)
 
 
+def write_bytes_atomically(path: Path, content: bytes) -> None:
+    """`write_atomically` of what is in memory."""
+    write_atomically(path, lambda file: file.write(content))
+
+
 def sync_folder(folder: Path) -> None:
     """Make the names in `folder` survive a power cut."""
     descriptor = os.open(folder, os.O_RDONLY)

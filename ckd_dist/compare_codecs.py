@@ -19,7 +19,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
-from ckd_dist.stages import console, stage
+from ckd_dist.stages import console, run_in_folder, stage
 
 SEEDS, TEACHER_EPOCHS, STUDENT_EPOCHS, ALPHA = (0, 1, 2), 16, 8, 0.1
 ELSEWHERE = (
@@ -202,7 +202,4 @@ def _mean_and_deviation(values: list[float], sign: str = "") -> str:
 
 
 if __name__ == "__main__":
-    if {"-h", "--help"} & set(sys.argv[1:]) or len(sys.argv) > 2:
-        print(__doc__)
-        sys.exit(0 if len(sys.argv) <= 2 else 2)
-    main(Path(sys.argv[1] if len(sys.argv) > 1 else "runs/codecs"))
+    run_in_folder(main, "runs/codecs")

@@ -96,12 +96,11 @@ def decode_view(
     gives, without the second that setting one up takes."""
     reader = Reader(str(info.path))
     fields = reader.metadata[f"f{reader.field_names.index('image')}"]
-    order = np.argsort(reader.alloc_table["ptr"])
     images = np.empty((len(ids), image_size, image_size, 3), dtype=np.uint8)
     for image, sample in zip(images, ids, strict=True):
         field = fields[sample]
-        place = order[np.searchsorted(reader.alloc_table["ptr"], field["data_ptr"], sorter=order)]
-        stored = np.fromfile(info.path, np.uint8, int(reader.alloc_table["size"][place]), offset=int(field["data_ptr"]))
+        (size,) = reader.alloc_table["size"][reader.alloc_table["ptr"] == field["data_ptr"]]
+        stored = np.fromfile(info.path, np.uint8, int(size), offset=int(field["data_ptr"]))
         jpeg, height, width = field["mode"] == IMAGE_MODES["jpg"], int(field["height"]), int(field["width"])
         render(stored, bool(jpeg), height, width, seed, view, int(sample), recipe, image)
     return images

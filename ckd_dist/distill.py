@@ -40,8 +40,10 @@ def main(config: DistillConfig) -> None:
 
     def distillation_loss(logits, batch):
         ask = partial(codecs.teacher_logits, codec, batch.teacher_records, kd, weights=weights, combine=asked.combine)
-        values = losses.distillation(logits, ask(logits.detach()), batch.labels, kd, config.label_smoothing)
-        answers = ask().argmax(dim=1)
+        teacher = ask(logits.detach())
+        values = losses.distillation(logits, teacher, batch.labels, kd, config.label_smoothing)
+        # What top-k leaves out was filled in as the student has it: that is no answer of the teacher.
+        answers = (ask() if isinstance(codec, codecs.TopK) else teacher).argmax(dim=1)
         values["teacher_top1"] = 100.0 * (answers == batch.labels)
         values["agreement"] = 100.0 * (answers == logits.argmax(dim=1))
         return values

@@ -18,7 +18,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from ckd_dist import dist
-from ckd_dist.checkpoint import write_atomically
+from ckd_dist.checkpoint import write_bytes_atomically
 from ckd_dist.config import UserError, flatten, require
 
 # Settings that may differ when a run goes on: they change how it is done, not what comes out.
@@ -87,7 +87,7 @@ class RunFolder:
         return json.loads(path.read_text()) if path.exists() else None
 
     def _write(self, name: str, text: str) -> None:
-        write_atomically(self.path / name, lambda file: file.write(text.encode()))
+        write_bytes_atomically(self.path / name, text.encode())
 
 
 def _step_of(line: str) -> float:

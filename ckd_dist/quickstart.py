@@ -8,13 +8,12 @@ Every stage is a command that a user would type; run again, what is complete is 
 from __future__ import annotations
 
 import json
-import sys
 import time
 from pathlib import Path
 
 from rich.table import Table
 
-from ckd_dist.stages import console, stage
+from ckd_dist.stages import console, run_in_folder, stage
 
 TRAIN_IMAGES, HELD_OUT_IMAGES, PROCESSES = 4000, 1000, 2
 TEACHER_EPOCHS, HALF_WAY, VIEWS, STUDENT_EPOCHS = 8, 4, 4, 4
@@ -105,7 +104,4 @@ def _metrics(run: Path, split: str) -> list[dict]:
 
 
 if __name__ == "__main__":
-    if {"-h", "--help"} & set(sys.argv[1:]) or len(sys.argv) > 2:
-        print(__doc__)
-        sys.exit(0 if len(sys.argv) <= 2 else 2)
-    main(Path(sys.argv[1] if len(sys.argv) > 1 else "runs/quickstart"))
+    run_in_folder(main, "runs/quickstart")

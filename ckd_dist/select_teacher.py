@@ -14,9 +14,7 @@ from __future__ import annotations
 
 import json
 import time
-from functools import partial
 from pathlib import Path
-from typing import BinaryIO
 
 from ckd_dist.config import SelectConfig, require, run_command
 
@@ -24,7 +22,7 @@ from ckd_dist.config import SelectConfig, require, run_command
 def main(config: SelectConfig) -> None:
     # Imported here because torch takes seconds: only once the options are known to be good.
     from ckd_dist import data, dist, log, selection
-    from ckd_dist.checkpoint import write_atomically
+    from ckd_dist.checkpoint import write_bytes_atomically
 
     with dist.process_group() as device:
         info = data.read_info(config.data.train, "data.train")
@@ -49,12 +47,8 @@ def main(config: SelectConfig) -> None:
             folder = Path(config.run_dir)
             folder.mkdir(parents=True, exist_ok=True)
             for name, values in (("cost.json", {**cost, "environment": log.environment()}), ("selection.json", result)):
-                write_atomically(folder / name, partial(_write, json.dumps(values, indent=2) + "\n"))
+                write_bytes_atomically(folder / name, (json.dumps(values, indent=2) + "\n").encode())
             show(config, result, cost)
-
-
-def _write(text: str, file: BinaryIO) -> None:
-    file.write(text.encode())
 
 
 def show(config: SelectConfig, result: dict, cost: dict) -> None:

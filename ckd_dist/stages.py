@@ -7,10 +7,21 @@ import shlex
 import subprocess
 import sys
 import time
+from collections.abc import Callable
+from pathlib import Path
 
 from rich.console import Console
 
 console = Console(highlight=False)
+
+
+def run_in_folder(main: Callable[[Path], None], default: str) -> None:
+    """Call `main` with the folder that the command line names, or `default`; --help prints its module's text."""
+    words = sys.argv[1:]
+    if {"-h", "--help"} & set(words) or len(words) > 1:
+        print(main.__globals__["__doc__"])
+        sys.exit(0 if len(words) <= 1 else 2)
+    main(Path(words[0] if words else default))
 
 
 def stage(title: str, *words: object, processes: int = 0) -> float:

@@ -252,13 +252,12 @@ def convert(options: argparse.Namespace) -> int:
     import numpy as np
     import torch
 
-    from ckd_dist import data
+    from ckd_dist import caching, data
     from ckd_dist.log import ProgressDisplay, say
     from ckd_dist.store import codecs
     from ckd_dist.store.manifest import Manifest
     from ckd_dist.store.reader import StoreReader
     from ckd_dist.store.writer import ShardWriter, is_written, merged, open_store
-    from ckd_dist.views import SAMPLED_CODEC, uniforms
 
     given = {name: getattr(options, name) for name in ("codec", "k", "dtype", "sample_temperature")}
     asked = load_config(CodecConfig, [f"--{name}={value}" for name, value in given.items() if value is not None])
@@ -281,8 +280,7 @@ def convert(options: argparse.Namespace) -> int:
             writer = ShardWriter(options.new, shard, new)
             for ids in np.array_split(np.arange(shard.first, shard.last + 1), -(-shard.count // 1024)):
                 logits = source.decode(torch.from_numpy(reader.rows(ids, shard.view, [member])[:, 0]), 1.0)
-                draws = uniforms(manifest.view_seed, shard.view, ids, SAMPLED_CODEC + epochs[member])
-                writer.append(codec.encode(logits, labels[ids], torch.from_numpy(draws)).numpy())
+                writer.append(caching.encode(new, shard, ids, logits, labels[ids]))
                 done += len(ids)
                 progress.update(done, "converting")
             writer.commit()

@@ -37,11 +37,12 @@ def faults(store: Path, manifest: Manifest, names: list[str] | None = None) -> l
     """Every bad shard of the checkpoints `names` (default: all) with what is wrong with it; collective: ranks share the
     work, and all get the whole list."""
     shards = [shard for name in names or manifest.checkpoints for shard in manifest.checkpoint_shards(name)]
-    found = []
-    with ProgressDisplay(len(shards[dist.rank() :: dist.world_size()]), unit="shards") as progress:
-        for done, shard in enumerate(shards[dist.rank() :: dist.world_size()], start=1):
-            if fault := shard_fault(store, manifest, shard):
-                found.append((shard, fault))
+    mine = range(dist.rank(), len(shards), dist.world_size())
+    found: dict[int, str] = {}
+    with ProgressDisplay(len(mine), unit="shards") as progress:
+        for done, index in enumerate(mine, start=1):
+            if fault := shard_fault(store, manifest, shards[index]):
+                found[index] = fault
             progress.update(done, f"checking {store}")
-    everyones = [pair for pairs in dist.gather_objects(found) for pair in pairs]
-    return sorted(everyones, key=lambda pair: shards.index(pair[0]))
+    everyones = {index: fault for each in dist.gather_objects(found) for index, fault in each.items()}
+    return [(shards[index], everyones[index]) for index in sorted(everyones)]

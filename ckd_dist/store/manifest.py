@@ -7,7 +7,7 @@ import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from ckd_dist.checkpoint import write_atomically
+from ckd_dist.checkpoint import write_bytes_atomically
 from ckd_dist.config import UserError, flatten, require
 from ckd_dist.store import codecs
 
@@ -116,7 +116,7 @@ class Manifest:
 
     def save(self, store: Path) -> None:
         """Write manifest.json, atomically."""
-        write_atomically(store / "manifest.json", lambda file: file.write(self.content()))
+        write_bytes_atomically(store / "manifest.json", self.content())
 
     @classmethod
     def load(cls, store: Path, option: str) -> Manifest:

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
-from ckd_dist.checkpoint import sync_folder, write_atomically
+from ckd_dist.checkpoint import sync_folder, write_bytes_atomically
 from ckd_dist.config import require
 from ckd_dist.store import codecs
 from ckd_dist.store.manifest import Manifest, Shard
@@ -114,6 +114,6 @@ class ShardWriter:
         os.fsync(self._file.fileno())
         self._file.close()
         sidecar = sidecar_content(self._manifest, self.shard, self._digest.hexdigest())
-        write_atomically(self._path.with_suffix(".json"), lambda file: file.write(sidecar))
+        write_bytes_atomically(self._path.with_suffix(".json"), sidecar)
         os.replace(self._temporary, self._path)
         sync_folder(self._path.parent)
