@@ -68,10 +68,10 @@ def measure_epochs(folder: Path, device) -> list[dict]:
     teacher = partial(engine.online_records, [engine.to_device(teacher_model, device)], codec, "bfloat16")
     steps = info.count // BATCH_SIZE
 
-    def plain(logits, batch):
+    def plain(logits, batch, epoch):
         return {"loss": losses.cross_entropy(logits, batch.labels)}
 
-    def distillation(logits, batch):
+    def distillation(logits, batch, epoch):
         teacher = codecs.teacher_logits(codec, batch.teacher_records, kd)
         return losses.distillation(logits, teacher, batch.labels, kd)
 
@@ -166,7 +166,7 @@ def measure_store(path: Path, count: int, classes: int = 1000, batch_size: int =
     assert faults(path, manifest) == []
     verified = time.perf_counter() - started
 
-    reader = StoreReader(str(path), [], check=False)
+    reader = StoreReader(str(path), [])
     order = rng.permutation(count)
     seconds: dict[str, list[float]] = {"take": [], "rows": []}
     for number in range(-20, batches):  # the first ones compile and touch pages

@@ -125,7 +125,7 @@ def describe(config: CacheConfig, device: torch.device) -> tuple[Manifest, Recor
     for epoch in sorted(epochs):
         model, metadata = models.load_model(trajectory[epoch], "teacher.run")
         models.require_classes(metadata, info.num_classes, "teacher.run")
-        members[member_name(epoch)] = {
+        members[member_name(epoch, config.teacher.name)] = {
             "epoch": epoch,
             "model": metadata["model"],
             "weights_sha256": checkpoint.weights_sha256(model.state_dict()),
@@ -319,28 +319,35 @@ def _forward_seconds(recorder: Recorder, teachers: dict[str, nn.Module], batches
 # ------------------------------------------------------------------------------------------- verify
 
 
-def recompute(store: Path, info: DatasetInfo, run: str, config: LoaderConfig, device: torch.device, count: int) -> list:
-    """Compute `count` records of each checkpoint anew, of samples and views drawn at random, and compare: a list of
-    (what is wrong, deviation) for those that deviate by more than `TOLERANCE`.
+def recompute(
+    store: Path,
+    info: DatasetInfo,
+    run: str,
+    members: dict[int | str, str],
+    config: LoaderConfig,
+    device: torch.device,
+    count: int,
+) -> list:
+    """Compute `count` records of each of the `members`, all of one run, anew, of samples and views drawn at random, and
+    compare: a list of (what is wrong, deviation) for those that deviate by more than `TOLERANCE`.
 
     Raises `UserError` where the images or the run are not those of the store.
     """
     manifest = Manifest.load(store, "STORE")
     require_images(manifest, info, "STORE", store)
     recorder = Recorder(manifest, info, run, config, device)
-    reader = StoreReader(str(store), [v["epoch"] for v in manifest.checkpoints.values()], info, check=False)
+    reader = StoreReader(str(store), list(members), info)
     if note := manifest.decoding_note(image_digests(manifest, info)):
         say(note)
     rng = np.random.default_rng()
     views = rng.permutation(manifest.views)[:4]
-    names = list(manifest.checkpoints)
     off = []
-    for name in names:
+    for number, name in enumerate(members.values()):
         teachers = recorder.load([name])
         for view, share in zip(views, np.array_split(np.arange(count), len(views)), strict=True):
             ids = np.sort(rng.integers(0, info.count, len(share)))
             for batch, answers in recorder.logits(teachers, ids, int(view)):
-                records = reader.rows(batch.ids.numpy(), int(view), [names.index(name)])[:, 0]
+                records = reader.rows(batch.ids.numpy(), int(view), [number])[:, 0]
                 deviations = reader.codec.deviation(torch.from_numpy(records).to(device), answers[name])
                 for sample, deviation in zip(batch.ids.tolist(), deviations.tolist(), strict=True):
                     if not deviation <= TOLERANCE:

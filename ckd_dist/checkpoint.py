@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -91,14 +91,16 @@ def trajectory(run: str | Path, option: str) -> dict[int, Path]:
     return dict(sorted(found.items()))
 
 
-def choose(available: dict[int, Any], epochs: list[int], option: str) -> list[int]:
-    """The wanted epochs, or the last one; raises `UserError` for one that is not there."""
-    missing = [epoch for epoch in epochs if epoch not in available]
+def choose(available: Mapping[Any, Any], wanted: Sequence[Any], option: str) -> list[Any]:
+    """The checkpoints that are wanted, epochs or RUN/EPOCH in a store of several runs, or the last one; raises
+    `UserError` for one that is not there."""
+    missing = [name for name in wanted if name not in available]
     require(
         not missing,
         f"{option}: no checkpoint of epoch {', '.join(map(str, missing))}; there are {', '.join(map(str, available))}",
     )
-    return epochs or [max(available)]
+    unnamed = [name for name in available if isinstance(name, int)]
+    return list(wanted) or (unnamed or list(available))[-1:]
 
 
 def weights_sha256(weights: dict[str, torch.Tensor]) -> str:

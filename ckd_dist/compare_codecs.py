@@ -156,7 +156,7 @@ def fidelity(dense: Path, store: Path, temperature: int, count: int = 4096) -> d
     from ckd_dist.store import codecs
     from ckd_dist.store.reader import StoreReader
 
-    exact, reader = StoreReader(str(dense), [], check=False), StoreReader(str(store), [], check=False)
+    exact, reader = StoreReader(str(dense), []), StoreReader(str(store), [])
     ids = np.random.default_rng(0).permutation(exact.manifest.dataset["count"])[:count]
 
     def log_softmax(of: StoreReader, at: int) -> torch.Tensor:

@@ -191,8 +191,8 @@ class TeacherConfig:
     """Logit store written by cache_logits."""
     run: str | None = None
     """Run folder of train_teacher: the teacher runs online, at every step."""
-    checkpoints: list[int] = field(default_factory=list)
-    """Epochs of the teacher's checkpoints; default: the last."""
+    checkpoints: list[int | str] = field(default_factory=list)
+    """Epochs of the teacher's checkpoints, NAME/EPOCH for one of a run that was cached by name; default: the last."""
     selection: str | None = None
     """Folder of select_teacher: the checkpoint that it chose is the teacher."""
     combine: Literal["logits", "probabilities", "sequence"] = "logits"
@@ -240,6 +240,21 @@ class TrajectoryConfig:
     """Run folder of train_teacher."""
     checkpoints: list[int] = field(default_factory=list)
     """Epochs of the checkpoints to cache; default: all of the run."""
+
+
+@dataclass(kw_only=True)
+class CachedTrajectoryConfig(TrajectoryConfig):
+    """The teacher's run."""
+
+    name: str | None = None
+    """Name of this run in a store of several runs: its checkpoints are then NAME/EPOCH to distill."""
+
+    def __post_init__(self) -> None:
+        name = self.name
+        require(
+            name is None or bool(re.fullmatch(r"(?!epoch_\d+$)[A-Za-z][\w-]*", name)),
+            f"teacher.name is {name}: give letters, digits, - and _, the first a letter",
+        )
 
 
 @dataclass(kw_only=True)
@@ -325,7 +340,7 @@ class CacheConfig(CodecConfig):
     """Compute the logits of a teacher's checkpoints once, for every image and view."""
 
     data: ViewDataConfig
-    teacher: TrajectoryConfig
+    teacher: CachedTrajectoryConfig
     store: str
     """Folder of the logit store; given again, caching goes on with the first missing shard."""
     views: int = 1

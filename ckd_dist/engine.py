@@ -9,7 +9,7 @@ from __future__ import annotations
 import inspect
 import resource
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import NoReturn
@@ -28,8 +28,8 @@ from ckd_dist.optim import build_optimizer, learning_rate
 from ckd_dist.store.codecs import Dense
 from ckd_dist.views import ViewRecipe
 
-Loss = Callable[[torch.Tensor, Batch], dict[str, torch.Tensor]]
-"""(logits [n, classes], batch) -> values of [n]; `loss` is minimised, the others are logged."""
+Loss = Callable[[torch.Tensor, Batch, int], dict[str, torch.Tensor]]
+"""(logits [n, classes], batch, epoch) -> values of [n]; `loss` is minimised, the others are logged."""
 
 OnlineTeacher = Callable[[torch.Tensor], torch.Tensor]
 """images of a batch -> records of its members, uint8 [n, members, bytes]."""
@@ -99,25 +99,31 @@ def online_records(members: list[nn.Module], codec: Dense, amp: str, images: tor
 # ------------------------------------------------------------------------------------------- evaluation
 
 
-def evaluate(model: nn.Module, loader: BetonLoader, amp: str) -> dict[str, float]:
-    """`top1` and `top5` in percent and the mean `loss` over every image of the file, each counted once.
+def evaluate(models: Sequence[nn.Module], loader: BetonLoader, amp: str) -> list[dict[str, float]]:
+    """`top1` and `top5` in percent and the mean `loss` of each model over every image of the file, each image decoded
+    and counted once.
 
     Collective: each rank takes a contiguous share; rank 0's batch-norm statistics count for all.
     """
-    dist.broadcast_tensors(model.buffers())
-    was_training = model.training
-    model.eval()
+    were_training = [model.training for model in models]
+    for model in models:
+        dist.broadcast_tensors(model.buffers())
+        model.eval()
     count = loader.info.count
-    sums = torch.zeros(4, dtype=torch.float64, device=loader.device)
+    sums = torch.zeros(len(models), 4, dtype=torch.float64, device=loader.device)
     for batch in loader.batches(np.array_split(np.arange(count), dist.world_size())[dist.rank()]):
-        logits = forward_logits(model, batch.images, amp)
-        hits = logits.topk(min(5, logits.shape[1])).indices.eq(batch.labels[:, None])
-        loss = losses.cross_entropy(logits, batch.labels).sum()
-        sums += torch.stack([hits[:, 0].sum(), hits.sum(), loss, torch.tensor(len(hits), device=loss.device)])
-    model.train(was_training)
-    top1, top5, loss_sum, seen = dist.all_reduce_sum(sums).tolist()
-    assert seen == count
-    return {"top1": 100 * top1 / count, "top5": 100 * top5 / count, "loss": loss_sum / count}
+        for m, model in enumerate(models):
+            logits = forward_logits(model, batch.images, amp)
+            hits = logits.topk(min(5, logits.shape[1])).indices.eq(batch.labels[:, None])
+            loss = losses.cross_entropy(logits, batch.labels).sum()
+            sums[m] += torch.stack([hits[:, 0].sum(), hits.sum(), loss, torch.tensor(len(hits), device=loss.device)])
+    for model, was_training in zip(models, were_training, strict=True):
+        model.train(was_training)
+    results = []
+    for top1, top5, loss_sum, seen in dist.all_reduce_sum(sums).tolist():
+        assert seen == count
+        results.append({"top1": 100 * top1 / count, "top5": 100 * top5 / count, "loss": loss_sum / count})
+    return results
 
 
 # ------------------------------------------------------------------------------------------- training
@@ -171,7 +177,7 @@ class Learner:
         with autocast(self.device, config.amp):
             logits = self._forward(batch.images)
         logits = logits.float()
-        values = self.loss(logits, batch)
+        values = self.loss(logits, batch, step // self.steps_per_epoch)
         # DDP averages over ranks, so this is the gradient of the mean over the global batch, however it is shared out.
         loss = values["loss"].sum() * (dist.world_size() / config.data.batch_size)
         self.scaler.scale(loss).backward()
@@ -270,8 +276,9 @@ class Learner:
             state = {"weights": self.model.state_dict(), "metadata": metadata}
             checkpoint.save(checkpoint.checkpoint_path(self.run.path, epoch), state)
 
-    def write_summary(self) -> None:
-        """Write summary.json: the last evaluation, never a best one, and what the training took."""
+    def write_summary(self, side_by_side: int) -> None:
+        """Write summary.json: the last evaluation, never a best one, and what the training took; its seconds are those
+        of all the learners that were trained `side_by_side`."""
         images = self.step * self.config.data.batch_size
         on_gpu = self.device.type == "cuda"
         memory = (
@@ -281,6 +288,7 @@ class Learner:
             {
                 **self.evaluation,
                 "train_seconds": self.seconds,
+                "side_by_side": side_by_side,
                 "images_per_s": images / self.seconds,
                 "data_wait_fraction": self.seconds_waited / self.seconds,
                 "peak_memory_bytes": memory,
@@ -301,7 +309,8 @@ def fit(
     save_every: int,
     source: Callable[[int], Source],
 ) -> None:
-    """Train `learners` together on the `source` of every epoch: each takes a step on every batch. Usually there is one.
+    """Train `learners` side by side on the `source` of every epoch: each takes a step on every batch. Usually there is
+    one.
 
     Learners that were saved at different steps by a kill meet again: one that is ahead waits for the batch it needs.
     """
@@ -334,28 +343,36 @@ def fit(
                         learner.save_last()
                     clock.restart()
                 progress.update(done * batch_size, f"epoch {epoch + 1}/{config.epochs}", note)
-            for learner in learners:
-                if learner.step == (epoch + 1) * steps_per_epoch:
-                    _end_epoch(learner, epoch + 1, val_loader, keep=(epoch + 1) % save_every == 0)
+            _end_epoch(active, epoch + 1, config, val_loader, keep=(epoch + 1) % save_every == 0)
     for learner in learners:
-        learner.write_summary()
+        learner.write_summary(side_by_side=len(learners))
 
 
-def _end_epoch(learner: Learner, epoch: int, val_loader: BetonLoader | None, keep: bool) -> None:
+def _end_epoch(
+    learners: list[Learner], epoch: int, config: TrainConfig, val_loader: BetonLoader | None, keep: bool
+) -> None:
     """Evaluate, keep the weights if it is their turn, and save what resume needs, in this order: a kill in between
     repeats all of it."""
-    learner.check_weights()
+    for learner in learners:
+        learner.check_weights()
     if val_loader is not None:
-        learner.evaluation = evaluate(learner.model, val_loader, learner.config.amp)
-        learner.run.log("val", learner.step, epoch - 1, **learner.evaluation)
-        say(
-            f"epoch {epoch}/{learner.config.epochs}  val top1 {learner.evaluation['top1']:.2f}  "
-            f"top5 {learner.evaluation['top5']:.2f}  loss {learner.evaluation['loss']:.4f}  "
-            f"({format_seconds(learner.seconds)} of training)"
-        )
-    if keep or epoch == learner.config.epochs:
-        learner.save_checkpoint(epoch)
-    learner.save_last()
+        evaluations = evaluate([learner.model for learner in learners], val_loader, config.amp)
+        for learner, evaluation in zip(learners, evaluations, strict=True):
+            learner.evaluation = evaluation
+            learner.run.log("val", learner.step, epoch - 1, **evaluation)
+        top1, top5, loss = (_span([each[key] for each in evaluations]) for key in ("top1", "top5", "loss"))
+        trained = format_seconds(learners[0].seconds)
+        say(f"epoch {epoch}/{config.epochs}  val top1 {top1}  top5 {top5}  loss {loss}  ({trained} of training)")
+    for learner in learners:
+        if keep or epoch == config.epochs:
+            learner.save_checkpoint(epoch)
+        learner.save_last()
+
+
+def _span(values: list[float]) -> str:
+    """Least and most of what learners reached, or the one's value."""
+    low, high = f"{min(values):.4g}", f"{max(values):.4g}"
+    return low if low == high else f"{low} to {high}"
 
 
 class _Clock:
@@ -379,8 +396,8 @@ class _Clock:
 
 
 def train(
-    config: TrainConfig,
-    loss: Loss,
+    configs: Sequence[TrainConfig],
+    loss: Sequence[Loss],
     *,
     device: torch.device,
     info: DatasetInfo,
@@ -389,7 +406,9 @@ def train(
     source: Callable[[int], Source],
     save_every: int,
 ) -> None:
-    """Train the model that `config` describes on views of `info`'s images, in its run folder; collective."""
+    """Train the models that `configs` describe, each with its loss and in its run folder, side by side on views of
+    `info`'s images; collective. The configurations agree in all that concerns data, seed, epochs and saving."""
+    config = configs[0]
     batch_size, image_size = config.data.batch_size, info.image_size(config.data.image_size)
     require(
         batch_size <= info.count,
@@ -402,21 +421,26 @@ def train(
         f"data.val has {val_info and val_info.num_classes} classes, data.train {info.num_classes}",
     )
     metadata = {
-        "model": config.model.name,
         "num_classes": info.num_classes,
         "image_size": image_size,
         "mean": list(info.mean),
         "std": list(info.std),
         "dataset": {"name": info.dataset, "content_hash": info.content_hash, "count": info.count},
     }
-    torch.manual_seed(config.seed)
-    model = build_model(config.model.name, info.num_classes)
-    if config.model.weights:
-        load_weights(model, config.model.weights)
-    run = RunFolder(config.run_dir, to_dict(config), tensorboard=config.tensorboard)
-    learner = Learner(model, config, loss, run, device, metadata, info.count // batch_size)
-    if run.summary is not None and learner.step == config.epochs * learner.steps_per_epoch:
-        say(f"{run.path}: complete already, top1 {run.summary.get('top1', float('nan')):.2f}")
+    learners = []
+    for each, its_loss in zip(configs, loss, strict=True):
+        torch.manual_seed(config.seed)
+        model = build_model(each.model.name, info.num_classes)
+        if each.model.weights:
+            load_weights(model, each.model.weights)
+        run = RunFolder(each.run_dir, to_dict(each), tensorboard=each.tensorboard)
+        its_metadata = {"model": each.model.name, **metadata}
+        learner = Learner(model, each, its_loss, run, device, its_metadata, info.count // batch_size)
+        if run.summary is not None and learner.step == config.epochs * learner.steps_per_epoch:
+            say(f"{run.path}: complete already, top1 {run.summary.get('top1', float('nan')):.2f}")
+        else:
+            learners.append(learner)
+    if not learners:
         return
     make_loader = partial(
         BetonLoader,
@@ -429,8 +453,12 @@ def train(
     )
     loader = make_loader(info, recipe=recipe, view_seed=view_seed)
     val_loader = make_loader(val_info, recipe=eval_recipe(val_info)) if val_info else None
+    models = ", ".join(dict.fromkeys(learner.config.model.name for learner in learners))
+    what = f"{learners[0].run.path}: {models}"
+    if len(learners) > 1:
+        what = f"{len(learners)} students side by side, {models}"
     say(
-        f"{run.path}: {metadata['model']} at {image_size} px on {info.count} images of {info.dataset}, "
-        f"{config.epochs} epochs of {learner.steps_per_epoch} steps, {dist.world_size()} processes on {device.type}"
+        f"{what} at {image_size} px on {info.count} images of {info.dataset}, {config.epochs} epochs of "
+        f"{learners[0].steps_per_epoch} steps, {dist.world_size()} processes on {device.type}"
     )
-    fit([learner], loader, val_loader, config, save_every=save_every, source=source)
+    fit(learners, loader, val_loader, config, save_every=save_every, source=source)

@@ -29,7 +29,7 @@ def main(config: EvaluateConfig) -> None:
             mean=metadata["mean"],
             std=metadata["std"],
         )
-        result = engine.evaluate(engine.to_device(model, device), loader, config.amp)
+        (result,) = engine.evaluate([engine.to_device(model, device)], loader, config.amp)
         log.say(json.dumps({**result, "images": info.count}))
 
 

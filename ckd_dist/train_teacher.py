@@ -16,14 +16,14 @@ def main(config: TrainTeacherConfig) -> None:
     # Imported here because torch takes seconds: only once the options are known to be good.
     from ckd_dist import data, dist, engine, losses
 
-    def loss(logits, batch):
+    def loss(logits, batch, epoch):
         return {"loss": losses.cross_entropy(logits, batch.labels, config.label_smoothing)}
 
     with dist.process_group() as device:
         info = data.read_info(config.data.train, "data.train")
         engine.train(
-            config,
-            loss,
+            [config],
+            [loss],
             device=device,
             info=info,
             recipe=data.train_recipe(config.data, info),

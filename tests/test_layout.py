@@ -15,6 +15,7 @@ FLOORS = [
     {"data", "models", "store"},
     {"engine"},
     {"caching", "selection"},
+    {"students"},
     {"train_teacher", "cache_logits", "distill", "evaluate", "select_teacher", "bench", "compare_codecs", "quickstart"},
 ]
 ALLOWED = {("log", "checkpoint"), ("store", "data")}

@@ -308,5 +308,5 @@ def test_images_that_decode_differently_are_noticed_and_said(copy, fashion, teac
     cache_here(*cache_options(fashion, teacher, copy))
     assert capsys.readouterr().out.count(said) == 1
     info = data.read_info(fashion["train"], "")
-    assert caching.recompute(copy, info, str(teacher), LoaderConfig(), torch.device("cpu"), 8) == []
+    assert caching.recompute(copy, info, str(teacher), manifest.members, LoaderConfig(), torch.device("cpu"), 8) == []
     assert capsys.readouterr().out.count(said) == 1

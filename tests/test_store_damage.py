@@ -24,7 +24,9 @@ NAME = r"epoch_0003/view_0001/samples_00000250-00000499"
 
 def read(store, fashion, split="train", **changes):
     info = dataclasses.replace(data.read_info(fashion[split], ""), **changes)
-    return StoreReader(str(store), [1, 2, 3], info).rows(np.arange(info.count), 1)
+    reader = StoreReader(str(store), [1, 2, 3], info)
+    reader.check_shards()
+    return reader.rows(np.arange(info.count), 1)
 
 
 def flip_bit(path, position):
@@ -284,4 +286,6 @@ def test_what_does_no_harm_is_not_refused(copy, store, fashion):
 def test_a_damaged_checkpoint_does_not_bar_the_others(copy, fashion):
     SHARD.path(copy).unlink()
     info = data.read_info(fashion["train"], "")
-    assert len(StoreReader(str(copy), [1, 2], info).rows(np.arange(10), 1)) == 10
+    reader = StoreReader(str(copy), [1, 2], info)
+    reader.check_shards()
+    assert len(reader.rows(np.arange(10), 1)) == 10

@@ -76,6 +76,9 @@ def _parse(words: list[str]) -> argparse.Namespace:
             added[name].add_argument(
                 "--teacher.run", dest="run", metavar="RUN", required=needed, help="the teacher's run"
             )
+            added[name].add_argument(
+                "--teacher.name", dest="name", metavar="NAME", help="its name in a store of several"
+            )
         added[name].add_argument("--data.train", dest="train", metavar="X.beton", required=needed, help="its images")
     for name in ("verify", "repair"):
         added[name].add_argument(
@@ -189,8 +192,9 @@ def verify(options: argparse.Namespace) -> int:
         if options.run and not bad:
             images = data.read_info(options.train, "data.train")
             loader = LoaderConfig(batch_size=options.batch_size)
-            off = caching.recompute(options.store, images, options.run, loader, device, options.records)
-            result.update(recomputed=options.records * len(manifest.checkpoints), off=off, tolerance=caching.TOLERANCE)
+            members = manifest.members_of(options.name)
+            off = caching.recompute(options.store, images, options.run, members, loader, device, options.records)
+            result.update(recomputed=options.records * len(members), off=off, tolerance=caching.TOLERANCE)
         rank = dist.rank()
     status = 1 if bad or result.get("off") else 0
     if rank:
@@ -224,9 +228,9 @@ def repair(options: argparse.Namespace) -> int:
         recorder = caching.Recorder(manifest, images, options.run, loader, device)
         if note := manifest.decoding_note(caching.image_digests(manifest, images)):
             say(note)
-        names = list(manifest.checkpoints)
+        names = list(manifest.members_of(options.name).values())
         recorder.load(names[:1])  # refuses another run before anything is deleted
-        bad = faults(store, manifest)
+        bad = faults(store, manifest, names)
         for _, fault in bad:
             say(fault)
 
@@ -268,11 +272,12 @@ def convert(options: argparse.Namespace) -> int:
     require(codec != source, f"convert: {options.store} is {manifest.codec} already: choose another codec")
     images = data.read_info(options.train, "data.train")
     labels = torch.from_numpy(data.read_labels(images))
-    epochs = [values["epoch"] for values in manifest.checkpoints.values()]
-    reader = StoreReader(str(options.store), epochs, images)
+    members = manifest.members
+    reader = StoreReader(str(options.store), list(members), images)
+    reader.check_shards()
     new = merged(options.new, replace(manifest, codec=codecs.to_dict(codec)))
     open_store(options.new, new)
-    shards = [(m, shard) for m, name in enumerate(manifest.checkpoints) for shard in manifest.checkpoint_shards(name)]
+    shards = [(m, shard) for m, name in enumerate(members.values()) for shard in manifest.checkpoint_shards(name)]
     missing = [(m, shard) for m, shard in shards if not is_written(options.new, shard)]
     done = 0
     with ProgressDisplay(sum(shard.count for _, shard in missing), unit="records") as progress:

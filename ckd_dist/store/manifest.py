@@ -51,7 +51,7 @@ class Manifest:
     views: int
     """Number of views: 0 to views - 1."""
     checkpoints: dict[str, dict]
-    """Member name -> `epoch`, `model`, `weights_sha256`."""
+    """Member name (`member_name`) -> `epoch`, `model`, `weights_sha256`."""
     images: dict[str, str]
     """Sample id -> sha256 of a decoded image, for a few (`data.image_digests`)."""
 
@@ -71,6 +71,20 @@ class Manifest:
     def recorded(self) -> codecs.Codec:
         """The codec of the records."""
         return codecs.from_dict(self.codec, self.dataset["num_classes"])
+
+    @property
+    def members(self) -> dict[int | str, str]:
+        """What users call each checkpoint -> its member name: 40, or RUN/40 for one of a named run; in order of epochs,
+        the unnamed run first."""
+        named = [(name.rpartition("/")[0], values["epoch"], name) for name, values in self.checkpoints.items()]
+        return {f"{run}/{epoch}" if run else epoch: name for run, epoch, name in sorted(named)}
+
+    def members_of(self, run: str | None) -> dict[int | str, str]:
+        """The `members` of one run, by its name if it has one; raises `UserError` when there are none."""
+        found = {key: name for key, name in self.members.items() if name.rpartition("/")[0] == (run or "")}
+        runs = sorted({name.rpartition("/")[0] for name in self.checkpoints} - {""})
+        require(bool(found), f"teacher.name: the store holds no such run; named runs are {', '.join(runs) or 'none'}")
+        return found
 
     def shards(self, checkpoint: str, view: int) -> list[Shard]:
         """All shards of one view of one checkpoint, in order."""
@@ -144,6 +158,6 @@ def _checksum(values: dict) -> str:
     return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
 
 
-def member_name(epoch: int) -> str:
-    """Name of a checkpoint's folder in a store."""
-    return f"epoch_{epoch:04d}"
+def member_name(epoch: int, run: str | None = None) -> str:
+    """Name of a checkpoint, and of its folder in a store; `run` names its run in a store of several."""
+    return f"{run}/epoch_{epoch:04d}" if run else f"epoch_{epoch:04d}"

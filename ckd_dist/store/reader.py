@@ -11,7 +11,7 @@ import numpy as np
 from numba import types
 
 from ckd_dist import checkpoint
-from ckd_dist.config import KDConfig, require
+from ckd_dist.config import require
 from ckd_dist.data import DatasetInfo
 from ckd_dist.store import codecs
 from ckd_dist.store.check import faults
@@ -43,35 +43,26 @@ class StoreReader:
     def __init__(
         self,
         store: str,
-        epochs: list[int],
+        checkpoints: list[int | str],
         info: DatasetInfo | None = None,
-        kd: KDConfig | None = None,
-        combine: str | None = None,
-        *,
-        check: bool = True,
     ):
-        """Open `store`, if given for the images of `info` and for the loss `kd`, with `combine` saying how several
-        checkpoints teach at once; collective. `check` compares every shard that may be read with its checksum.
+        """Open `store`, if given for the images of `info`; `checkpoints` as users call them (`Manifest.members`),
+        default: the last. Shards are not looked at before `check_shards` or `rows`.
 
-        Raises `UserError`, on every rank, for a store of other images, a checkpoint that it lacks, a loss that its
-        codec cannot serve, or a shard that is missing or does not match its checksum.
+        Raises `UserError` for a store of other images, or a checkpoint that it lacks.
         """
         self.store = Path(store)
         self.manifest = Manifest.load(self.store, "teacher.store")
         if info:
             require_images(self.manifest, info, "teacher.store", self.store)
-        available = {values["epoch"]: name for name, values in self.manifest.checkpoints.items()}
-        self.epochs = checkpoint.choose(dict(sorted(available.items())), epochs, "teacher.checkpoints")
-        self._members = [available[epoch] for epoch in self.epochs]
+        available = self.manifest.members
+        self.checkpoints = checkpoint.choose(available, checkpoints, "teacher.checkpoints")
+        self._members = [available[name] for name in self.checkpoints]
         self.codec = self.manifest.recorded
         self._record_bytes = codecs.record_bytes(self.codec)
         size = self._record_bytes * self.manifest.dataset["count"] * self.manifest.views * len(self._members)
         self._outgrows_memory = size > os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 2
-        if kd:
-            codecs.require_served(self.codec, kd, combine)
         self._views: dict[tuple[str, int], tuple[list, np.ndarray]] = {}
-        if check:
-            self._check_shards()
 
     @property
     def recipe(self) -> ViewRecipe:
@@ -79,8 +70,8 @@ class StoreReader:
         return ViewRecipe.from_dict(self.manifest.recipe)
 
     def rows(self, ids: np.ndarray, view: int, members: list[int] | None = None) -> np.ndarray:
-        """Records of samples `ids` [n] under `view`, uint8 [n, members, bytes]; `members` counts among the epochs that
-        the reader was opened for, and defaults to all of them."""
+        """Records of samples `ids` [n] under `view`, uint8 [n, members, bytes]; `members` counts among
+        `self.checkpoints`, and defaults to all of them."""
         names = [self._members[m] for m in members] if members else self._members
         ids = ids.astype(np.int64)
         assert ((ids >= 0) & (ids < self.manifest.dataset["count"])).all()  # from here on, nothing else looks
@@ -102,8 +93,9 @@ class StoreReader:
             self._views[member, view] = arrays, np.array([a.ctypes.data for a in arrays], dtype=np.uint64)
         return self._views[member, view][1]
 
-    def _check_shards(self) -> None:
-        """Compare every shard that will be read with its checksum; ranks share the work."""
+    def check_shards(self) -> None:
+        """Compare every shard that may be read with its checksum; collective: ranks share the work. Raises `UserError`,
+        on every rank, for one that is missing or does not match."""
         found = faults(self.store, self.manifest, self._members)
         more = f" (and {len(found) - 1} more)" if len(found) > 1 else ""
         require(not found, f"teacher.store: {found and found[0][1]}{more}: run python -m ckd_dist.store repair")
