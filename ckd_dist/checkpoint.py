@@ -50,7 +50,8 @@ def file_sha256(path: Path) -> str:
 
 
 def save(path: Path, state: dict) -> None:
-    """Write `state` (tensors, numbers, strings, lists and dicts of them) to `path`, atomically."""
+    """Write `state` (tensors, numbers, strings, lists and dicts of them) to `path`, atomically; makes its folder."""
+    path.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(path, lambda file: torch.save(state, file))
 
 

@@ -12,13 +12,13 @@ from __future__ import annotations
 
 import json
 import os
-import statistics
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
+from ckd_dist.results import mean_and_deviation
 from ckd_dist.stages import console, run_in_folder, stage
 
 SEEDS, TEACHER_EPOCHS, STUDENT_EPOCHS, ALPHA = (0, 1, 2), 16, 8, 0.1
@@ -188,17 +188,13 @@ def markdown(results: list[dict]) -> list[str]:
             minus = ""
             if temperature and row["codec"] != "dense float16":
                 base = next(r for r in result["rows"] if r.get("temperature") == temperature)["top1"]
-                minus = _mean_and_deviation([a - b for a, b in zip(row["top1"], base, strict=True)], "+")
-            accuracy = _mean_and_deviation(row["top1"])
+                minus = mean_and_deviation([a - b for a, b in zip(row["top1"], base, strict=True)], "+")
+            accuracy = mean_and_deviation(row["top1"])
             cells = [str(temperature or ""), row["codec"], str(row.get("bytes", "")), *kls, accuracy, minus]
             lines.append(f"| {' | '.join(cells)} |")
     lines.append("| | **elsewhere** | | | | | |")
     lines += [f"| | {name} | {size} | | | | |" for name, size in ELSEWHERE]
     return lines
-
-
-def _mean_and_deviation(values: list[float], sign: str = "") -> str:
-    return f"{statistics.mean(values):{sign}.2f} ± {statistics.stdev(values):.2f}"
 
 
 if __name__ == "__main__":

@@ -25,6 +25,20 @@ from ckd_dist.config import UserError, flatten, require
 _FREE = ("data.workers", "data.os_cache", "save_last_every", "log_every", "tensorboard")
 
 
+def require_same_options(folder: Path, config: dict) -> None:
+    """Raise `UserError` when `folder` holds a run of another configuration."""
+    saved = folder / "config.yaml"
+    if not saved.exists():
+        return
+    old, new = flatten(yaml.safe_load(saved.read_text()) or {}), flatten(config)
+    for key in sorted((old.keys() | new.keys()) - set(_FREE)):
+        require(
+            old.get(key) == new.get(key),
+            f"run_dir: {folder} holds a run with {key} {old.get(key)}, not {new.get(key)}: "
+            "repeat its options to go on, or choose another run_dir",
+        )
+
+
 class RunFolder:
     """The folder of one run. Only rank 0 writes; on other ranks every method does nothing."""
 
@@ -44,16 +58,8 @@ class RunFolder:
             self._writer = SummaryWriter(str(self.path))
 
     def _prepare(self, config: dict) -> None:
-        saved = self.path / "config.yaml"
-        if saved.exists():
-            old, new = flatten(yaml.safe_load(saved.read_text()) or {}), flatten(config)
-            for key in sorted((old.keys() | new.keys()) - set(_FREE)):
-                require(
-                    old.get(key) == new.get(key),
-                    f"run_dir: {self.path} holds a run with {key} {old.get(key)}, not {new.get(key)}: "
-                    "repeat its options to go on, or choose another run_dir",
-                )
-        (self.path / "checkpoints").mkdir(parents=True, exist_ok=True)
+        require_same_options(self.path, config)
+        self.path.mkdir(parents=True, exist_ok=True)
         self._write("config.yaml", yaml.safe_dump(config, sort_keys=False))
         self._write("env.json", json.dumps(environment(), indent=2) + "\n")
 

@@ -11,14 +11,25 @@ from conftest import ROOT
 FLOORS = [
     {"config", "ffcv_mended", "stages"},
     {"dist"},
-    {"losses", "optim", "views", "checkpoint", "log", "mi"},
+    {"losses", "optim", "views", "checkpoint", "log", "mi", "results"},
     {"data", "models", "store"},
     {"engine"},
     {"caching", "selection"},
     {"students"},
-    {"train_teacher", "cache_logits", "distill", "evaluate", "select_teacher", "bench", "compare_codecs", "quickstart"},
+    {
+        "train_teacher",
+        "cache_logits",
+        "distill",
+        "evaluate",
+        "select_teacher",
+        "bench",
+        "compare_codecs",
+        "quickstart",
+        "search",
+        "report",
+    },
 ]
-ALLOWED = {("log", "checkpoint"), ("store", "data")}
+ALLOWED = {("log", "checkpoint"), ("results", "checkpoint"), ("store", "data")}
 MODULES = sorted(p for p in (ROOT / "ckd_dist").rglob("*.py") if p.name != "__init__.py")
 
 

@@ -1,0 +1,249 @@
+"""The search: students side by side are those of separate runs, choices are made on held-out images."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import signal
+import subprocess
+import time
+
+import numpy as np
+import psutil
+import pytest
+import torch
+import yaml
+from conftest import ENVIRONMENT, ROOT, VIEWS, command_line, kill_and_repeat, run
+
+from ckd_dist import cache_logits, checkpoint, distill, search
+from ckd_dist.config import CacheConfig, DistillConfig, SearchConfig, UserError, load_config
+from ckd_dist.results import read_table
+from ckd_dist.store.manifest import Manifest
+
+
+@pytest.fixture(scope="module")
+def two_runs(fashion, teacher, store, tmp_path_factory):
+    """The shared store with the last checkpoint of a second run, `other`, in it."""
+    import shutil
+
+    folder = tmp_path_factory.mktemp("two_runs")
+    path = shutil.copytree(store, folder / "store")
+    data = ["--data.train", fashion["train"], "--data.batch_size", 64]
+    words = [*data, "--model.name", "resnet8", "--epochs", 1, "--seed", 1, "--run_dir", folder / "run"]
+    run("ckd_dist.train_teacher", *words)
+    words = [*data, "--teacher.run", folder / "run", "--teacher.name", "other", "--store", path, "--views", VIEWS]
+    cache_logits.main(load_config(CacheConfig, [str(word) for word in [*words, "--shard_size", 250]]))
+    return path
+
+
+def options(fashion, store, run_dir, *more):
+    images = ["--data.train", fashion["train"], "--data.val", fashion["holdout"], "--data.batch_size", 64]
+    student = ["--model.name", "resnet8", "--epochs", 2, "--optim.lr", 0.05, "--optim.warmup_epochs", 1]
+    return [str(word) for word in [*images, *student, "--teacher.store", store, "--run_dir", run_dir, *more]]
+
+
+def search_here(*words):
+    config = load_config(SearchConfig, list(words))
+    search.main(config)
+    return read_table(search.Path(config.run_dir) / "results.csv")
+
+
+def weights(run_dir, epoch=2):
+    return checkpoint.load(checkpoint.checkpoint_path(run_dir, epoch), "")["weights"]
+
+
+def same(a, b):
+    return all(torch.equal(a[name], b[name]) for name in a)
+
+
+def test_students_side_by_side_are_those_of_separate_runs_bit_for_bit(fashion, two_runs, tmp_path):
+    # No teacher, one checkpoint, an ensemble of two runs; two models; one after another where the group is full.
+    grid = ["--grid.teachers", "[[],[2],[3,other/1]]", "--grid.models", "[resnet8,resnet20]", "--kd.temperature", 4]
+    rows = search_here(*options(fashion, two_runs, tmp_path / "search", *grid, "--students_at_once", 6))
+    assert [(row["teacher"], row["model"]) for row in rows] == [
+        (teacher, model) for teacher in ("none", "2", "3+other/1") for model in ("resnet8", "resnet20")
+    ]
+    assert {row["side_by_side"] for row in rows} == {6} and all(row["test_top1"] is None for row in rows)
+    for row in rows:
+        student = tmp_path / "search" / "students" / row["student"]
+        alone = tmp_path / "alone" / row["student"]
+        words = ["--config", student / "config.yaml", "--run_dir", alone]
+        distill.main(load_config(DistillConfig, [str(word) for word in words]))
+        assert same(weights(student), weights(alone)), row["student"]
+        assert json.loads((alone / "summary.json").read_text())["top1"] == row["val_top1"]
+    plain = options(fashion, two_runs, tmp_path / "plain", "--teacher.store", "null", "--data.views", VIEWS)
+    distill.main(load_config(DistillConfig, plain))
+    assert same(weights(tmp_path / "plain"), weights(tmp_path / "search" / "students" / rows[0]["student"]))
+
+
+def test_a_sequence_is_taught_beside_others_as_it_is_alone(fashion, two_runs, tmp_path):
+    mix = ["--teacher.checkpoints", "[3,1]", "--teacher.combine", "sequence"]
+    rows = search_here(*options(fashion, two_runs, tmp_path / "search", *mix, "--grid.teachers", "[[2],[3,1]]"))
+    distill.main(load_config(DistillConfig, options(fashion, two_runs, tmp_path / "alone", *mix)))
+    assert same(weights(tmp_path / "alone"), weights(tmp_path / "search" / "students" / rows[1]["student"]))
+
+
+def test_settings_are_chosen_on_held_out_images_and_only_those_are_tested(fashion, two_runs, tmp_path, capsys):
+    grid = ["--grid.teachers", "[[],[1],[3]]", "--grid.alphas", "[0.1,1]", "--grid.temperatures", "[2,4]"]
+    words = options(
+        fashion, two_runs, tmp_path / "search", *grid, "--grid.seeds", "[0,1]", "--data.test", fashion["train"]
+    )
+    rows = search_here(*words)
+    assert len(rows) == 2 * (1 + 2 * 4)
+    means = {}
+    for row in rows:
+        key = row["teacher"], row["alpha"], row["temperature"]
+        means.setdefault(key, []).append(np.array([row["val_top1"], -row["val_loss"]]))
+    for teacher in ("none", "1", "3"):
+        mean = {k: tuple(np.mean(values, axis=0)) for k, values in means.items() if k[0] == teacher}
+        chosen = {(r["teacher"], r["alpha"], r["temperature"]) for r in rows if r["teacher"] == teacher and r["chosen"]}
+        assert chosen == {max(mean, key=lambda k: mean[k])}
+    assert all((row["test_top1"] is not None) == bool(row["chosen"]) for row in rows)
+    row = next(row for row in rows if row["chosen"])
+    path = tmp_path / "search" / "students" / row["student"] / "checkpoints" / "epoch_0002.pt"
+    done = run("ckd_dist.evaluate", "--data.val", fashion["train"], "--checkpoint", path, "--data.batch_size", 64)
+    assert json.loads(done.stdout)["top1"] == pytest.approx(row["test_top1"])
+    # Again: nothing is trained, nothing is tested.
+    capsys.readouterr()
+    os.rename(fashion["train"].with_suffix(".beton.json"), tmp_path / "away")
+    try:
+        assert search_here(*words) == rows
+    finally:
+        os.rename(tmp_path / "away", fashion["train"].with_suffix(".beton.json"))
+    assert "group" not in capsys.readouterr().out
+    with pytest.raises(UserError, match=r"run_dir: .* holds a run with grid\.alphas \[0\.1, 1\.0\], not \[0\.1\]"):
+        search_here(*words, "--grid.alphas", "[0.1]")
+
+
+def test_a_random_part_of_the_grid_is_the_same_for_every_teacher(fashion, two_runs, tmp_path):
+    grid = ["--grid.teachers", "[[1],[2],[3]]", "--grid.alphas", "[0.1,0.5,0.9]", "--grid.temperatures", "[1,2,4,8]"]
+    config = load_config(SearchConfig, options(fashion, two_runs, tmp_path / "run", *grid, "--grid.trials", "5"))
+    settings = {}
+    for trial in search.list_trials(config):
+        settings.setdefault(trial.teacher, []).append((trial.setting.alpha, trial.setting.temperature))
+    assert len(settings) == 3 and all(len(set(each)) == 5 for each in settings.values())
+    assert settings["1"] == settings["2"] == settings["3"]
+    losses = ["--grid.losses", "[kd,mse]", "--grid.temperatures", "[2,4]"]
+    config = load_config(SearchConfig, options(fashion, two_runs, tmp_path / "run", *losses))
+    assert len(search.list_trials(config)) == 3  # mse has no temperature
+    assert search.list_trials(config)[0].teacher == "3"  # the default: the last
+
+
+def test_groups_are_of_one_seed_and_fill_the_parts(fashion, two_runs, tmp_path):
+    grid = ["--grid.alphas", "[0.1,0.3,0.5,0.7,0.9]", "--grid.seeds", "[0,1,2]"]
+    trials = search.list_trials(load_config(SearchConfig, options(fashion, two_runs, tmp_path / "run", *grid)))
+    for at_once, parts, expected in ((8, 1, 3), (2, 1, 9), (8, 2, 4), (5, 4, 4), (5, 64, 15)):
+        groups = search.side_by_side(trials, at_once, parts)
+        assert len(groups) == expected and max(map(len, groups)) <= at_once
+        assert all(len({trial.config.seed for trial in group}) == 1 for group in groups)
+        assert sorted(t.name for group in groups for t in group) == sorted(t.name for t in trials)
+
+
+def test_a_search_of_two_processes_killed_twice_ends_as_one_that_never_was(fashion, two_runs, tmp_path):
+    grid = ["--grid.teachers", "[[],[1],[2,3]]", "--grid.seeds", "[0,1]", "--save_last_every", 5, "--log_every", 1]
+    whole = search_here(*options(fashion, two_runs, tmp_path / "whole", *grid))
+    killed = tmp_path / "killed"
+    command = command_line("ckd_dist.search", *options(fashion, two_runs, killed, *grid, "--processes", 2))
+
+    def progress():
+        return sum(path.read_bytes().count(b"\n") for path in killed.glob("students/*/metrics.jsonl"))
+
+    kill_and_repeat(command, progress, kills=[20, 130], longest=0.5)
+    rows = read_table(killed / "results.csv")
+    for a, b in zip(whole, rows, strict=True):
+        differ = {"train_seconds", "side_by_side"}
+        assert {k: v for k, v in a.items() if k not in differ} == {k: v for k, v in b.items() if k not in differ}
+        folders = [path / "students" / a["student"] for path in (tmp_path / "whole", killed)]
+        assert same(*map(weights, folders))
+        lines = [(folder / "metrics.jsonl").read_text().splitlines() for folder in folders]
+        first, second = ([(x["split"], x["step"], x["loss"]) for x in map(json.loads, each)] for each in lines)
+        assert first == second
+
+
+def test_parts_of_a_job_array_and_a_last_command_make_the_whole(fashion, two_runs, tmp_path):
+    words = options(fashion, two_runs, tmp_path / "run", "--grid.teachers", "[[1],[2],[3]]", "--epochs", 1)
+    for part in ("1/2", "2/2"):
+        run("ckd_dist.search", *words, "--part", part)
+        assert not (tmp_path / "run" / "results.csv").exists()
+    done = run("ckd_dist.search", *words)
+    assert "side by side" not in done.stdout and "results.csv: 3 students" in done.stdout
+    saved = yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())
+    assert saved["grid"]["teachers"] == [[1], [2], [3]] and "part" not in saved
+
+
+def test_a_part_that_fails_ends_the_search_within_seconds_and_a_killed_one_leaves_nobody(fashion, two_runs, tmp_path):
+    words = options(fashion, two_runs, tmp_path / "run", "--grid.seeds", "[0,1]", "--epochs", 500, "--processes", 2)
+    process = subprocess.Popen(
+        command_line("ckd_dist.search", *words), env=ENVIRONMENT, cwd=ROOT, stdout=subprocess.PIPE, text=True
+    )
+    while len(list(tmp_path.glob("run/students/*/metrics.jsonl"))) < 2:
+        assert process.poll() is None
+        time.sleep(0.1)
+    family = psutil.Process(process.pid).children(recursive=True)
+    family[0].send_signal(signal.SIGKILL)
+    assert process.wait(timeout=20) == 1
+    _, alive = psutil.wait_procs(family, timeout=10)
+    assert not alive
+    process = subprocess.Popen(
+        command_line("ckd_dist.search", *words), env=ENVIRONMENT, cwd=ROOT, stdout=subprocess.DEVNULL
+    )
+    while not (family := psutil.Process(process.pid).children(recursive=True)):
+        time.sleep(0.1)
+    time.sleep(2)
+    process.kill()
+    _, alive = psutil.wait_procs(family, timeout=20)
+    assert not alive and process.wait(timeout=10) == -signal.SIGKILL
+
+
+@pytest.mark.parametrize(
+    ("more", "expected"),
+    [
+        (["--grid.teachers", "[[1],[9]]"], r"grid\.teachers: no checkpoint of epoch 9; there are 1, 2, 3, other/1"),
+        (["--grid.teachers", "[[1],[1]]"], r"grid\.teachers names \[\[1\]\] twice"),
+        (["--data.val", "null"], r"data\.val is missing"),
+        (["--teacher.store", "null"], r"teacher\.store is missing"),
+        (["--part", "3/2"], r"part is 3/2: give"),
+        (["--part", "1/2", "--processes", "2"], r"part and processes do not go together"),
+        (["--grid.temperatures", "[0]"], r"kd\.temperature is 0"),
+        (["--students_at_once", "0"], r"students_at_once is 0"),
+    ],
+)
+def test_a_search_that_cannot_be_is_refused(fashion, two_runs, tmp_path, more, expected):
+    with pytest.raises(UserError, match=expected):
+        search_here(*options(fashion, two_runs, tmp_path / "run", *more))
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_store_of_two_runs_is_verified_and_repaired_run_by_run(fashion, teacher, two_runs, tmp_path):
+    import shutil
+
+    store = shutil.copytree(two_runs, tmp_path / "store")
+    manifest = Manifest.load(store, "")
+    assert list(manifest.members) == [1, 2, 3, "other/1"]
+    shard = manifest.shards("other/epoch_0001", 1)[0]
+    before = shard.path(store).read_bytes()
+    shard.path(store).unlink()
+    base = [store, "--data.train", fashion["train"], "--teacher.run"]
+    done = run("ckd_dist.store", "repair", *base, teacher)
+    assert "nothing to repair" in done.stdout and not shard.path(store).exists()
+    done = run("ckd_dist.store", "repair", *base, teacher, "--teacher.name", "other", status=2)
+    assert "the store's other/epoch_0001 is of weights" in done.stderr
+    run("ckd_dist.store", "repair", *base, two_runs.parent / "run", "--teacher.name", "other")
+    assert shard.path(store).read_bytes() == before
+    words = [*base, two_runs.parent / "run", "--records", 16]
+    done = run("ckd_dist.store", "verify", *words, "--teacher.name", "other")
+    assert "16 of 16 records are the teacher's" in done.stdout
+    done = run("ckd_dist.store", "verify", *words, "--teacher.name", "third", status=2)
+    assert "teacher.name: the store holds no such run; named runs are other" in done.stderr
+
+
+def test_a_table_that_is_none_is_refused(tmp_path):
+    path = tmp_path / "results.csv"
+    path.write_text("a,b\n1,2\n")
+    with pytest.raises(UserError, match="is not a table of this version"):
+        read_table(path)
+    with open(path, "w", newline="") as file:
+        csv.writer(file).writerows([search.results.COLUMNS, ["x"] * len(search.results.COLUMNS)])
+    with pytest.raises(UserError, match="is damaged"):
+        read_table(path)
