@@ -79,14 +79,14 @@ def forward_logits(model: nn.Module, images: torch.Tensor, amp: str) -> torch.Te
 
 @torch.inference_mode()
 def forward_features(model: nn.Module, layer: str, images: torch.Tensor, amp: str) -> tuple[torch.Tensor, torch.Tensor]:
-    """(output of the module `layer`, logits) of a model in eval mode, float32."""
+    """(output of the module `layer` in the type of `amp`, logits in float32) of a model in eval mode."""
     found: list[torch.Tensor] = []
     hook = model.get_submodule(layer).register_forward_hook(lambda module, inputs, output: found.append(output))
     try:
         logits = forward_logits(model, images, amp)
     finally:
         hook.remove()
-    return found[0].float(), logits
+    return found[0], logits
 
 
 def online_records(members: list[nn.Module], codec: Dense, amp: str, images: torch.Tensor) -> torch.Tensor:

@@ -24,41 +24,70 @@ from torch import nn
 Scaling = Literal["raw", "minmax", "zscore"]
 
 
-class Probes(nn.Module):
-    """Decoder and classifier of one feature map, float [n, channels, h, w], as in the published code of InfoPro."""
+class ConvOfEnlarged(nn.Module):
+    """A 3x3 convolution of features that are first enlarged, bilinearly, to the size of the image.
 
-    def __init__(self, channels: int, num_classes: int):
+    Enlarging acts on each channel alone, so the mixing of channels may come before it: nine maps an output channel, one
+    a weight of the kernel, are enlarged instead of all input channels, and added up shifted. Where that is fewer maps
+    it is what is done: 2048 channels at 224 px would be 205 MB an image in bfloat16.
+    """
+
+    def __init__(self, in_channels: int, out_channels: int):
         super().__init__()
+        self.conv = nn.Conv2d(in_channels, out_channels, 3, padding=1)
+
+    def forward(self, features: torch.Tensor, size: int) -> torch.Tensor:
+        """[n, in, h, w] -> [n, out, size, size]."""
+        weight, bias = self.conv.weight, self.conv.bias
+        if weight.shape[1] <= 9 * weight.shape[0]:
+            return self.conv(_enlarge(features, size))
+        assert bias is not None
+        maps = weight.flip(2, 3).permute(0, 2, 3, 1).reshape(9 * weight.shape[0], weight.shape[1], 1, 1)
+        enlarged = _enlarge(F.conv2d(features, maps), size)
+        return F.fold(enlarged.flatten(2), (size, size), 3, padding=1) + bias[:, None, None]
+
+
+def _enlarge(features: torch.Tensor, size: int) -> torch.Tensor:
+    return F.interpolate(features, size=size, mode="bilinear", align_corners=False)
+
+
+class Probes(nn.Module):
+    """Decoders and classifiers of one feature map, float [n, channels, h, w]: `repeats` of each, that differ in their
+    initial weights and have nothing in common but the features; each as in the published code of InfoPro, but that the
+    classifier is 256 channels wide at most."""
+
+    def __init__(self, channels: int, num_classes: int, repeats: int = 1):
+        super().__init__()
+        self.repeats = repeats
+        self.enter = ConvOfEnlarged(channels, 12 * repeats)
         self.decoder = nn.Sequential(
-            nn.Conv2d(channels, 12, 3, padding=1),
-            nn.BatchNorm2d(12),
+            nn.BatchNorm2d(12 * repeats),
             nn.ReLU(inplace=True),
-            nn.Conv2d(12, 3, 3, padding=1),
+            nn.Conv2d(12 * repeats, 3 * repeats, 3, padding=1, groups=repeats),
         )
+        width = min(channels, 256)
         self.classifier = nn.Sequential(
-            nn.Conv2d(channels, channels, 3, padding=1),
-            nn.BatchNorm2d(channels),
+            nn.Conv2d(channels, width * repeats, 3, padding=1),
+            nn.BatchNorm2d(width * repeats),
             nn.ReLU(inplace=True),
             nn.AdaptiveAvgPool2d(1),
-            nn.Flatten(),
-            nn.Linear(channels, 128),
+            nn.Conv2d(width * repeats, 128 * repeats, 1, groups=repeats),  # linear layers, one a repeat
             nn.ReLU(inplace=True),
-            nn.Linear(128, num_classes),
+            nn.Conv2d(128 * repeats, num_classes * repeats, 1, groups=repeats),
         )
 
     def forward(
-        self, features: torch.Tensor, enlarged: torch.Tensor, pixels: torch.Tensor, labels: torch.Tensor
+        self, features: torch.Tensor, pixels: torch.Tensor, labels: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Losses of the two on images `pixels`, float [n, 3, size, size] in [0, 1], from their features and the same
-        `enlarge`d: (binary cross entropy, the mean over pixel values; cross entropy), each [n], in nats."""
-        restored = self.decoder(enlarged).float()
-        reconstruction = F.binary_cross_entropy_with_logits(restored, pixels, reduction="none").flatten(1).mean(1)
-        return reconstruction, F.cross_entropy(self.classifier(features).float(), labels, reduction="none")
-
-
-def enlarge(features: torch.Tensor, image_size: int) -> torch.Tensor:
-    """Features [n, channels, h, w] as the decoder takes them, [n, channels, size, size]: once for all its repeats."""
-    return F.interpolate(features, size=image_size, mode="bilinear", align_corners=False)
+        """Losses of the two on images `pixels`, float [n, 3, size, size] in [0, 1], from their features: (binary cross
+        entropy, the mean over pixel values; cross entropy), each [repeats, n], in nats."""
+        n, shape = len(features), (self.repeats, *pixels.shape[1:])
+        restored = self.decoder(self.enter(features, pixels.shape[-1])).float().view(n, *shape)
+        target = pixels[:, None].expand(n, *shape)
+        reconstruction = F.binary_cross_entropy_with_logits(restored, target, reduction="none").flatten(2).mean(2)
+        answers = self.classifier(features).float().view(n * self.repeats, -1)
+        cross_entropy = F.cross_entropy(answers, labels.repeat_interleave(self.repeats), reduction="none")
+        return reconstruction.T, cross_entropy.view(n, self.repeats).T
 
 
 def label_entropy(counts: np.ndarray) -> float:

@@ -16,7 +16,7 @@ import json
 import time
 from pathlib import Path
 
-from ckd_dist.config import SelectConfig, require, run_command
+from ckd_dist.config import SelectConfig, require, run_command, to_dict
 
 
 def main(config: SelectConfig) -> None:
@@ -31,23 +31,31 @@ def main(config: SelectConfig) -> None:
             held_out.num_classes == info.num_classes,
             f"data.val has {held_out.num_classes} classes, data.train {info.num_classes}",
         )
+        folder = Path(config.run_dir)
+        dist.on_main(lambda: log.require_same_options(folder, to_dict(config)))
+        if dist.on_main((folder / "selection.json").exists):
+            log.say(f"{folder}: complete already")
+            if dist.rank() == 0:
+                show(config, *(json.loads((folder / name).read_text()) for name in ("selection.json", "cost.json")))
+            return
         trajectory = selection.load_trajectory(config, info, device)
+        log.RunFolder(config.run_dir, to_dict(config))
         log.say(
             f"{config.run_dir}: {len(trajectory.models)} checkpoints of {config.teacher.run}, F is the output of "
             f"{trajectory.layer}; {config.probe.repeats} probes each, {config.probe.steps} steps"
         )
+        training = selection.ProbeTraining(config, trajectory, info)
+        training.run()
         started = time.perf_counter()
-        probes, mean_colour = selection.train_probes(config, trajectory, info)
-        found, constants = selection.estimate(config, trajectory, probes, mean_colour, held_out)
-        seconds = time.perf_counter() - started
+        found, constants = selection.estimate(config, trajectory, training.probes, training.mean_colour, held_out)
+        seconds = training.seconds + time.perf_counter() - started
         result = selection.decide(config, trajectory, found, constants)
         student = selection.student_seconds(config, trajectory, info)
         cost = {"seconds": seconds, "student_seconds": student, "share": seconds / (student * len(trajectory.models))}
         if dist.rank() == 0:
-            folder = Path(config.run_dir)
-            folder.mkdir(parents=True, exist_ok=True)
-            for name, values in (("cost.json", {**cost, "environment": log.environment()}), ("selection.json", result)):
-                write_bytes_atomically(folder / name, (json.dumps(values, indent=2) + "\n").encode())
+            for path, values in ((folder / "cost.json", cost), (folder / "selection.json", result)):
+                write_bytes_atomically(path, (json.dumps(values, indent=2) + "\n").encode())
+            training.discard()
             show(config, result, cost)
 
 

@@ -17,10 +17,12 @@ from torch import nn
 from ckd_dist import checkpoint, data, dist, engine, mi, models
 from ckd_dist.config import SelectConfig, UserError, require
 from ckd_dist.data import Batch, BetonLoader, DatasetInfo
-from ckd_dist.log import ProgressDisplay
+from ckd_dist.log import ProgressDisplay, say
 
 FIRST_VIEW = 1 << 21
 """Probes see views that neither the teacher nor a student is trained on."""
+SAVE_EVERY = 100
+"""Steps between saves of the probes."""
 
 
 @dataclass
@@ -82,62 +84,106 @@ def _loader(config: SelectConfig, trajectory: Trajectory, info: DatasetInfo, rec
 # ------------------------------------------------------------------------------------------- probes
 
 
-def train_probes(
-    config: SelectConfig, trajectory: Trajectory, info: DatasetInfo
-) -> tuple[dict[int, list[mi.Probes]], torch.Tensor]:
-    """Train the probes of all checkpoints together, each image decoded once: (epoch -> probes, mean colour, float
-    [3]). Collective: ranks share every batch and add up their gradients."""
-    batch_size, device = config.data.batch_size, trajectory.mean.device
-    require(batch_size <= info.count, f"data.batch_size {batch_size} is larger than the {info.count} images")
-    share = data.rank_share(batch_size)
-    recipe = data.train_recipe(config.data, info)
-    loader = _loader(config, trajectory, info, recipe, share.stop - share.start)
-    probes: dict[int, list[mi.Probes]] = {}
-    for epoch in trajectory.models:
-        probes[epoch] = []
-        for repeat in range(config.probe.repeats):
-            torch.manual_seed(hash((config.seed, repeat)) % 2**63)  # the same for all checkpoints: a fair start
-            probe = mi.Probes(trajectory.channels, info.num_classes).to(device)
-            probes[epoch].append(probe.to(memory_format=torch.channels_last).train())
-    parameters = [p for each in probes.values() for probe in each for p in probe.parameters()]
-    optimizer = torch.optim.Adam(parameters, lr=config.probe.lr)
+class ProbeTraining:
+    """The probes of all checkpoints, trained together, each image decoded once; goes on where a kill stopped it."""
 
-    def batches() -> Generator[Batch, None, None]:
-        epoch = 0
+    def __init__(self, config: SelectConfig, trajectory: Trajectory, info: DatasetInfo):
+        self._config, self._trajectory, self._info = config, trajectory, info
+        self._path = Path(config.run_dir) / "probes.pt"
+        device = trajectory.mean.device
+        self.probes: dict[int, mi.Probes] = {}
+        for epoch in trajectory.models:
+            torch.manual_seed(config.seed)  # the same for all checkpoints: a fair start
+            probes = mi.Probes(trajectory.channels, info.num_classes, config.probe.repeats).to(device)
+            self.probes[epoch] = probes.to(memory_format=torch.channels_last).train()
+        self._parameters = [p for probes in self.probes.values() for p in probes.parameters()]
+        self._optimizer = torch.optim.Adam(self._parameters, lr=config.probe.lr)
+        self._colour_sum = torch.zeros(3, dtype=torch.float64, device=device)
+        self.step = 0
+        self.seconds = 0.0
+        if dist.on_main(self._path.exists):
+            self._load()
+
+    @property
+    def mean_colour(self) -> torch.Tensor:
+        """Of the images seen, float64 [3]; collective."""
+        return dist.all_reduce_sum(self._colour_sum.clone()) / (self.step * self._config.data.batch_size)
+
+    def run(self) -> None:
+        """Train to the last step. Collective: ranks share every batch and add up their gradients."""
+        config, started = self._config, time.perf_counter() - self.seconds
+        batches = self._batches()
+        with ProgressDisplay(config.probe.steps, unit="steps", done=self.step) as progress:
+            while self.step < config.probe.steps:
+                self._train_step(next(batches))
+                progress.update(self.step, "probes")
+                if self.step % SAVE_EVERY == 0 or self.step == config.probe.steps:
+                    self._merge_statistics()
+                    self.seconds = time.perf_counter() - started
+                    if self.step < config.probe.steps:
+                        self._save()
+        batches.close()
+
+    def _batches(self) -> Generator[Batch, None, None]:
+        config, info = self._config, self._info
+        batch_size = config.data.batch_size
+        require(batch_size <= info.count, f"data.batch_size {batch_size} is larger than the {info.count} images")
+        share, recipe = data.rank_share(batch_size), data.train_recipe(config.data, info)
+        loader = _loader(config, self._trajectory, info, recipe, share.stop - share.start)
+        epoch, first = divmod(self.step, info.count // batch_size)
         while True:
-            ids = data.train_ids(info.count, batch_size, config.seed, epoch)
+            ids = data.train_ids(info.count, batch_size, config.seed, epoch, first)
             yield from loader.batches(ids, FIRST_VIEW + epoch)
-            epoch += 1
+            epoch, first = epoch + 1, 0
 
-    colour_sum = torch.zeros(3, dtype=torch.float64, device=device)
-    source = batches()
-    with ProgressDisplay(config.probe.steps, unit="steps") as progress:
-        for step in range(config.probe.steps):
-            batch = next(source)
-            pixels = trajectory.pixels(batch)
-            colour_sum += pixels.mean((2, 3)).sum(0)
-            for group in optimizer.param_groups:
-                group["lr"] = config.probe.lr * 0.5 * (1 + math.cos(math.pi * step / config.probe.steps))
-            for epoch, model in trajectory.models.items():
-                features, _ = engine.forward_features(model, trajectory.layer, batch.images, config.amp)
-                features = features.clone()  # made outside inference mode: autograd may save it
-                enlarged = mi.enlarge(features, trajectory.image_size)
-                for probe in probes[epoch]:
-                    with engine.autocast(device, config.amp):
-                        reconstruction, cross_entropy = probe(features, enlarged, pixels, batch.labels)
-                    ((reconstruction + cross_entropy).sum() / batch_size).backward()
-            _sum_gradients(parameters)
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
-            progress.update(step + 1, "probes")
-    source.close()
-    mean_colour = dist.all_reduce_sum(colour_sum) / (config.probe.steps * batch_size)
-    for each in probes.values():
-        for probe in each:
-            for buffer in probe.buffers():
-                if buffer.is_floating_point():  # batch-norm statistics of all ranks' images
+    def _train_step(self, batch: Batch) -> None:
+        config, trajectory = self._config, self._trajectory
+        pixels = trajectory.pixels(batch)
+        self._colour_sum += pixels.mean((2, 3)).sum(0)
+        for group in self._optimizer.param_groups:
+            group["lr"] = config.probe.lr * 0.5 * (1 + math.cos(math.pi * self.step / config.probe.steps))
+        for epoch, model in trajectory.models.items():
+            features, _ = engine.forward_features(model, trajectory.layer, batch.images, config.amp)
+            with engine.autocast(pixels.device, config.amp):
+                # Made outside inference mode: autograd may save the copy.
+                reconstruction, cross_entropy = self.probes[epoch](features.clone(), pixels, batch.labels)
+            ((reconstruction + cross_entropy).sum() / config.data.batch_size).backward()
+        _sum_gradients(self._parameters)
+        self._optimizer.step()
+        self._optimizer.zero_grad(set_to_none=True)
+        self.step += 1
+
+    def _merge_statistics(self) -> None:
+        """Give all ranks the batch-norm statistics of all ranks' images."""
+        for probes in self.probes.values():
+            for buffer in probes.buffers():
+                if buffer.is_floating_point():
                     dist.all_reduce_sum(buffer).div_(dist.world_size())
-    return probes, mean_colour
+
+    def _save(self) -> None:
+        colour_sum = dist.all_reduce_sum(self._colour_sum.clone())
+        if dist.rank() == 0:
+            state = {
+                "probes": {epoch: probes.state_dict() for epoch, probes in self.probes.items()},
+                "optimizer": self._optimizer.state_dict(),
+                "colour_sum": colour_sum,
+                "step": self.step,
+                "seconds": self.seconds,
+            }
+            checkpoint.save(self._path, state)
+
+    def _load(self) -> None:
+        state = checkpoint.load(self._path, "run_dir")
+        for epoch, probes in self.probes.items():
+            probes.load_state_dict(state["probes"][epoch])
+        self._optimizer.load_state_dict(state["optimizer"])
+        self._colour_sum += state["colour_sum"].to(self._colour_sum.device) if dist.rank() == 0 else 0
+        self.step, self.seconds = state["step"], state["seconds"]
+        say(f"{self._config.run_dir}: going on after step {self.step} of the probes")
+
+    def discard(self) -> None:
+        """Delete what resume needs; on rank 0."""
+        self._path.unlink(missing_ok=True)
 
 
 def _sum_gradients(parameters: list[nn.Parameter]) -> None:
@@ -166,7 +212,7 @@ class Estimates:
 def estimate(
     config: SelectConfig,
     trajectory: Trajectory,
-    probes: dict[int, list[mi.Probes]],
+    probes: dict[int, mi.Probes],
     mean_colour: torch.Tensor,
     held_out: DatasetInfo,
 ) -> tuple[dict[int, Estimates], dict[str, float]]:
@@ -180,8 +226,7 @@ def estimate(
     logits: dict[int, list[torch.Tensor]] = {epoch: [] for epoch in epochs}
     labels: list[torch.Tensor] = []
     for each in probes.values():
-        for probe in each:
-            probe.eval()
+        each.eval()
     for batch in loader.batches(np.array_split(np.arange(held_out.count), dist.world_size())[dist.rank()]):
         pixels = trajectory.pixels(batch)
         colour_sum += pixels.mean((2, 3)).sum(0)
@@ -191,11 +236,9 @@ def estimate(
                 trajectory.models[epoch], trajectory.layer, batch.images, config.amp
             )
             logits[epoch].append(answers.cpu())
-            enlarged = mi.enlarge(features, trajectory.image_size)
-            for p, probe in enumerate(probes[epoch]):
-                with engine.autocast(device, config.amp):
-                    both = probe(features, enlarged, pixels, batch.labels)
-                losses[e, p] += torch.stack(both).sum(1)
+            with engine.autocast(device, config.amp):
+                both = probes[epoch](features, pixels, batch.labels)
+            losses[e] += torch.stack(both, dim=1).sum(2)
     losses = dist.all_reduce_sum(losses).cpu() / held_out.count
     held_out_mean = dist.all_reduce_sum(colour_sum) / held_out.count
     everyones_labels = _gather(labels)

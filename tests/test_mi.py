@@ -15,25 +15,54 @@ from data_prep.sources import load_source
 def train(features, pixels, labels, num_classes, steps=250, seed=0):
     """(I(X;F), I(Y;F)) by probes trained on the first three quarters and scored on the rest."""
     torch.manual_seed(seed)
-    probes, enlarged = mi.Probes(features.shape[1], num_classes), mi.enlarge(features, pixels.shape[-1])
+    probes = mi.Probes(features.shape[1], num_classes)
     optimizer = torch.optim.Adam(probes.parameters(), lr=5e-3)
     cut = len(features) * 3 // 4
     for step in range(steps):
         for group in optimizer.param_groups:
             group["lr"] = 5e-3 * (1 - step / steps)
         chosen = torch.randint(cut, (64,))
-        reconstruction, cross_entropy = probes(features[chosen], enlarged[chosen], pixels[chosen], labels[chosen])
+        reconstruction, cross_entropy = probes(features[chosen], pixels[chosen], labels[chosen])
         optimizer.zero_grad()
         (reconstruction.mean() + cross_entropy.mean()).backward()
         optimizer.step()
     probes.eval()
     with torch.no_grad():
-        scored = probes(features[cut:], enlarged[cut:], pixels[cut:], labels[cut:])
+        scored = probes(features[cut:], pixels[cut:], labels[cut:])
         image_loss, label_loss = (each.mean().item() for each in scored)
     entropy = mi.label_entropy(np.bincount(labels[cut:].numpy(), minlength=num_classes))
     return mi.mean_colour_loss(
         pixels[:cut].mean((0, 2, 3)), pixels[cut:].mean((0, 2, 3))
     ) - image_loss, entropy - label_loss
+
+
+def test_mixing_channels_before_enlarging_changes_nothing():
+    features = torch.randn(3, 40, 7, 7, dtype=torch.float64)
+    conv = mi.ConvOfEnlarged(40, 4).double()
+    enlarged = F.interpolate(features, size=28, mode="bilinear")
+    expected = F.conv2d(enlarged, conv.conv.weight, conv.conv.bias, padding=1)
+    torch.testing.assert_close(conv(features, 28), expected, rtol=1e-12, atol=1e-12)
+    few = mi.ConvOfEnlarged(40, 5).double()
+    torch.testing.assert_close(few(features, 28), F.conv2d(enlarged, few.conv.weight, few.conv.bias, padding=1))
+
+
+def test_repeats_have_nothing_in_common():
+    torch.manual_seed(0)
+    features, pixels, labels = torch.randn(8, 6, 4, 4), torch.rand(8, 3, 12, 12), torch.randint(5, (8,))
+    both = mi.Probes(6, 5, repeats=2)
+    losses = both(features, pixels, labels)
+    assert losses[0].shape == losses[1].shape == (2, 8) and not torch.allclose(losses[0][0], losses[0][1])
+    for repeat in (0, 1):
+        alone = mi.Probes(6, 5)
+        for (name, mine), theirs in zip(alone.state_dict().items(), both.state_dict().values(), strict=True):
+            if mine.ndim and "num_batches" not in name:
+                mine.copy_(theirs.chunk(2)[repeat])
+        for mine, theirs in zip(alone(features, pixels, labels), losses, strict=True):
+            torch.testing.assert_close(mine[0], theirs[repeat])
+        both.zero_grad()
+        sum(part[repeat].sum() for part in both(features, pixels, labels)).backward()
+        other = [p.grad.chunk(2)[1 - repeat] for p in both.parameters()]
+        assert all(not gradient.any() for gradient in other)
 
 
 @pytest.fixture(scope="module")

@@ -8,7 +8,7 @@ import shutil
 import numpy as np
 import pytest
 import torch
-from conftest import run
+from conftest import command_line, kill_and_repeat, run
 from PIL import Image
 
 from ckd_dist import checkpoint, distill, models, select_teacher
@@ -108,6 +108,28 @@ def test_a_selection_is_the_same_bit_for_bit_and_nearly_so_on_two_processes(chos
     assert cost["seconds"] > 0 and cost["share"] == pytest.approx(cost["seconds"] / (3 * cost["student_seconds"]))
 
 
+def test_a_killed_selection_ends_with_the_numbers_of_one_that_never_was(chosen, tmp_path, capsys):
+    words, _ = chosen
+    words = [*words, "--probe.steps", 230, "--probe.repeats", 1, "--teacher.checkpoints", "[2,3]"]
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    expected = select_here(*words, "--run_dir", whole)
+    assert sorted(path.name for path in whole.iterdir()) == ["config.yaml", "cost.json", "env.json", "selection.json"]
+
+    def saves():  # counts each save once
+        path = killed / "probes.pt"
+        seen.add(path.stat().st_mtime_ns if path.exists() else 0)
+        return len(seen)
+
+    seen: set[int] = set()
+    command = command_line("ckd_dist.select_teacher", *words, "--run_dir", killed)
+    kill_and_repeat(command, saves, kills=[2, 3])
+    assert json.loads((killed / "selection.json").read_text()) == expected
+    assert not (killed / "probes.pt").exists()
+    capsys.readouterr()
+    assert select_here(*words, "--run_dir", killed) == expected
+    assert "complete already" in capsys.readouterr().out
+
+
 def test_the_last_feature_map_is_found_and_another_layer_can_be_named(chosen, tmp_path):
     names = {"resnet8": "features", "wrn_16_2": "features", "resnet18": "layer4", "mobilenet_v2": "features"}
     for name, layer in names.items():
@@ -115,11 +137,14 @@ def test_the_last_feature_map_is_found_and_another_layer_can_be_named(chosen, tm
     with pytest.raises(UserError, match="no feature map before a pooling"):
         models.feature_layer(torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(3 * 28 * 28, 10)), 28)
     words, _ = chosen
-    few = [*words, "--probe.steps", 2, "--teacher.checkpoints", "[2,3]", "--run_dir", tmp_path / "other"]
-    assert select_here(*few, "--layer", "features.3")["layer"] == "features.3"
+    few = [*words, "--probe.steps", 2, "--teacher.checkpoints", "[2,3]"]
+    assert select_here(*few, "--layer", "features.3", "--run_dir", tmp_path / "run")["layer"] == "features.3"
+    with pytest.raises(UserError, match=r"run_dir: .* holds a run with layer features\.3, not features\.4"):
+        select_here(*few, "--layer", "features.4", "--run_dir", tmp_path / "run")
     for layer, expected in (("features.33", "the teacher has no module features.33"), ("fc", r"fc gives \(4,\)")):
         with pytest.raises(UserError, match=expected):
-            select_here(*few, "--layer", layer)
+            select_here(*few, "--layer", layer, "--run_dir", tmp_path / "other")
+    assert not (tmp_path / "other").exists()
 
 
 def test_distill_takes_the_choice_and_refuses_that_of_another_run(fashion, teacher, store, tmp_path):
