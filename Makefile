@@ -10,7 +10,7 @@ SHELL := bash
 .SHELLFLAGS := -euo pipefail -c
 .ONESHELL:
 .DEFAULT_GOAL := help
-.PHONY: help quickstart test soak codecs bench lint setup clean
+.PHONY: help quickstart test soak codecs bench lint setup browser clean
 
 help:  ## list the targets
 	@sed -nE 's/^([a-z]+):.*## (.*)/make \1|\2/p' Makefile | while IFS='|' read -r target text; do
@@ -20,7 +20,7 @@ help:  ## list the targets
 quickstart: setup  ## set up, then the whole pipeline on real data, some minutes on a CPU
 	@.venv/bin/python -m ckd_dist.quickstart $(ARGS)
 
-test: setup  ## set up, then every test that this machine can run
+test: setup browser  ## set up, then every test that this machine can run
 	@.venv/bin/python -m pytest -n 2 --dist worksteal $(ARGS)
 
 soak: setup  ## set up, then kill a caching 60 times at random moments, 7 minutes
@@ -31,6 +31,18 @@ codecs: setup  ## set up, then make the README's table of codecs, 80 minutes on 
 
 bench: setup  ## set up, then measure the speed of this machine
 	@.venv/bin/python -m ckd_dist.bench $(ARGS)
+
+# The report's page is tested in Chromium, where there is one or it can be had.
+browser:
+	@for name in chromium chromium-browser google-chrome; do if command -v $$name >/dev/null; then exit 0; fi; done
+	as_root=()
+	[ "$$(id -u)" = 0 ] || as_root=(sudo -n)
+	if command -v apt-get >/dev/null && "$${as_root[@]}" true 2>/dev/null; then
+		echo "set-up: installing chromium, for a test"
+		"$${as_root[@]}" apt-get -qq update >/dev/null 2>&1 || true
+		"$${as_root[@]}" env DEBIAN_FRONTEND=noninteractive apt-get -qq -o DPkg::Lock::Timeout=300 install -y \
+			--no-install-recommends chromium </dev/null >/dev/null 2>&1 || echo "set-up: no chromium: its test is skipped"
+	fi
 
 lint: setup  ## set up, then ruff check, ruff format --check and mypy
 	@.venv/bin/python -m ruff check .

@@ -553,6 +553,17 @@ def flatten(values: dict, prefix: str = "") -> dict[str, Any]:
     return flat
 
 
+class Parser(argparse.ArgumentParser):
+    """A command line with words that are no options: errors are `UserError`, the help keeps the module's text."""
+
+    def __init__(self, **options: Any):
+        super().__init__(**{"formatter_class": argparse.RawDescriptionHelpFormatter, **options})
+
+    def error(self, message: str) -> NoReturn:
+        """Raise `UserError`."""
+        raise UserError(f"{message} (see --help)")
+
+
 class _HelpFormatter(jsonargparse.DefaultHelpFormatter, argparse.RawDescriptionHelpFormatter):
     """Help with the module's text as it stands, and without the usage block, which lists every option twice."""
 

@@ -14,8 +14,9 @@ FLOORS = [
     {"losses", "optim", "views", "checkpoint", "log", "mi", "results"},
     {"data", "models", "store"},
     {"engine"},
-    {"caching", "selection"},
-    {"students"},
+    {"caching", "selection", "findings"},
+    {"students", "figures"},
+    {"page"},
     {
         "train_teacher",
         "cache_logits",

@@ -21,13 +21,12 @@ import json
 import sys
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import NoReturn
 
 from ckd_dist.config import (
     CodecConfig,
     LoaderConfig,
+    Parser,
     PlanConfig,
-    UserError,
     load_config,
     option_words,
     require,
@@ -35,11 +34,6 @@ from ckd_dist.config import (
 )
 
 COMMANDS = ("plan", "info", "verify", "repair", "convert")
-
-
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise UserError(f"{message} (see --help)")
 
 
 def main(words: list[str] | None = None) -> int:
@@ -57,10 +51,9 @@ def main(words: list[str] | None = None) -> int:
 
 
 def _parse(words: list[str]) -> argparse.Namespace:
-    parser = _Parser(
+    parser = Parser(
         prog="python -m ckd_dist.store",
         description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
         usage=f"%(prog)s {{{','.join(COMMANDS)}}} ...",
     )
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND", prog=parser.prog)

@@ -1,0 +1,252 @@
+"""What a study says: differences with their noise, and what each way to choose a teacher costs."""
+
+from __future__ import annotations
+
+import json
+import statistics
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from scipy import stats
+
+from ckd_dist.config import UserError, require
+from ckd_dist.mi import Scaling, scores
+from ckd_dist.results import grouped, read_table
+
+SIGNIFICANT = 0.05
+"""A difference whose adjusted p is above is called within the noise."""
+
+
+@dataclass(frozen=True)
+class Taught:
+    """Students of one model and one teacher, with the setting that was chosen for it on held-out images."""
+
+    model: str
+    teacher: str
+    """Checkpoints joined by +, or none."""
+    loss: str | None
+    alpha: float | None
+    temperature: float | None
+    students: tuple[str, ...]
+    """Names of the runs, one a seed."""
+    seeds: tuple[int, ...]
+    val: tuple[float, ...]
+    """Top-1 on held-out images, percent, one a seed."""
+    test: tuple[float, ...]
+    """Top-1 on test images; empty where there were none."""
+
+    @property
+    def top1(self) -> tuple[float, ...]:
+        """On test images if there were any, else on held-out ones."""
+        return self.test or self.val
+
+    @property
+    def mean(self) -> float:
+        """Of `top1`."""
+        return statistics.mean(self.top1)
+
+    @property
+    def epoch(self) -> int | None:
+        """Of the checkpoint, if it is a single one of the unnamed run."""
+        return int(self.teacher) if self.teacher.isdecimal() else None
+
+
+def taught(rows: Sequence[dict]) -> list[Taught]:
+    """The chosen students of results.csv, in its order."""
+    found = []
+    for (model, teacher), same in grouped([row for row in rows if row["chosen"]], "model", "teacher"):
+        same = sorted(same, key=lambda row: row["seed"])
+        first = same[0]
+        found.append(
+            Taught(
+                model=model,
+                teacher=teacher,
+                loss=first["loss"],
+                alpha=first["alpha"],
+                temperature=first["temperature"],
+                students=tuple(row["student"] for row in same),
+                seeds=tuple(row["seed"] for row in same),
+                val=tuple(row["val_top1"] for row in same),
+                test=tuple(row["test_top1"] for row in same if row["test_top1"] is not None),
+            )
+        )
+    return found
+
+
+@dataclass(frozen=True)
+class Study:
+    """All there is under a folder of runs."""
+
+    search: Path
+    """Folder of the search."""
+    rows: list[dict]
+    """Its results.csv."""
+    selections: list[dict]
+    """Every selection.json, the one of the last feature map first; `cost` is its cost.json, if there is one."""
+    bench: dict | None
+    """bench.json."""
+
+    def curve(self, student: str) -> list[float]:
+        """Top-1 on held-out images after every epoch, empty where its run is not there any more."""
+        path = self.search / "students" / student / "metrics.jsonl"
+        lines = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+        return [line["top1"] for line in lines if line["split"] == "val"]
+
+
+def read_study(runs: Path) -> Study:
+    """Read all there is under `runs`; raises `UserError` when there is no search, or more than one."""
+    require(runs.is_dir(), f"RUNS: no such folder: {runs}")
+    tables = sorted(runs.rglob("results.csv"))
+    require(bool(tables), f"RUNS: no results.csv under {runs}: let ckd_dist.search finish first")
+    require(len(tables) == 1, f"RUNS: {', '.join(map(str, tables))}: name a folder with one search")
+    rows = read_table(tables[0])
+    require(any(row["chosen"] for row in rows), f"RUNS: {tables[0]} has no chosen students")
+    selections = []
+    for path in sorted(runs.rglob("selection.json")):
+        cost = path.with_name("cost.json")
+        selections.append({**_read(path), "cost": _read(cost) if cost.exists() else None})
+    # The last feature map is the output of all features together: its name has the fewest parts, and is the last.
+    selections.sort(key=lambda selection: selection["layer"], reverse=True)
+    selections.sort(key=lambda selection: selection["layer"].count("."))
+    benches = sorted(runs.rglob("bench.json"))
+    return Study(tables[0].parent, rows, selections, _read(benches[0]) if benches else None)
+
+
+def _read(path: Path) -> dict:
+    try:
+        return json.loads(path.read_text())
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise UserError(f"RUNS: {path} is damaged ({error})") from None
+
+
+# ------------------------------------------------------------------------------------------- differences
+
+
+@dataclass(frozen=True)
+class Difference:
+    """Of two teachers' students, paired by seed."""
+
+    mean: float
+    deviation: float | None
+    p: float | None
+    """Of a two-sided paired t-test; None where there are fewer than two pairs."""
+    adjusted_p: float | None
+    """By Holm's method, for all the differences that were asked for together."""
+
+    @property
+    def within_noise(self) -> bool:
+        """Whether the difference may well be chance."""
+        return self.adjusted_p is None or self.adjusted_p > SIGNIFICANT
+
+
+def last_checkpoint(each: Sequence[Taught]) -> Taught | None:
+    """The students of the last single checkpoint: of the usual teacher, with which others are compared."""
+    singles = [one for one in each if one.epoch is not None]
+    return max(singles, key=lambda one: one.epoch or 0, default=None)
+
+
+def differences(each: Sequence[Taught], base: Taught) -> list[Difference | None]:
+    """Top-1 of each minus that of `base`, None for `base` itself."""
+    raw: list[tuple[np.ndarray, float | None] | None] = []
+    for other in each:
+        if other == base:
+            raw.append(None)
+            continue
+        ours, theirs = dict(zip(other.seeds, other.top1, strict=True)), dict(zip(base.seeds, base.top1, strict=True))
+        values = np.array([ours[seed] - theirs[seed] for seed in other.seeds if seed in theirs])
+        if len(values) < 2:
+            raw.append((values, None))
+        elif np.ptp(values) == 0:  # the test divides by the deviation
+            raw.append((values, 0.0 if values[0] else 1.0))
+        else:
+            raw.append((values, float(stats.ttest_1samp(values, 0.0).pvalue)))
+    adjusted = iter(holm([p for found in raw if found for p in [found[1]] if p is not None]))
+    result: list[Difference | None] = []
+    for found in raw:
+        if found is None or len(found[0]) == 0:
+            result.append(None)
+            continue
+        values, p = found
+        deviation = float(values.std(ddof=1)) if len(values) > 1 else None
+        result.append(Difference(float(values.mean()), deviation, p, None if p is None else next(adjusted)))
+    return result
+
+
+def holm(ps: Sequence[float]) -> list[float]:
+    """p values adjusted for their number (Holm, "A simple sequentially rejective multiple test procedure", 1979)."""
+    adjusted, largest = [0.0] * len(ps), 0.0
+    for rank, index in enumerate(np.argsort(ps)):
+        largest = max(largest, min(1.0, (len(ps) - rank) * ps[index]))
+        adjusted[index] = largest
+    return adjusted
+
+
+# ------------------------------------------------------------------------------------------- ways to choose
+
+
+@dataclass(frozen=True)
+class WayToChoose:
+    """What comes of choosing the teacher's checkpoint by a score."""
+
+    name: str
+    epoch: int
+    """Of the checkpoint with the best score."""
+    regret: float
+    """Top-1 of the best checkpoint's students minus that of the chosen one's, percent."""
+    correlation: float | None
+    """Spearman's, of the score and the students' top-1 over the checkpoints; None for a fixed choice."""
+    p: float | None
+    """Of the correlation: that no order is behind it."""
+
+
+def ways_to_choose(checkpoints: Sequence[Taught], selection: dict) -> list[WayToChoose]:
+    """All scores of a selection.json and the fixed choices, judged by students of each checkpoint. Only checkpoints
+    that both know count."""
+    known = {row["epoch"]: row for row in selection["checkpoints"]}
+    students = {each.epoch: each for each in checkpoints if each.epoch in known}
+    epochs = [epoch for epoch in known if epoch in students]
+    top1 = np.array([students[epoch].mean for epoch in epochs])
+    val = np.array([statistics.mean(students[epoch].val) for epoch in epochs])
+
+    def column(key: str) -> np.ndarray:
+        return np.array([known[epoch][key] for epoch in epochs], dtype=float)
+
+    image, label = column("image_information"), column("label_information")
+    found = [
+        _scored(f"I(X;F) + I(Y;F), {s}", epochs, scores(image, label, s, selection["weight"]), top1) for s in SCALINGS
+    ]
+    for name, values in (
+        ("I(X;F)", image),
+        ("I(Y;F)", label),
+        ("teacher's top-1", column("top1")),
+        ("least calibration error", -column("calibration_error")),
+        ("largest entropy", column("entropy")),
+        ("largest conditional mutual information", column("conditional_mutual_information")),
+        ("agreement with the last checkpoint", column("agreement_with_last")),
+    ):
+        found.append(_scored(name, epochs, values, top1))
+    for name, epoch in (("half-way checkpoint", selection["fixed"]["half"]), ("last checkpoint", epochs[-1])):
+        if epoch in students:
+            found.append(WayToChoose(name, epoch, float(top1.max() - students[epoch].mean), None, None))
+    found.append(_scored("students of all, on held-out images", epochs, val, top1))
+    return found
+
+
+SCALINGS: tuple[Scaling, ...] = ("raw", "minmax", "zscore")
+
+
+def _scored(name: str, epochs: list[int], values: np.ndarray, top1: np.ndarray) -> WayToChoose:
+    best = int(values.argmax())
+    correlation = p = None
+    if len(epochs) > 2 and np.ptp(values) > 0 and np.ptp(top1) > 0:
+        correlation, p = map(float, stats.spearmanr(values, top1))
+    return WayToChoose(name, epochs[best], float(top1.max() - top1[best]), correlation, p)
+
+
+def chosen_epochs(selection: dict, scaling: Scaling, weights: Sequence[float]) -> list[int]:
+    """The checkpoint that I(X;F) + weight * I(Y;F) chooses, for each weight."""
+    rows = selection["checkpoints"]
+    image, label = (np.array([row[f"{key}_information"] for row in rows]) for key in ("image", "label"))
+    return [rows[int(scores(image, label, scaling, weight).argmax())]["epoch"] for weight in weights]

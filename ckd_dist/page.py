@@ -1,0 +1,241 @@
+"""The report's page: what a study says, in words, tables and pictures."""
+
+from __future__ import annotations
+
+import base64
+import html
+import io
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from matplotlib.figure import Figure
+
+from ckd_dist import figures
+from ckd_dist.findings import Difference, Study, Taught, differences, last_checkpoint, taught, ways_to_choose
+from ckd_dist.results import mean_and_deviation
+
+
+def write(study: Study, out: Path) -> None:
+    """Write the page, its pictures and the table."""
+    out.mkdir(parents=True, exist_ok=True)
+    each = taught(study.rows)
+    sections: list[str] = []
+    for model in dict.fromkeys(one.model for one in each):
+        sections += list(_model_sections(study, [one for one in each if one.model == model], out))
+    sections += list(_selection_sections(study, out))
+    if study.bench:
+        sections.append(_section("Cached against online", _picture(figures.time(study.bench), "time", out), TIME_TEXT))
+    sections.append(
+        _section("All students", f"<details><summary>{len(study.rows)} rows</summary>{_all_rows(study.rows)}</details>")
+    )
+    (out / "report.html").write_text(PAGE.format(title=html.escape(str(study.search)), body="\n".join(sections)))
+    (out / "table.md").write_text("\n".join(markdown(each)) + "\n")
+
+
+# ------------------------------------------------------------------------------------------- text
+
+
+def _section(title: str, *parts: str) -> str:
+    return f"<section><h2>{html.escape(title)}</h2>{''.join(parts)}</section>"
+
+
+def _paragraph(text: str) -> str:
+    return f"<p>{html.escape(text)}</p>"
+
+
+def _table(head: Sequence[str], rows: Sequence[Sequence[str]], bold: int | None = None) -> str:
+    cells = "".join(f"<th>{html.escape(cell)}</th>" for cell in head)
+    lines = []
+    for number, row in enumerate(rows):
+        style = " class=chosen" if number == bold else ""
+        lines.append(f"<tr{style}>{''.join(f'<td>{html.escape(cell)}</td>' for cell in row)}</tr>")
+    return f"<div class=wide><table><thead><tr>{cells}</tr></thead><tbody>{''.join(lines)}</tbody></table></div>"
+
+
+HEAD = ("teacher", "loss", "alpha", "T", "n", "held out, %", "test, %", "minus the last checkpoint", "p", "")
+
+
+def comparison(each: Sequence[Taught]) -> list[list[str]]:
+    """A row for each teacher of one model: setting, n, mean and deviation, and the difference from the last
+    checkpoint with a paired test."""
+    base = last_checkpoint(each)
+    compared = differences(each, base) if base else [None] * len(each)
+    rows = []
+    for one, difference in zip(each, compared, strict=True):
+        setting = ["" if value is None else f"{value}" for value in (one.loss, one.alpha, one.temperature)]
+        test = mean_and_deviation(one.test) if one.test else ""
+        rows.append([one.teacher, *setting, str(len(one.val)), mean_and_deviation(one.val), test, *_judged(difference)])
+    return rows
+
+
+def _judged(difference: Difference | None) -> list[str]:
+    if difference is None:
+        return ["", "", ""]
+    deviation = "" if difference.deviation is None else f" ± {difference.deviation:.2f}"
+    p = "" if difference.adjusted_p is None else f"{difference.adjusted_p:.3f}"
+    return [f"{difference.mean:+.2f}{deviation}", p, "within noise" if difference.within_noise else "differs"]
+
+
+def markdown(each: Sequence[Taught]) -> list[str]:
+    """The comparison of every model as a table for a README."""
+    lines = [f"| student | {' | '.join(HEAD)} |", "|---" * (len(HEAD) + 1) + "|"]
+    for model in dict.fromkeys(one.model for one in each):
+        for row in comparison([one for one in each if one.model == model]):
+            lines.append(f"| {' | '.join([model, *row])} |")
+    return lines
+
+
+def _all_rows(rows: Sequence[dict]) -> str:
+    keys = list(rows[0])
+    texts = [
+        ["" if row[k] is None else f"{row[k]:.4g}" if isinstance(row[k], float) else str(row[k]) for k in keys]
+        for row in rows
+    ]
+    return _table(keys, texts)
+
+
+# ------------------------------------------------------------------------------------------- sections
+
+
+def _model_sections(study: Study, each: list[Taught], out: Path) -> Iterator[str]:
+    """Everything about the students of one model."""
+    model = each[0].model
+    split = "test" if any(one.test for one in each) else "held-out"
+    singles = sorted((one for one in each if one.epoch is not None), key=lambda one: one.epoch or 0)
+    selection = study.selections[0] if study.selections else None
+    settings = len({(row["loss"], row["alpha"], row["temperature"]) for row in study.rows if row["teacher"] != "none"})
+    seeds = len({row["seed"] for row in study.rows})
+    base = last_checkpoint(each)
+    order = sorted(range(len(each)), key=lambda i: -each[i].mean)
+    yield _section(
+        f"{model}: students of every teacher",
+        _paragraph(
+            f"Every teacher had the same {settings} settings of loss, alpha and temperature, {seeds} seeds each; the "
+            "best mean top-1 on held-out images chose its setting. Mean ± deviation over seeds. The difference is "
+            "paired by seed; p of a two-sided paired t-test, adjusted for the number of teachers (Holm). The "
+            "deviations are the students': each teacher comes from one training."
+        ),
+        _paragraph(_headline(each, split)),
+        _table(HEAD, comparison(each), bold=each.index(base) if base else None),
+    )
+    name = f"{model}_".replace("/", "_")
+    if len(singles) > 1:
+        figure = figures.checkpoints(each, singles, selection, split)
+        yield _section("Student against teacher checkpoint", _picture(figure, f"{name}checkpoints", out))
+    ensembles = [one for one in each if "+" in one.teacher]
+    if ensembles and base:
+        figure = figures.ensembles(base, ensembles, split)
+        yield _section("Student against ensemble size", _picture(figure, f"{name}ensembles", out))
+    if selection and len(singles) > 1:
+        ways = ways_to_choose(singles, selection)
+        figure = figures.regret(ways, singles)
+        rows = [
+            [w.name, str(w.epoch), f"{w.regret:.2f}", *("" if v is None else f"{v:.2f}" for v in (w.correlation, w.p))]
+            for w in sorted(ways, key=lambda way: way.regret)
+        ]
+        text = (
+            f"Regret: {split} top-1 of the best checkpoint's students minus that of the chosen one's, in points. The "
+            f"best of {len(singles)} noisy means is partly luck, so even the right choice has some. Spearman's rank "
+            f"correlation of the score with the students' top-1 over {len(singles)} checkpoints, its p not adjusted."
+        )
+        yield _section(
+            "What each way to choose costs",
+            _paragraph(text),
+            _picture(figure, f"{name}regret", out),
+            _table(("choice by", "epoch", "regret", "rank correlation", "p"), rows),
+        )
+    curves = figures.curves(study, [each[i] for i in order], base)
+    if curves:
+        yield _section("Learning curves", _picture(curves, f"{name}curves", out))
+
+
+def _headline(each: Sequence[Taught], split: str) -> str:
+    """What the table says, in words."""
+    base = last_checkpoint(each)
+    others = [one for one in each if one != base]
+    if base is None or not others:
+        return ""
+    compared = [(one, found) for one, found in zip(others, differences(others, base), strict=True) if found]
+    parts = []
+    for kind, chosen in (
+        ("intermediate checkpoint", [(o, d) for o, d in compared if o.epoch is not None]),
+        ("ensemble", [(o, d) for o, d in compared if "+" in o.teacher]),
+        ("student without a teacher", [(o, d) for o, d in compared if o.teacher == "none"]),
+    ):
+        if chosen:
+            one, found = max(chosen, key=lambda pair: pair[0].mean)
+            which = "the" if one.teacher == "none" else f"the best {kind} is {one.teacher}: its"
+            noise = "within noise" if found.within_noise else f"p {found.adjusted_p:.3f}"
+            subject = f"{which} {kind if one.teacher == 'none' else 'student'}"
+            parts.append(f"{subject} reaches {one.mean:.2f} %, {found.mean:+.2f} ({noise})")
+    text = "; ".join(parts)
+    return f"Top-1 on {split} images: the student of the last checkpoint reaches {base.mean:.2f} %; {text}."
+
+
+def _selection_sections(study: Study, out: Path) -> Iterator[str]:
+    """Everything about the choice by mutual information."""
+    if not study.selections:
+        return
+    first = study.selections[0]
+    text = ""
+    if cost := first["cost"]:
+        text = (
+            f"The selection took {cost['seconds']:.0f} s, {100 * cost['share']:.1f} % of training one student from "
+            f"each of the {len(first['checkpoints'])} checkpoints."
+        )
+    yield _section(
+        "The information plane",
+        _paragraph(
+            "Estimates by probes, in nats, with the deviation over the probes' seeds; the numbers are epochs. The star "
+            f"is the checkpoint that {first['scaling']} scaling with weight {first['weight']:g} chooses."
+        ),
+        _paragraph(text),
+        _picture(figures.information(study.selections), "information", out),
+    )
+    yield _section(
+        "How the choice moves with scaling, weight and layer",
+        _paragraph("The chosen epoch against the weight of I(Y;F), for every scaling; one panel for each layer."),
+        _picture(figures.choice(study.selections), "choice", out),
+    )
+
+
+TIME_TEXT = _paragraph(
+    "Time of an epoch over that of plain training of the same student: interleaved epochs in one process, median, "
+    "least and most. Caching's own time is not in it: ckd_dist.store plan tells from how many students on it pays."
+)
+
+
+# ------------------------------------------------------------------------------------------- pictures
+
+
+def _picture(figure: Figure, name: str, out: Path) -> str:
+    """Save a figure as PNG, and as an element of the page."""
+    content = io.BytesIO()
+    figure.savefig(content, format="png", dpi=150, metadata={"Software": None})
+    (out / f"{name}.png").write_bytes(content.getvalue())
+    data = base64.b64encode(content.getvalue()).decode()
+    return f'<img alt="{html.escape(name)}" src="data:image/png;base64,{data}">'
+
+
+PAGE = """<!doctype html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<title>ckd_dist: {title}</title>
+<style>
+body {{ font: 16px/1.5 system-ui, sans-serif; color: #222; background: #fff; max-width: 60rem; margin: 0 auto;
+  padding: 1rem; }}
+h1 {{ font-size: 1.6rem; }} h2 {{ font-size: 1.2rem; margin-top: 2.5rem; border-bottom: 1px solid #ddd; }}
+img {{ max-width: 100%; height: auto; display: block; }}
+table {{ border-collapse: collapse; font-size: 0.85rem; font-variant-numeric: tabular-nums; }}
+th, td {{ padding: 0.25rem 0.6rem; text-align: left; border-bottom: 1px solid #eee; white-space: nowrap; }}
+tr.chosen {{ background: #f2f6fa; }} .wide {{ overflow-x: auto; }} summary {{ cursor: pointer; }}
+</style>
+</head>
+<body>
+<h1>Distillation from checkpoints: {title}</h1>
+{body}
+</body>
+</html>
+"""

@@ -1,0 +1,164 @@
+"""What the report says of tables whose answer is known, and its page in a browser."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import statistics
+import subprocess
+
+import numpy as np
+import pytest
+from conftest import run
+from PIL import Image
+
+from ckd_dist import findings
+from ckd_dist.results import COLUMNS, write_table
+
+TOP1 = {
+    "none": (80.0, 81.0, 80.5),
+    "2": (82.0, 82.6, 82.2),
+    "4": (85.0, 85.7, 85.3),
+    "6": (84.0, 84.9, 84.1),
+    "2+6": (86.1, 86.7, 86.4),
+    "6+b/6": (84.6, 85.1, 85.2),
+}
+"""Test top-1 of the chosen students, a value a seed."""
+
+
+@pytest.fixture(scope="module")
+def study(tmp_path_factory):
+    """Runs of a search of six teachers, two settings and three seeds, and of a selection at two layers."""
+    runs = tmp_path_factory.mktemp("study") / "runs"
+    rows = []
+    for teacher, top1 in TOP1.items():
+        for temperature in (None,) if teacher == "none" else (2.0, 4.0):
+            for seed, value in enumerate(top1):
+                chosen = temperature in (None, 4.0)
+                row = dict.fromkeys(COLUMNS)
+                name = f"{teacher.replace('/', '.')}_T{temperature}_{seed}"
+                row.update(student=name, model="resnet8", teacher=teacher, seed=seed, epochs=3, chosen=int(chosen))
+                row.update(val_top1=value - 2 + chosen, val_top5=99.0, val_loss=0.5, train_seconds=9.0, side_by_side=4)
+                if temperature:
+                    row.update(loss="kd", alpha=0.1, temperature=temperature)
+                if chosen:
+                    row.update(test_top1=value, test_top5=99.5, test_loss=0.4)
+                rows.append(row)
+                lines = [{"split": "val", "epoch": e, "step": e, "top1": value - 9 / (e + 1)} for e in range(3)]
+                path = runs / "search" / "students" / row["student"] / "metrics.jsonl"
+                path.parent.mkdir(parents=True)
+                path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    write_table(runs / "search" / "results.csv", rows)
+    for layer, image in (("features", (0.2, 0.3, 0.25)), ("features.5", (0.4, 0.3, 0.2))):
+        checkpoints = [
+            {
+                "epoch": epoch, "image_information": i, "image_information_deviation": 0.01, "label_information": l,
+                "label_information_deviation": None, "top1": t, "calibration_error": c, "entropy": e,
+                "conditional_mutual_information": 0.1 * e, "agreement_with_last": t,
+            }
+            for epoch, i, l, t, c, e in zip(
+                (2, 4, 6), image, (1.0, 1.5, 1.6), (80, 85, 90), (0.05, 0.01, 0.02), (0.9, 0.6, 0.3), strict=True
+            )
+        ]  # fmt: skip
+        result = {"layer": layer, "choice": 4, "scaling": "zscore", "weight": 1.0, "checkpoints": checkpoints}
+        folder = runs / layer
+        folder.mkdir()
+        (folder / "selection.json").write_text(json.dumps({**result, "fixed": {"half": 4, "full": 6}}))
+    (runs / "features" / "cost.json").write_text(json.dumps({"seconds": 12.0, "student_seconds": 40.0, "share": 0.1}))
+    spread = {"median": 1.0, "least": 0.9, "most": 1.2}
+    (runs / "bench.json").write_text(json.dumps({"epochs": [{"case": "from store", "ratio_to_plain": spread}]}))
+    return runs
+
+
+def test_differences_are_paired_tested_and_adjusted(study):
+    each = findings.taught(findings.read_study(study).rows)
+    assert [one.teacher for one in each] == list(TOP1) and all(one.temperature in (None, 4.0) for one in each)
+    base = findings.last_checkpoint(each)
+    assert base is not None and base.teacher == "6" and base.top1 == TOP1["6"]
+    found = dict(zip(TOP1, findings.differences(each, base), strict=True))
+    assert found["6"] is None
+    pairs = np.array(TOP1["2+6"]) - np.array(TOP1["6"])
+    t = pairs.mean() / (pairs.std(ddof=1) / np.sqrt(3))
+    p = 1 - t / np.sqrt(t**2 + 2)  # two-sided, of Student's distribution with two degrees of freedom
+    assert found["2+6"].mean == pytest.approx(pairs.mean()) and found["2+6"].p == pytest.approx(p)
+    assert found["2+6"].adjusted_p > found["2+6"].p and not found["2+6"].within_noise
+    assert found["6+b/6"].within_noise
+
+
+def test_holms_adjustment():
+    assert findings.holm([0.01, 0.04, 0.03, 0.005]) == pytest.approx([0.03, 0.06, 0.06, 0.02])
+    assert findings.holm([0.6, 0.9]) == [1.0, 1.0] and findings.holm([]) == []
+
+
+def test_a_choice_is_judged_by_what_its_students_lose(study):
+    everything = findings.read_study(study)
+    assert [selection["layer"] for selection in everything.selections] == ["features", "features.5"]
+    ways = {w.name: w for w in findings.ways_to_choose(findings.taught(everything.rows), everything.selections[0])}
+    best = statistics.mean(TOP1["4"])
+    for name, epoch in {
+        "I(X;F) + I(Y;F), zscore": 4, "I(X;F)": 4, "I(Y;F)": 6, "least calibration error": 4, "largest entropy": 2,
+        "half-way checkpoint": 4, "last checkpoint": 6, "students of all, on held-out images": 4,
+    }.items():  # fmt: skip
+        assert ways[name].epoch == epoch, name
+        assert ways[name].regret == pytest.approx(best - statistics.mean(TOP1[str(epoch)])), name
+    assert ways["I(X;F)"].correlation == pytest.approx(1) and ways["largest entropy"].correlation == pytest.approx(-0.5)
+    assert ways["last checkpoint"].correlation is None
+    assert findings.chosen_epochs(everything.selections[1], "zscore", [0.01, 100]) == [2, 6]
+
+
+def open_page(browser, page, shot):
+    """What a headless browser without network says of `page`; its picture goes to `shot`."""
+    command = [
+        browser, "--headless", "--no-sandbox", "--disable-gpu", "--hide-scrollbars", "--window-size=1000,4000",
+        "--proxy-server=127.0.0.1:9", f"--user-data-dir={shot.parent / 'profile'}", "--enable-logging=stderr", "--v=0",
+        f"--screenshot={shot}", page.as_uri(),
+    ]  # fmt: skip
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0 and shot.exists(), done.stderr[-2000:]
+    return done.stderr
+
+
+def test_the_page_needs_nothing_else_and_opens_without_errors(study, tmp_path):
+    done = run("ckd_dist.report", study, "--out", tmp_path / "report")
+    assert "report.html: 33 students, 2 selections" in done.stdout
+    page = (tmp_path / "report" / "report.html").read_text()
+    sources = re.findall(r"""(?:src|href|url)\s*[=(]\s*["']?([^"' )>]{1,30})""", page)
+    assert len(sources) == 7 and all(source.startswith("data:image/png;base64") for source in sources)
+    for text in ("within noise", "n", "Holm", "85.33 ± 0.35", "10.0 % of training one student", "+2.07 ± 0.25"):
+        assert text in page, text
+    pictures = sorted((tmp_path / "report").glob("*.png"))
+    assert len(pictures) == 7 and all(Image.open(path).size[0] >= 900 for path in pictures)
+    table = (tmp_path / "report" / "table.md").read_text().splitlines()
+    assert len(table) == 2 + len(TOP1) and len({line.count("|") for line in table}) == 1
+
+    browser = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+    if browser is None:
+        pytest.skip("there is no Chromium: apt-get install chromium")
+    assert "CONSOLE" not in open_page(browser, tmp_path / "report" / "report.html", tmp_path / "shot.png")
+    (tmp_path / "bad.html").write_text("<script>nothing.here()</script><img src=https://example.org/x.png>")
+    assert "CONSOLE" in open_page(browser, tmp_path / "bad.html", tmp_path / "bad.png")  # it would be seen
+    pixels = np.asarray(Image.open(tmp_path / "shot.png").convert("RGB"), dtype=int)
+    assert pixels.shape == (4000, 1000, 3)
+    # The pictures are there: blue lines, orange stars, green squares, over the whole height of the page.
+    for colour in ((0, 114, 178), (213, 94, 0), (0, 158, 115)):
+        rows = np.flatnonzero((np.abs(pixels - colour).sum(2) < 30).any(axis=1))
+        assert len(rows) > 20, colour
+    assert np.flatnonzero((pixels < 128).any(axis=(1, 2))).max() > 3000
+
+
+@pytest.mark.parametrize(
+    ("spoil", "expected"),
+    [
+        (lambda runs: (runs / "search" / "results.csv").unlink(), "no results.csv under"),
+        (lambda runs: shutil.copytree(runs / "search", runs / "again"), "name a folder with one search"),
+        (lambda runs: (runs / "features" / "selection.json").write_text("{"), r"selection\.json is damaged"),
+        (lambda runs: shutil.rmtree(runs), "no such folder"),
+    ],
+)
+def test_what_is_no_study_is_refused_in_one_line(study, tmp_path, spoil, expected):
+    runs = shutil.copytree(study, tmp_path / "runs")
+    spoil(runs)
+    done = run("ckd_dist.report", runs, status=2)
+    assert re.fullmatch(rf"error: RUNS: .*{expected}.*\n", done.stderr), done.stderr
+    assert not (runs / "report").exists()
