@@ -10,7 +10,7 @@ SHELL := bash
 .SHELLFLAGS := -euo pipefail -c
 .ONESHELL:
 .DEFAULT_GOAL := help
-.PHONY: help quickstart test soak codecs bench lint setup browser clean
+.PHONY: help quickstart test soak codecs study bench lint setup browser clean
 
 help:  ## list the targets
 	@sed -nE 's/^([a-z]+):.*## (.*)/make \1|\2/p' Makefile | while IFS='|' read -r target text; do
@@ -28,6 +28,9 @@ soak: setup  ## set up, then kill a caching 60 times at random moments, 7 minute
 
 codecs: setup  ## set up, then make the README's table of codecs, 80 minutes on two cores
 	@.venv/bin/python -m ckd_dist.compare_codecs $(ARGS)
+
+study: setup  ## set up, then the study of the README and its report, 100 minutes on two cores
+	@.venv/bin/python -m ckd_dist.study $(ARGS)
 
 bench: setup  ## set up, then measure the speed of this machine
 	@.venv/bin/python -m ckd_dist.bench $(ARGS)

@@ -32,6 +32,7 @@ def main(folder: Path) -> None:
             "rows": rows,
             "store": measure_store(folder / "scratch" / "imagenet_store", IMAGENET),
             "plan": measure_plan(folder),
+            "students": measure_students(folder),
         }
     (folder / "bench.json").write_text(json.dumps(result, indent=2) + "\n")
     show(result)
@@ -225,6 +226,48 @@ def measure_plan(folder: Path, tries: int = 3) -> dict:
     return {"planned_seconds_over_taken": _spread(ratios)}
 
 
+def measure_students(folder: Path, count: int = 4, tries: int = 3) -> dict:
+    """Wall time of training `count` students side by side, over that of as many separate commands, in turn; each
+    student's weights must be those of its separate run."""
+    import shutil
+    import subprocess
+
+    import torch
+
+    def wall_seconds(*words: object) -> float:
+        started = time.perf_counter()
+        subprocess.run([sys.executable, "-m", *map(str, words)], check=True, capture_output=True)
+        return time.perf_counter() - started
+
+    def weights(run: Path) -> dict:
+        return torch.load(run / "checkpoints" / "epoch_0002.pt", weights_only=True)["weights"]
+
+    train, runs = folder / "train.beton", folder / "scratch" / "students"
+    options = ["--data.train", train, "--data.val", train, "--model.name", "resnet8", "--epochs", 2]
+    options += ["--data.batch_size", BATCH_SIZE, "--teacher.store", folder / "store", "--teacher.checkpoints", "[1]"]
+    alphas = [round((1 + number) / (count + 1), 2) for number in range(count)]
+    together, apart, training = [], [], []
+    for _ in range(tries):
+        shutil.rmtree(runs, ignore_errors=True)
+        search = ["ckd_dist.search", *options, "--grid.alphas", alphas, "--run_dir", runs / "search"]
+        together.append(wall_seconds(*search))
+        alone = [["ckd_dist.distill", *options, "--kd.alpha", a, "--run_dir", runs / str(a)] for a in alphas]
+        apart.append(sum(wall_seconds(*words) for words in alone))
+        students = sorted((runs / "search" / "students").iterdir())
+        for student, alpha in zip(students, alphas, strict=True):
+            mine, theirs = weights(student), weights(runs / str(alpha))
+            assert all(torch.equal(mine[name], theirs[name]) for name in mine), student
+        seconds = [json.loads((run / "summary.json").read_text())["train_seconds"] for run in runs.glob("0.*")]
+        summary = json.loads((students[0] / "summary.json").read_text())
+        training.append(summary["train_seconds"] / sum(seconds))
+    shutil.rmtree(runs)
+    return {
+        "count": count,
+        "wall_over_separate": _spread([a / b for a, b in zip(together, apart, strict=True)]),
+        "training_over_separate": _spread(training),
+    }
+
+
 def _spread(values: list[float]) -> dict[str, float]:
     return {"median": statistics.median(values), "min": min(values), "max": max(values)}
 
@@ -249,7 +292,7 @@ def show(result: dict) -> None:
         table.add_row(row["case"], *cells, f"{row['images_per_s']:,.0f}")
     console = Console(width=120, highlight=False)
     console.print(table)
-    store, plan = result["store"], result["plan"]
+    store, plan, students = result["store"], result["plan"], result["students"]
     spread = "{median:.2f} ({min:.2f} to {max:.2f})".format
     console.print(
         f"Dense store of {store['records']:,} records x {store['classes']} classes, {store['bytes'] / 1e9:.2f} GB: "
@@ -257,7 +300,9 @@ def show(result: dict) -> None:
         f"{store['verify_bytes_per_s'] / 1e6:,.0f} MB/s, read in random order, batches of 1024, at "
         f"{store['read_records_per_s']:,.0f} records/s: {spread(**store['read_rate_over_take'])} of numpy's take of "
         "the same rows in memory.\n"
-        f"`store plan`: seconds foretold over seconds taken, 3 tries: {spread(**plan['planned_seconds_over_taken'])}."
+        f"`store plan`: seconds foretold over seconds taken, 3 tries: {spread(**plan['planned_seconds_over_taken'])}.\n"
+        f"{students['count']} students side by side over separate runs, weights equal, 3 tries: wall time "
+        f"{spread(**students['wall_over_separate'])}, training alone {spread(**students['training_over_separate'])}."
     )
 
 

@@ -192,13 +192,13 @@ def curves(study: Study, best_first: list[Taught], base: Taught | None) -> Figur
 
 def time(bench: dict) -> Figure:
     """Epoch times over plain training's."""
-    cases = bench["epochs"]
+    cases = bench["rows"]
     figure, axes = _axes(height=0.5 * len(cases) + 1.2)
     ax = axes[0, 0]
     names = [case["case"] for case in cases][::-1]
     ratios = [case["ratio_to_plain"] for case in cases][::-1]
     middle = [ratio["median"] for ratio in ratios]
-    errors = [[r["median"] - r["least"] for r in ratios], [r["most"] - r["median"] for r in ratios]]
+    errors = [[r["median"] - r["min"] for r in ratios], [r["max"] - r["median"] for r in ratios]]
     ax.barh(names, middle, xerr=errors, color=BLUE, height=0.6, capsize=3)
     ax.axvline(1, color="black", linewidth=0.8)
     ax.set_xlabel("time of an epoch over plain training's")

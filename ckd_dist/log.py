@@ -176,13 +176,13 @@ class ProgressDisplay:
         now = time.perf_counter()
         rate = (done - self._first) / max(1e-9, now - self._started)
         if self._bar is not None:
-            note = f"{note}  {rate:,.0f} {self.unit}/s".strip()
+            note = f"{note}  {format_rate(rate)} {self.unit}/s".strip()
             self._bar.update(self._task, completed=done, description=description, note=note)
         elif now - self._printed >= self.interval:
             self._printed = now
             left = (self.total - done) / rate if rate else 0
             share = 100 * done / max(1, self.total)
-            say(f"{description}  {share:.0f} %  {note}  {rate:,.0f} {self.unit}/s  {format_seconds(left)} left")
+            say(f"{description}  {share:.0f} %  {note}  {format_rate(rate)} {self.unit}/s  {format_seconds(left)} left")
 
     def __enter__(self) -> ProgressDisplay:
         return self
@@ -190,6 +190,11 @@ class ProgressDisplay:
     def __exit__(self, *_: object) -> None:
         if self._bar is not None:
             self._bar.stop()
+
+
+def format_rate(rate: float) -> str:
+    """Whole numbers, and two digits of small ones."""
+    return f"{rate:,.0f}" if rate >= 10 else f"{rate:.2g}"
 
 
 def format_seconds(seconds: float) -> str:

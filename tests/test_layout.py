@@ -26,6 +26,7 @@ FLOORS = [
         "bench",
         "compare_codecs",
         "quickstart",
+        "study",
         "search",
         "report",
     },

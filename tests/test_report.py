@@ -66,8 +66,8 @@ def study(tmp_path_factory):
         folder.mkdir()
         (folder / "selection.json").write_text(json.dumps({**result, "fixed": {"half": 4, "full": 6}}))
     (runs / "features" / "cost.json").write_text(json.dumps({"seconds": 12.0, "student_seconds": 40.0, "share": 0.1}))
-    spread = {"median": 1.0, "least": 0.9, "most": 1.2}
-    (runs / "bench.json").write_text(json.dumps({"epochs": [{"case": "from store", "ratio_to_plain": spread}]}))
+    spread = {"median": 1.0, "min": 0.9, "max": 1.2}
+    (runs / "bench.json").write_text(json.dumps({"rows": [{"case": "from store", "ratio_to_plain": spread}]}))
     return runs
 
 
