@@ -231,6 +231,11 @@ class TeacherConfig:
             f"teacher.weights {self.weights}: give positive numbers",
         )
 
+    @property
+    def at_once(self) -> str | None:
+        """How several checkpoints teach at once, if they do."""
+        return self.combine if len(self.checkpoints) > 1 and self.combine != "sequence" else None
+
 
 @dataclass(kw_only=True)
 class TrajectoryConfig:

@@ -156,20 +156,17 @@ def _headline(each: Sequence[Taught], split: str) -> str:
     if base is None or not others:
         return ""
     compared = [(one, found) for one, found in zip(others, differences(others, base), strict=True) if found]
-    parts = []
-    for kind, chosen in (
-        ("intermediate checkpoint", [(o, d) for o, d in compared if o.epoch is not None]),
-        ("ensemble", [(o, d) for o, d in compared if "+" in o.teacher]),
-        ("student without a teacher", [(o, d) for o, d in compared if o.teacher == "none"]),
+    parts = [f"last checkpoint {base.mean:.2f} %"]
+    for what, belongs in (
+        ("best other checkpoint, {}:", lambda one: one.epoch is not None),
+        ("best ensemble, {}:", lambda one: "+" in one.teacher),
+        ("no teacher:", lambda one: one.teacher == "none"),
     ):
-        if chosen:
-            one, found = max(chosen, key=lambda pair: pair[0].mean)
-            which = "the" if one.teacher == "none" else f"the best {kind} is {one.teacher}: its"
+        if candidates := [pair for pair in compared if belongs(pair[0])]:
+            one, found = max(candidates, key=lambda pair: pair[0].mean)
             noise = "within noise" if found.within_noise else f"p {found.adjusted_p:.3f}"
-            subject = f"{which} {kind if one.teacher == 'none' else 'student'}"
-            parts.append(f"{subject} reaches {one.mean:.2f} %, {found.mean:+.2f} ({noise})")
-    text = "; ".join(parts)
-    return f"Top-1 on {split} images: the student of the last checkpoint reaches {base.mean:.2f} %; {text}."
+            parts.append(f"{what.format(one.teacher)} {one.mean:.2f} %, {found.mean:+.2f} ({noise})")
+    return f"Students' top-1 on {split} images: {'; '.join(parts)}."
 
 
 def _selection_sections(study: Study, out: Path) -> Iterator[str]:

@@ -31,7 +31,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ckd_dist import results
-from ckd_dist.config import DistillConfig, KDConfig, SearchConfig, TrainDataConfig, require, run_command, to_dict
+from ckd_dist.config import (
+    DistillConfig,
+    KDConfig,
+    SearchConfig,
+    TeacherConfig,
+    TrainDataConfig,
+    require,
+    run_command,
+    to_dict,
+)
 
 if TYPE_CHECKING:
     import torch
@@ -93,46 +102,63 @@ def main(config: SearchConfig) -> None:
 
 
 def list_trials(config: SearchConfig) -> list[Trial]:
-    """Every student of the search; raises `UserError` for a setting that the store does not serve."""
+    """Every student of the search; raises `UserError` for a checkpoint that the store lacks, or a setting that it does
+    not serve."""
     from ckd_dist import checkpoint
     from ckd_dist.store import codecs
     from ckd_dist.store.manifest import Manifest
 
-    grid, store = config.grid, config.teacher.store
-    manifest = Manifest.load(Path(store or ""), "teacher.store")
+    grid = config.grid
+    manifest = Manifest.load(Path(config.teacher.store or ""), "teacher.store")
     data = student_data(config, manifest)
-    settings = [
-        replace(config.kd, loss=loss, alpha=alpha, temperature=temperature)
-        for loss, alpha, temperature in itertools.product(
-            grid.losses or [config.kd.loss],
-            grid.alphas or [config.kd.alpha],
-            grid.temperatures or [config.kd.temperature],
-        )
-        if loss != "mse" or temperature == (grid.temperatures or [config.kd.temperature])[0]  # mse has none
-    ]
-    if grid.trials is not None and grid.trials < len(settings):
-        settings = random.Random(config.seed).sample(settings, grid.trials)
-    trials: list[Trial] = []
     default = checkpoint.choose(manifest.members, config.teacher.checkpoints, "teacher.checkpoints")
+    trials: list[Trial] = []
     for members in grid.teachers or [default]:
-        checkpoint.choose(manifest.members, members, "grid.teachers")
-        combine = config.teacher.combine if len(members) > 1 else "logits"
-        teacher = replace(config.teacher, store=store if members else None, checkpoints=members, combine=combine)
-        for setting in settings if members else [None]:
+        teacher = replace(config.teacher, store=None, checkpoints=[], combine="logits")
+        settings: list[KDConfig | None] = [None]
+        if members:
+            checkpoint.choose(manifest.members, members, "grid.teachers")
+            combine = config.teacher.combine if len(members) > 1 else "logits"
+            teacher = replace(config.teacher, checkpoints=members, combine=combine)
+            settings = [*list_settings(config)]
+        for setting, model, seed in itertools.product(
+            settings, grid.models or [config.model.name], grid.seeds or [config.seed]
+        ):
             if setting:
-                together = combine if len(members) > 1 and combine != "sequence" else None
-                codecs.require_served(manifest.recorded, setting, together)
-            for model, seed in itertools.product(grid.models or [config.model.name], grid.seeds or [config.seed]):
-                label = "+".join(map(str, members)) or "none"
-                name = f"{model}_teacher_{label.replace('/', '.')}"
-                if setting:
-                    name += f"_{setting.loss}_alpha_{setting.alpha:g}_T_{setting.temperature:g}"
-                values: dict[str, Any] = {f.name: getattr(config, f.name) for f in fields(DistillConfig)}
-                run_dir = str(Path(config.run_dir) / "students" / f"{name}_seed_{seed}")
-                values.update(data=data, model=replace(config.model, name=model), seed=seed, run_dir=run_dir)
-                values.update(teacher=teacher, kd=setting or config.kd)
-                trials.append(Trial(model, label, setting, DistillConfig(**values)))
+                codecs.require_served(manifest.recorded, setting, teacher.at_once)
+            trials.append(make_trial(config, data, teacher, setting, model, seed))
     return trials
+
+
+def list_settings(config: SearchConfig) -> list[KDConfig]:
+    """The combinations of loss, alpha and temperature that every teacher is tried with."""
+    grid, kd = config.grid, config.kd
+    losses, alphas = grid.losses or [kd.loss], grid.alphas or [kd.alpha]
+    temperatures = grid.temperatures or [kd.temperature]
+    settings = [
+        replace(kd, loss=loss, alpha=alpha, temperature=temperature)
+        for loss, alpha, temperature in itertools.product(losses, alphas, temperatures)
+        if loss != "mse" or temperature == temperatures[0]  # mse has none
+    ]
+    return (
+        settings
+        if grid.trials is None
+        else random.Random(config.seed).sample(settings, min(grid.trials, len(settings)))
+    )
+
+
+def make_trial(
+    config: SearchConfig, data: TrainDataConfig, teacher: TeacherConfig, setting: KDConfig | None, model: str, seed: int
+) -> Trial:
+    """One student, with the options that distill would train it with."""
+    label = "+".join(map(str, teacher.checkpoints)) or "none"
+    name = f"{model}_teacher_{label.replace('/', '.')}"
+    if setting:
+        name += f"_{setting.loss}_alpha_{setting.alpha:g}_T_{setting.temperature:g}"
+    values: dict[str, Any] = {f.name: getattr(config, f.name) for f in fields(DistillConfig)}
+    values.update(data=data, model=replace(config.model, name=model), teacher=teacher, kd=setting or config.kd)
+    values.update(seed=seed, run_dir=str(Path(config.run_dir) / "students" / f"{name}_seed_{seed}"))
+    return Trial(model, label, setting, DistillConfig(**values))
 
 
 def student_data(config: SearchConfig, manifest: Manifest) -> TrainDataConfig:

@@ -130,15 +130,10 @@ def resolved(asked: TeacherConfig) -> TeacherConfig:
     return replace(asked, selection=None, checkpoints=found[:1])
 
 
-def _combination(asked: TeacherConfig) -> str | None:
-    """How several checkpoints teach at once, if they do."""
-    return asked.combine if len(asked.checkpoints) > 1 and asked.combine != "sequence" else None
-
-
 def _require_served(configs: Sequence[DistillConfig], codec: codecs.Codec) -> None:
     for each in configs:
         if each.teacher.checkpoints:
-            codecs.require_served(codec, each.kd, _combination(each.teacher))
+            codecs.require_served(codec, each.kd, each.teacher.at_once)
 
 
 def _union(configs: Sequence[DistillConfig]) -> list[int | str]:
