@@ -481,9 +481,11 @@ class SelectConfig:
     probe: ProbeConfig = field(default_factory=ProbeConfig)
     layer: str | None = None
     """Module whose output is F; default: the last feature map before pooling."""
-    scaling: Literal["raw", "minmax", "zscore"] = "zscore"
-    """How I(X;F), a value a pixel, and I(Y;F), a value an image, are made comparable over the checkpoints before they
-    are added: zscore gives both the same deviation, minmax the same range, raw leaves their units as they are."""
+    scaling: Literal["raw", "minmax", "zscore"] = "raw"
+    """How I(X;F), a value a pixel, and I(Y;F), a value an image, are scaled over the checkpoints before they are added.
+    raw is the formula as the paper prints it: I(Y;F), which differs more, decides mostly, so that the choice is never
+    far from the last checkpoint. minmax and zscore give both the same range or deviation: in the study of the README
+    they choose an early checkpoint that teaches badly."""
     weight: float = 1.0
     """Weight of I(Y;F)."""
     seed: int = 0

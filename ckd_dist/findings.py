@@ -131,7 +131,7 @@ class Difference:
     mean: float
     deviation: float | None
     p: float | None
-    """Of a two-sided paired t-test; None where there are fewer than two pairs."""
+    """Of a two-sided test, see `differences`; None where there is but one seed."""
     adjusted_p: float | None
     """By Holm's method, for all the differences that were asked for together."""
 
@@ -148,30 +148,32 @@ def last_checkpoint(each: Sequence[Taught]) -> Taught | None:
 
 
 def differences(each: Sequence[Taught], base: Taught) -> list[Difference | None]:
-    """Top-1 of each minus that of `base`, None for `base` itself."""
-    raw: list[tuple[np.ndarray, float | None] | None] = []
-    for other in each:
-        if other == base:
-            raw.append(None)
-            continue
-        ours, theirs = dict(zip(other.seeds, other.top1, strict=True)), dict(zip(base.seeds, base.top1, strict=True))
-        values = np.array([ours[seed] - theirs[seed] for seed in other.seeds if seed in theirs])
-        if len(values) < 2:
-            raw.append((values, None))
-        elif np.ptp(values) == 0:  # the test divides by the deviation
-            raw.append((values, 0.0 if values[0] else 1.0))
-        else:
-            raw.append((values, float(stats.ttest_1samp(values, 0.0).pvalue)))
-    adjusted = iter(holm([p for found in raw if found for p in [found[1]] if p is not None]))
-    result: list[Difference | None] = []
-    for found in raw:
-        if found is None or len(found[0]) == 0:
-            result.append(None)
-            continue
-        values, p = found
-        deviation = float(values.std(ddof=1)) if len(values) > 1 else None
-        result.append(Difference(float(values.mean()), deviation, p, None if p is None else next(adjusted)))
-    return result
+    """Top-1 of each minus that of `base`, one of them; None for `base` itself, and where they have no seed in common.
+
+    A randomised block design, the seeds being the blocks: teacher and seed add up, and what they leave unexplained is
+    the noise, taken to be the same for all teachers. For two teachers this is the paired t-test; with more of them few
+    seeds tell more, since all show how large the noise is.
+    """
+    seeds = sorted(set.intersection(*(set(one.seeds) for one in each)))
+    if not seeds:
+        return [None] * len(each)
+    values = np.array([[one.top1[one.seeds.index(seed)] for seed in seeds] for one in each])
+    apart = values - values[list(each).index(base)]
+    deviations = apart.std(axis=1, ddof=1) if len(seeds) > 1 else [None] * len(each)
+    ps: list[float | None] = [None] * len(each)
+    if len(seeds) > 1 and len(each) > 1:
+        noise = values - values.mean(1, keepdims=True) - values.mean(0, keepdims=True) + values.mean()
+        freedom = (len(each) - 1) * (len(seeds) - 1)
+        error = np.sqrt(2 * np.square(noise).sum() / freedom / len(seeds))
+        with np.errstate(divide="ignore", invalid="ignore"):  # no noise at all: 0 for a difference, 1 for none
+            ratio = np.nan_to_num(np.abs(apart.mean(1)) / error, nan=0.0, posinf=np.inf)
+        ps = (2 * stats.t.sf(ratio, freedom)).tolist()
+    others = [number for number, one in enumerate(each) if one != base]
+    found: list[Difference | None] = [None] * len(each)
+    adjusted: Sequence[float | None] = holm([p for p in (ps[number] for number in others) if p is not None])
+    for number, adjusted_p in zip(others, adjusted or [None] * len(others), strict=True):
+        found[number] = Difference(float(apart[number].mean()), deviations[number], ps[number], adjusted_p)
+    return found
 
 
 def holm(ps: Sequence[float]) -> list[float]:

@@ -72,8 +72,12 @@ def _judged(difference: Difference | None) -> list[str]:
     if difference is None:
         return ["", "", ""]
     deviation = "" if difference.deviation is None else f" ± {difference.deviation:.2f}"
-    p = "" if difference.adjusted_p is None else f"{difference.adjusted_p:.3f}"
+    p = "" if difference.adjusted_p is None else _p_value(difference.adjusted_p)
     return [f"{difference.mean:+.2f}{deviation}", p, "within noise" if difference.within_noise else "differs"]
+
+
+def _p_value(p: float) -> str:
+    return f"{p:.3f}" if p >= 0.001 else "< 0.001"
 
 
 def markdown(each: Sequence[Taught]) -> list[str]:
@@ -112,8 +116,9 @@ def _model_sections(study: Study, each: list[Taught], out: Path) -> Iterator[str
         _paragraph(
             f"Every teacher had the same {settings} settings of loss, alpha and temperature, {seeds} seeds each; the "
             "best mean top-1 on held-out images chose its setting. Mean ± deviation over seeds. The difference is "
-            "paired by seed; p of a two-sided paired t-test, adjusted for the number of teachers (Holm). The "
-            "deviations are the students': each teacher comes from one training."
+            "paired by seed; p of a two-sided paired test, the noise pooled over the teachers (a randomised block "
+            "design), adjusted for their number (Holm). The deviations are the students': each teacher comes from one "
+            "training."
         ),
         _paragraph(_headline(each, split)),
         _table(HEAD, comparison(each), bold=each.index(base) if base else None),
@@ -152,10 +157,9 @@ def _model_sections(study: Study, each: list[Taught], out: Path) -> Iterator[str
 def _headline(each: Sequence[Taught], split: str) -> str:
     """What the table says, in words."""
     base = last_checkpoint(each)
-    others = [one for one in each if one != base]
-    if base is None or not others:
+    if base is None:
         return ""
-    compared = [(one, found) for one, found in zip(others, differences(others, base), strict=True) if found]
+    compared = [(one, found) for one, found in zip(each, differences(each, base), strict=True) if found]
     parts = [f"last checkpoint {base.mean:.2f} %"]
     for what, belongs in (
         ("best other checkpoint, {}:", lambda one: one.epoch is not None),
@@ -164,7 +168,7 @@ def _headline(each: Sequence[Taught], split: str) -> str:
     ):
         if candidates := [pair for pair in compared if belongs(pair[0])]:
             one, found = max(candidates, key=lambda pair: pair[0].mean)
-            noise = "within noise" if found.within_noise else f"p {found.adjusted_p:.3f}"
+            noise = "within noise" if found.within_noise else f"p {_p_value(found.adjusted_p or 0.0)}"
             parts.append(f"{what.format(one.teacher)} {one.mean:.2f} %, {found.mean:+.2f} ({noise})")
     return f"Students' top-1 on {split} images: {'; '.join(parts)}."
 

@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from ckd_dist import checkpoint, data, dist, engine, mi, models
-from ckd_dist.config import SelectConfig, UserError, require
+from ckd_dist.config import LoaderConfig, SelectConfig, UserError, require
 from ckd_dist.data import Batch, BetonLoader, DatasetInfo
 from ckd_dist.log import ProgressDisplay, say
 
@@ -329,11 +329,11 @@ def read_choice(path: str, option: str) -> tuple[int, str]:
         raise UserError(f"{option}: {file} is damaged ({error!r}): run select_teacher again") from None
 
 
-def student_seconds(config: SelectConfig, trajectory: Trajectory, info: DatasetInfo, steps: int = 5) -> float:
+def student_seconds(config: SelectConfig, trajectory: Trajectory, info: DatasetInfo, steps: int = 15) -> float:
     """Seconds to train one student on as many processes as these, from a short timing of its step on images in memory:
-    the median of `steps`."""
+    the median of `steps`. Its batch is the default of distill, whatever that of the probes is."""
     device, world = trajectory.mean.device, dist.world_size()
-    count = max(2, config.data.batch_size // world)
+    count = max(2, LoaderConfig().batch_size // world)
     model = models.build_model(config.student, info.num_classes).to(device).to(memory_format=torch.channels_last)
     optimizer = torch.optim.SGD(model.parameters(), lr=1e-3, momentum=0.9)
     images = torch.randn(count, 3, trajectory.image_size, trajectory.image_size, device=device)
