@@ -51,12 +51,10 @@ def checkpoints(each: list[Taught], singles: list[Taught], selection: dict | Non
         ax.axhspan(low, high, color=GREY, alpha=0.12, linewidth=0)
     ax.set_ylabel(f"student's {split} top-1, %")
     if selection:
-        choice = selection["choice"]
-        chosen = [one for one in singles if one.epoch == choice]
-        if chosen:
-            ax.plot(
-                choice, chosen[0].mean, "*", color=ORANGE, markersize=18, zorder=5, label="chosen by mutual information"
-            )
+        label = f"chosen by I(X;F) + I(Y;F), {selection['scaling']}"
+        for one in singles:
+            if one.epoch == selection["choice"]:
+                ax.plot(one.epoch, one.mean, "*", color=ORANGE, markersize=18, zorder=5, label=label)
         below = axes[1, 0]
         rows = selection["checkpoints"]
         below.plot([row["epoch"] for row in rows], [row["top1"] for row in rows], color=GREEN, marker="s")
@@ -183,11 +181,13 @@ def curves(study: Study, best_first: list[Taught], base: Taught | None) -> Figur
                 range(1, len(mean) + 1), mean, marker=".", color=GREY if one.teacher == "none" else color, label=label
             )
             drawn = True
+    if not drawn:
+        return None
     ax.set_xlabel("epoch")
     ax.xaxis.set_major_locator(MaxNLocator(integer=True))
     ax.set_ylabel("held-out top-1, %")
     ax.legend(frameon=False, fontsize=9)
-    return figure if drawn else None
+    return figure
 
 
 def time(bench: dict) -> Figure:

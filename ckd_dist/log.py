@@ -60,6 +60,8 @@ class RunFolder:
     def _prepare(self, config: dict) -> None:
         require_same_options(self.path, config)
         self.path.mkdir(parents=True, exist_ok=True)
+        if self.summary is not None:
+            return  # complete: its environment was that of then
         self._write("config.yaml", yaml.safe_dump(config, sort_keys=False))
         self._write("env.json", json.dumps(environment(), indent=2) + "\n")
 

@@ -134,10 +134,12 @@ def _model_sections(study: Study, each: list[Taught], out: Path) -> Iterator[str
     if selection and len(singles) > 1:
         ways = ways_to_choose(singles, selection)
         figure = figures.regret(ways, singles)
-        rows = [
-            [w.name, str(w.epoch), f"{w.regret:.2f}", *("" if v is None else f"{v:.2f}" for v in (w.correlation, w.p))]
-            for w in sorted(ways, key=lambda way: way.regret)
-        ]
+        rows = []
+        for way in sorted(ways, key=lambda way: way.regret):
+            correlation = ["", ""]
+            if way.correlation is not None and way.p is not None:
+                correlation = [f"{way.correlation:+.2f}", _p_value(way.p)]
+            rows.append([way.name, str(way.epoch), f"{way.regret:.2f}", *correlation])
         text = (
             f"Regret: {split} top-1 of the best checkpoint's students minus that of the chosen one's, in points. The "
             f"best of {len(singles)} noisy means is partly luck, so even the right choice has some. Spearman's rank "

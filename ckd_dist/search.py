@@ -334,7 +334,7 @@ def show(rows: list[dict]) -> None:
             values = [row[key] for row in same if row[key] is not None]
             figures.append(results.mean_and_deviation(values) if values else "")
         table.add_row(model, teacher, *setting, str(len(same)), *figures)
-    Console(highlight=False).print(table)
+    Console(highlight=False, width=120).print(table)
 
 
 if __name__ == "__main__":

@@ -49,7 +49,8 @@ def main() -> None:
     for layer in LAYERS:
         run(f"mutual information at {layer}", "select", "--layer", layer, "--run_dir", RUNS / f"selection_{layer}")
     run("the students", "search", processes=0)
-    stage("what cached logits save", "ckd_dist.bench", RUNS / "bench")
+    if not (RUNS / "bench" / "bench.json").exists():
+        stage("what cached logits save", "ckd_dist.bench", RUNS / "bench")
     stage("the report", "ckd_dist.report", RUNS)
     console.print(f"{time.perf_counter() - started:.0f} s in all")
 

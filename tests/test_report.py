@@ -175,6 +175,6 @@ def test_what_is_no_study_is_refused_in_one_line(study, tmp_path, spoil, expecte
 
 
 def test_every_number_of_the_readmes_study_table_is_in_the_committed_results():
-    each = findings.taught(read_table(ROOT / "configs" / "study" / "results.csv"))
+    each = findings.taught(read_table(ROOT / "configs" / "study" / "results" / "results.csv"))
     readme = (ROOT / "README.md").read_text().splitlines()
     assert len(each) == 15 and [line for line in readme if line in page.markdown(each)] == page.markdown(each)
