@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import inspect
 import resource
+import signal
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -313,11 +314,13 @@ def fit(
     one.
 
     Learners that were saved at different steps by a kill meet again: one that is ahead waits for the batch it needs.
+    SIGUSR2 makes rank 0 save after the step that it is at and end the process with status `STOPPED`.
     """
     batch_size, steps_per_epoch = config.data.batch_size, learners[0].steps_per_epoch
     start = min(learner.step for learner in learners)
     clock = _Clock(loader)
     note = ""
+    stop = _StopRequest()
     with ProgressDisplay(config.epochs * steps_per_epoch * batch_size, done=start * batch_size) as progress:
         for epoch in range(start // steps_per_epoch, config.epochs):
             first = max(start, epoch * steps_per_epoch)
@@ -342,8 +345,12 @@ def fit(
                         learner.check_weights()
                         learner.save_last()
                     clock.restart()
+                if stop.requested and not epoch_ends:
+                    stop.save_and_exit(active)
                 progress.update(done * batch_size, f"epoch {epoch + 1}/{config.epochs}", note)
             _end_epoch(active, epoch + 1, config, val_loader, keep=(epoch + 1) % save_every == 0)
+            if stop.requested and epoch + 1 < config.epochs:
+                stop.save_and_exit([])  # all is saved
     for learner in learners:
         learner.write_summary(side_by_side=len(learners))
 
@@ -367,6 +374,29 @@ def _end_epoch(
         if keep or epoch == config.epochs:
             learner.save_checkpoint(epoch)
         learner.save_last()
+
+
+STOPPED = 75
+"""Exit status of a training that SIGUSR2 stopped; the same command goes on where it was (EX_TEMPFAIL of sysexits.h)."""
+
+
+class _StopRequest:
+    """Whether SIGUSR2 came: a scheduler is about to end the job. Only rank 0 heeds it, alone: other ranks may be a step
+    behind or ahead, and end when it is gone."""
+
+    def __init__(self) -> None:
+        self.requested = False
+        signal.signal(signal.SIGUSR2, self._note if dist.rank() == 0 else signal.SIG_IGN)
+
+    def _note(self, *_: object) -> None:
+        self.requested = True
+
+    def save_and_exit(self, learners: list[Learner]) -> NoReturn:
+        for learner in learners:
+            learner.check_weights()
+            learner.save_last()
+        say(f"stopped by SIGUSR2 and saved: the same command goes on (exit status {STOPPED})")
+        raise SystemExit(STOPPED)
 
 
 def _span(values: list[float]) -> str:
