@@ -176,7 +176,7 @@ def test_a_compiled_model_trains(fashion, tmp_path):
 @pytest.mark.parametrize("nproc", [0, 2])
 def test_a_training_told_to_stop_saves_at_once_and_goes_on(fashion, tmp_path, nproc):
     whole, stopped = tmp_path / "whole", tmp_path / "stopped"
-    more = ["--log_every", 1, "--save_last_every", 1000]  # nothing else saves within an epoch
+    more = ["--epochs", 2, "--log_every", 1, "--save_last_every", 1000]  # nothing else saves within an epoch
     run("ckd_dist.train_teacher", *options(fashion, whole, *more), nproc=nproc)
     command = command_line("ckd_dist.train_teacher", *options(fashion, stopped, *more), nproc=nproc)
     process = subprocess.Popen(command, env=ENVIRONMENT, cwd=ROOT, stdout=subprocess.PIPE, text=True)
