@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import statistics
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -198,11 +199,6 @@ def measure_plan(folder: Path, tries: int = 3) -> dict:
     """What `store plan` foretells over what caching then takes, both as commands."""
     import re
     import shutil
-    import subprocess
-
-    def output(*words: object) -> str:
-        command = [sys.executable, "-m", *map(str, words)]
-        return subprocess.run(command, check=True, capture_output=True, text=True).stdout
 
     store = folder / "scratch" / "planned_store"
     options = [
@@ -218,8 +214,8 @@ def measure_plan(folder: Path, tries: int = 3) -> dict:
     ratios = []
     for _ in range(tries):
         shutil.rmtree(store, ignore_errors=True)
-        planned = json.loads(output("ckd_dist.store", "plan", *options, "--json"))
-        found = re.search(r"written in ([\d.]+) s", output("ckd_dist.cache_logits", *options))
+        planned = json.loads(_output("ckd_dist.store", "plan", *options, "--json"))
+        found = re.search(r"written in ([\d.]+) s", _output("ckd_dist.cache_logits", *options))
         assert found and planned["bytes"] == sum(f.stat().st_size for f in store.rglob("*") if f.is_file())
         ratios.append(planned["seconds"] / float(found[1]))
     shutil.rmtree(store)
@@ -230,17 +226,18 @@ def measure_students(folder: Path, count: int = 4, tries: int = 3) -> dict:
     """Wall time of training `count` students side by side, over that of as many separate commands, in turn; each
     student's weights must be those of its separate run."""
     import shutil
-    import subprocess
 
     import torch
 
+    from ckd_dist import checkpoint
+
     def wall_seconds(*words: object) -> float:
         started = time.perf_counter()
-        subprocess.run([sys.executable, "-m", *map(str, words)], check=True, capture_output=True)
+        _output(*words)
         return time.perf_counter() - started
 
     def weights(run: Path) -> dict:
-        return torch.load(run / "checkpoints" / "epoch_0002.pt", weights_only=True)["weights"]
+        return checkpoint.load(checkpoint.checkpoint_path(run, 2), "RUN_DIR")["weights"]
 
     train, runs = folder / "train.beton", folder / "scratch" / "students"
     options = ["--data.train", train, "--data.val", train, "--model.name", "resnet8", "--epochs", 2]
@@ -266,6 +263,11 @@ def measure_students(folder: Path, count: int = 4, tries: int = 3) -> dict:
         "wall_over_separate": _spread([a / b for a, b in zip(together, apart, strict=True)]),
         "training_over_separate": _spread(training),
     }
+
+
+def _output(*words: object) -> str:
+    command = [sys.executable, "-m", *map(str, words)]
+    return subprocess.run(command, check=True, capture_output=True, text=True).stdout
 
 
 def _spread(values: list[float]) -> dict[str, float]:

@@ -227,6 +227,22 @@ class BetonLoader:
         self._scale, self._shift = 1 / (255 * std_), -mean_ / std_
         self._copy_stream = torch.cuda.Stream(device) if on_gpu else None
 
+    @classmethod
+    def for_evaluation(
+        cls, info: DatasetInfo, config: LoaderConfig, metadata: dict, device: torch.device
+    ) -> BetonLoader:
+        """The images of `info` as the model of a checkpoint with `metadata` is evaluated on them."""
+        return cls(
+            info,
+            config,
+            eval_recipe(info),
+            batch_size=config.batch_size,
+            image_size=config.image_size or metadata["image_size"],
+            device=device,
+            mean=metadata["mean"],
+            std=metadata["std"],
+        )
+
     def batches(self, ids: np.ndarray, view: int = 0, rows: Rows | None = None) -> Iterator[Batch]:
         """Yield the samples `ids` in order under `view`, `batch_size` at a time; the last batch may be smaller.
 

@@ -19,16 +19,7 @@ def main(config: EvaluateConfig) -> None:
         model, metadata = models.load_model(config.checkpoint, "checkpoint")
         info = data.read_info(config.data.val, "data.val")
         models.require_classes(metadata, info.num_classes, "checkpoint")
-        loader = data.BetonLoader(
-            info,
-            config.data,
-            data.eval_recipe(info),
-            batch_size=config.data.batch_size,
-            image_size=config.data.image_size or metadata["image_size"],
-            device=device,
-            mean=metadata["mean"],
-            std=metadata["std"],
-        )
+        loader = data.BetonLoader.for_evaluation(info, config.data, metadata, device)
         (result,) = engine.evaluate([engine.to_device(model, device)], loader, config.amp)
         log.say(json.dumps({**result, "images": info.count}))
 

@@ -10,7 +10,8 @@ import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from ckd_dist.findings import SCALINGS, Study, Taught, WayToChoose, chosen_epochs
+from ckd_dist.findings import Study, Taught, WayToChoose, chosen_epochs
+from ckd_dist.mi import SCALINGS
 
 BLUE, ORANGE, GREEN, PURPLE, GREY = "#0072b2", "#d55e00", "#009e73", "#8d5a99", "#777777"
 
@@ -80,10 +81,10 @@ def ensembles(base: Taught, ensembles: list[Taught], split: str) -> Figure:
     for shift, (label, (color, belongs)) in zip((-0.03, 0.03), kinds.items(), strict=True):
         line = [
             base,
-            *sorted((one for one in ensembles if belongs(one.teacher)), key=lambda one: one.teacher.count("+")),
+            *sorted((one for one in ensembles if belongs(one.teacher)), key=lambda one: one.size),
         ]
         if len(line) > 1:
-            sizes = [one.teacher.count("+") + 1 + shift for one in line]
+            sizes = [one.size + shift for one in line]
             ax.errorbar(
                 sizes,
                 [o.mean for o in line],
@@ -97,7 +98,7 @@ def ensembles(base: Taught, ensembles: list[Taught], split: str) -> Figure:
                 ax.annotate(
                     one.teacher, (size, one.mean), textcoords="offset points", xytext=(6, 6), fontsize=8, color=color
                 )
-    ax.set_xticks(sorted({one.teacher.count("+") + 1 for one in [base, *ensembles]}))
+    ax.set_xticks(sorted({one.size for one in [base, *ensembles]}))
     ax.set_xlabel("checkpoints in the ensemble")
     ax.set_ylabel(f"student's {split} top-1, %")
     ax.margins(x=0.15)

@@ -12,7 +12,7 @@ import numpy as np
 from scipy import stats
 
 from ckd_dist.config import UserError, require
-from ckd_dist.mi import Scaling, scores
+from ckd_dist.mi import SCALINGS, Scaling, scores
 from ckd_dist.results import grouped, read_table
 
 SIGNIFICANT = 0.05
@@ -46,6 +46,11 @@ class Taught:
     def mean(self) -> float:
         """Of `top1`."""
         return statistics.mean(self.top1)
+
+    @property
+    def size(self) -> int:
+        """Number of checkpoints that teach together."""
+        return self.teacher.count("+") + 1
 
     @property
     def epoch(self) -> int | None:
@@ -234,9 +239,6 @@ def ways_to_choose(checkpoints: Sequence[Taught], selection: dict) -> list[WayTo
             found.append(WayToChoose(name, epoch, float(top1.max() - students[epoch].mean), None, None))
     found.append(_scored("students of all, on held-out images", epochs, val, top1))
     return found
-
-
-SCALINGS: tuple[Scaling, ...] = ("raw", "minmax", "zscore")
 
 
 def _scored(name: str, epochs: list[int], values: np.ndarray, top1: np.ndarray) -> WayToChoose:

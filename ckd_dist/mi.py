@@ -14,7 +14,7 @@ that tell nothing.
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Literal, get_args
 
 import numpy as np
 import torch
@@ -22,6 +22,7 @@ import torch.nn.functional as F
 from torch import nn
 
 Scaling = Literal["raw", "minmax", "zscore"]
+SCALINGS: tuple[Scaling, ...] = get_args(Scaling)
 
 
 class ConvOfEnlarged(nn.Module):

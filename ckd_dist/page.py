@@ -110,7 +110,6 @@ def _model_sections(study: Study, each: list[Taught], out: Path) -> Iterator[str
     settings = len({(row["loss"], row["alpha"], row["temperature"]) for row in study.rows if row["teacher"] != "none"})
     seeds = len({row["seed"] for row in study.rows})
     base = last_checkpoint(each)
-    order = sorted(range(len(each)), key=lambda i: -each[i].mean)
     yield _section(
         f"{model}: students of every teacher",
         _paragraph(
@@ -151,7 +150,7 @@ def _model_sections(study: Study, each: list[Taught], out: Path) -> Iterator[str
             _picture(figure, f"{name}regret", out),
             _table(("choice by", "epoch", "regret", "rank correlation", "p"), rows),
         )
-    curves = figures.curves(study, [each[i] for i in order], base)
+    curves = figures.curves(study, sorted(each, key=lambda one: -one.mean), base)
     if curves:
         yield _section("Learning curves", _picture(curves, f"{name}curves", out))
 

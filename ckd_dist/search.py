@@ -77,7 +77,7 @@ def main(config: SearchConfig) -> None:
         require(config.part is None, "part and processes do not go together: give one of them")
         share_out(config)
     with dist.process_group() as device:
-        if config.part is None:  # parts may start all at once
+        if config.part is None and config.processes == 1:  # parts may start all at once; share_out has made it
             log.RunFolder(config.run_dir, shared_options(config))
         groups = side_by_side(trials, config.students_at_once, parts)[number - 1 :: parts]
         for count, group in enumerate(groups, start=1):
@@ -140,11 +140,9 @@ def list_settings(config: SearchConfig) -> list[KDConfig]:
         for loss, alpha, temperature in itertools.product(losses, alphas, temperatures)
         if loss != "mse" or temperature == temperatures[0]  # mse has none
     ]
-    return (
-        settings
-        if grid.trials is None
-        else random.Random(config.seed).sample(settings, min(grid.trials, len(settings)))
-    )
+    if grid.trials is not None:
+        settings = random.Random(config.seed).sample(settings, min(grid.trials, len(settings)))
+    return settings
 
 
 def make_trial(
@@ -305,16 +303,7 @@ def test(config: SearchConfig, trials: list[Trial], rows: list[dict], device: to
             networks.append(engine.to_device(model, device))
         if loader is None:
             models.require_classes(metadata, info.num_classes, "data.test")
-            loader = data.BetonLoader(
-                info,
-                config.data,
-                data.eval_recipe(info),
-                batch_size=config.data.batch_size,
-                image_size=metadata["image_size"],
-                device=device,
-                mean=metadata["mean"],
-                std=metadata["std"],
-            )
+            loader = data.BetonLoader.for_evaluation(info, config.data, metadata, device)
         for (_, row), figures in zip(group, engine.evaluate(networks, loader, config.amp), strict=True):
             row.update({f"test_{key}": value for key, value in figures.items()})
 

@@ -280,8 +280,7 @@ def decide(
     image, label = (
         np.array([statistics.mean(getattr(found[epoch], key)) for epoch in epochs]) for key in ("image", "label")
     )
-    scalings: tuple[mi.Scaling, ...] = ("raw", "minmax", "zscore")
-    scores = {scaling: mi.scores(image, label, scaling, config.weight) for scaling in scalings}
+    scores = {scaling: mi.scores(image, label, scaling, config.weight) for scaling in mi.SCALINGS}
     choices = {scaling: epochs[int(values.argmax())] for scaling, values in scores.items()}
     choice = choices[config.scaling]
     return {
