@@ -10,6 +10,7 @@ import dataclasses
 import difflib
 import os
 import re
+import signal
 import sys
 import traceback
 from collections.abc import Callable, Sequence
@@ -19,6 +20,11 @@ from typing import Any, Literal, NoReturn, TypeVar
 import jsonargparse
 
 T = TypeVar("T")
+
+STOPPED = 75
+"""Exit status of a command that SIGUSR2 stopped; the same command goes on where it was (EX_TEMPFAIL of sysexits.h)."""
+PEER_LOST = 76
+"""Exit status of a rank that has lost another one: not its own fault, and perhaps nobody's but a node's (EX_PROTOCOL)."""
 
 
 class UserError(ValueError):
@@ -514,6 +520,17 @@ class EvaluateConfig:
     """Precision of the forward pass."""
 
 
+COMMANDS: dict[str, type] = {
+    "ckd_dist.train_teacher": TrainTeacherConfig,
+    "ckd_dist.cache_logits": CacheConfig,
+    "ckd_dist.select_teacher": SelectConfig,
+    "ckd_dist.distill": DistillConfig,
+    "ckd_dist.search": SearchConfig,
+    "ckd_dist.evaluate": EvaluateConfig,
+}
+"""Module of a command -> its options."""
+
+
 # ------------------------------------------------------------------------------------------- reading
 
 
@@ -624,6 +641,9 @@ def run_command(main: Callable[[T], None], cls: type[T], module: str) -> NoRetur
 def run_process(main: Callable[[], int | None]) -> NoReturn:
     """Call `main` and end the process with the status that it returns.
 
+    SIGUSR2, a scheduler's warning, ends rank 0 with status `STOPPED`: at once, unless the command, a training, has a
+    handler of its own that saves first. Other ranks ignore it and end when rank 0 is gone, with status `PEER_LOST`.
+
     Bad input is one line on stderr and status 2. Input is bad on every rank of a node alike, so the first of them
     alone speaks; what befalls one rank only (a full disk, a bug) that rank reports, with its number. Always ends the
     process at once: a rank that fails must not wait for its peers, its loader threads or a collective.
@@ -631,6 +651,7 @@ def run_process(main: Callable[[], int | None]) -> NoReturn:
     rank = int(os.environ.get("RANK", "0"))
     speaks = os.environ.get("LOCAL_RANK", "0") == "0"
     status = 0
+    signal.signal(signal.SIGUSR2, signal.SIG_IGN if rank else lambda *_: os._exit(STOPPED))
     try:
         status = main() or 0
     except UserError as error:
@@ -651,7 +672,8 @@ def run_process(main: Callable[[], int | None]) -> NoReturn:
         status = error.code if isinstance(error.code, int) else 1
     except BaseException as error:
         status = 1
-        if re.search(r"Connection (closed|reset) by peer|Broken pipe", str(error)):
+        if re.search(r"Connection (closed|reset) by peer|Broken pipe|ncclRemoteError", str(error)):
+            status = PEER_LOST
             print(f"error: rank {rank}: stopped, another rank has failed", file=sys.stderr)
         else:
             traceback.print_exc()

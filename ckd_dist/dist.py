@@ -73,10 +73,13 @@ def local_world_size() -> int:
 
 
 def cores_per_rank() -> int:
-    """Cores of this node divided among its ranks, at least 1; for a process started plainly, OMP_NUM_THREADS if set.
+    """Cores of this node divided among its ranks, at least 1; for a process started plainly, OMP_NUM_THREADS if set; for
+    one of a job of `launch`, whose processes may each be bound to their own cores, CKD_DIST_CORES.
 
-    (torchrun sets that variable to 1 unasked, so under it the variable says nothing.)
+    (torchrun sets OMP_NUM_THREADS to 1 unasked, so under it that variable says nothing.)
     """
+    if "CKD_DIST_CORES" in os.environ:
+        return int(os.environ["CKD_DIST_CORES"])
     if "LOCAL_WORLD_SIZE" not in os.environ and os.environ.get("OMP_NUM_THREADS", "").isdecimal():
         return max(1, int(os.environ["OMP_NUM_THREADS"]))
     return max(1, len(os.sched_getaffinity(0)) // local_world_size())

@@ -21,7 +21,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from ckd_dist import checkpoint, dist, losses
-from ckd_dist.config import TrainConfig, TrainingError, require, to_dict
+from ckd_dist.config import STOPPED, TrainConfig, TrainingError, require, to_dict
 from ckd_dist.data import Batch, BetonLoader, DatasetInfo, Rows, eval_recipe, rank_share, read_info, train_ids
 from ckd_dist.log import ProgressDisplay, RunFolder, format_seconds, say
 from ckd_dist.models import build_model, load_weights
@@ -374,10 +374,6 @@ def _end_epoch(
         if keep or epoch == config.epochs:
             learner.save_checkpoint(epoch)
         learner.save_last()
-
-
-STOPPED = 75
-"""Exit status of a training that SIGUSR2 stopped; the same command goes on where it was (EX_TEMPFAIL of sysexits.h)."""
 
 
 class _StopRequest:

@@ -11,28 +11,11 @@ import pytest
 import yaml
 from conftest import ENVIRONMENT, ROOT, run
 
-from ckd_dist.config import (
-    CacheConfig,
-    DistillConfig,
-    EvaluateConfig,
-    SearchConfig,
-    SelectConfig,
-    TrainTeacherConfig,
-    UserError,
-    load_config,
-    to_dict,
-)
+from ckd_dist.config import COMMANDS, DistillConfig, TrainTeacherConfig, UserError, load_config, to_dict
 from ckd_dist.models import model_names
 
 NEEDED = ["--data.train", "A", "--model.name", "resnet8", "--run_dir", "R"]
-CLASSES = {
-    "train_teacher": TrainTeacherConfig,
-    "cache_logits": CacheConfig,
-    "distill": DistillConfig,
-    "evaluate": EvaluateConfig,
-    "select_teacher": SelectConfig,
-    "search": SearchConfig,
-}
+CLASSES = {name.removeprefix("ckd_dist."): cls for name, cls in COMMANDS.items()}
 
 
 def refusal(*arguments, cls=DistillConfig):

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import hashlib
 import io
 import json
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,8 +17,23 @@ import numpy as np
 
 from ckd_dist.checkpoint import sync_folder, write_bytes_atomically
 from ckd_dist.config import require
+from ckd_dist.log import say
 from ckd_dist.store import codecs
 from ckd_dist.store.manifest import Manifest, Shard
+
+
+@contextmanager
+def locked(store: Path) -> Iterator[None]:
+    """Hold the store's manifest against other commands that add to it, on any node; creates the folder."""
+    store.mkdir(parents=True, exist_ok=True)
+    with open(store / ".lock", "w") as file:
+        try:
+            fcntl.lockf(file, fcntl.LOCK_EX)
+        except OSError as error:
+            if error.errno not in (errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK):
+                raise
+            say(f"warning: {store}: this file system has no locks: let no two commands begin a store at the same time")
+        yield
 
 
 def merged(store: Path, wanted: Manifest) -> Manifest:
@@ -24,7 +43,7 @@ def merged(store: Path, wanted: Manifest) -> Manifest:
     """
     if not (store / "manifest.json").exists():
         require(
-            not store.exists() or not any(store.iterdir()),
+            not store.exists() or not any(path.name != ".lock" for path in store.iterdir()),
             f"store: {store} is not empty and has no manifest.json: choose another --store",
         )
         return wanted
