@@ -9,7 +9,7 @@ import statistics
 import tempfile
 import time
 from collections.abc import Generator, Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 from ckd_dist import checkpoint, data, dist, engine, models
-from ckd_dist.config import CacheConfig, LoaderConfig, TrainingError, require
+from ckd_dist.config import CacheConfig, LoaderConfig, PlanConfig, TrainingError, require
 from ckd_dist.data import Batch, BetonLoader, DatasetInfo, read_info, train_recipe
 from ckd_dist.log import ProgressDisplay, say
 from ckd_dist.store import codecs
@@ -229,7 +229,7 @@ def format_bytes(count: float) -> str:
 
 @dataclass(frozen=True)
 class Plan:
-    """What a caching takes, from a short trial of it."""
+    """What a caching takes on disk."""
 
     bytes: int
     """Length of all files of the complete store, exact."""
@@ -241,6 +241,12 @@ class Plan:
     """On the disk of the store."""
     missing_records: int
     """An image's logits of one view and checkpoint, still to be written."""
+
+
+@dataclass(frozen=True)
+class TimedPlan(Plan):
+    """And in time, from a short trial of it."""
+
     seconds: float
     """From the first batch to the last shard, on as many processes as made the plan."""
     teacher_seconds_an_image: float
@@ -251,12 +257,25 @@ class Plan:
     """From so many students on, each with a teacher of one checkpoint, caching takes less time than online teachers."""
 
 
-def plan(config: CacheConfig, device: torch.device, trial_seconds: float = 5.0) -> Plan:
-    """Cache for some seconds into a temporary folder and tell what the rest takes; collective."""
+def plan(config: PlanConfig, device: torch.device) -> Plan:
+    """Tell what the rest of a caching takes and, with `config.trial_seconds`, cache for so long into a temporary folder
+    to tell the time; collective."""
     wanted, recorder = describe(config, device)
     store, names = Path(config.store), list(wanted.checkpoints)
     manifest = recorder.manifest = dist.on_main(lambda: merged(store, wanted))
     work = dist.on_main(lambda: missing_work(store, manifest, names, config.views, config.teachers_at_once))
+    size, files = store_size(manifest)
+    needed, free = dist.on_main(lambda: space(store, manifest))
+    sizes = Plan(
+        bytes=size,
+        files=files,
+        largest_shard_bytes=shard_size(manifest, manifest.shards(names[0], 0)[0]),
+        missing_bytes=needed,
+        free_bytes=free,
+        missing_records=sum(count_records(ranges) for _, ranges in work),
+    )
+    if not config.trial_seconds:
+        return sizes
     disk = next(p for p in store.absolute().parents if p.exists())
     group = names[: config.teachers_at_once or len(names)]
     teachers, rank, world = recorder.load(group), dist.rank(), dist.world_size()
@@ -264,22 +283,15 @@ def plan(config: CacheConfig, device: torch.device, trial_seconds: float = 5.0) 
         ((_, trial),) = missing_work(Path(folder), manifest, group, config.views, None)
         batches = recorder.write(Path(folder), teachers, trial[rank::world])
         dist.barrier()
-        first, rate = _trial(batches, trial_seconds)
+        first, rate = _trial(batches, config.trial_seconds)
         batches.close()
     forward = _forward_seconds(recorder, teachers)
     first, rate, forward = (max(each) for each in zip(*dist.gather_objects((first, rate, forward)), strict=True))
     slowest = max(sum(count_records(ranges[k::world]) for _, ranges in work) for k in range(world))
     seconds = first + slowest * rate if work else 0.0
     online = forward * config.views * manifest.dataset["count"] / world
-    size, files = store_size(manifest)
-    needed, free = dist.on_main(lambda: space(store, manifest))
-    return Plan(
-        bytes=size,
-        files=files,
-        largest_shard_bytes=shard_size(manifest, manifest.shards(names[0], 0)[0]),
-        missing_bytes=needed,
-        free_bytes=free,
-        missing_records=sum(count_records(ranges) for _, ranges in work),
+    return TimedPlan(
+        **asdict(sizes),
         seconds=seconds,
         teacher_seconds_an_image=forward,
         online_seconds=online,

@@ -24,7 +24,7 @@ T = TypeVar("T")
 STOPPED = 75
 """Exit status of a command that SIGUSR2 stopped; the same command goes on where it was (EX_TEMPFAIL of sysexits.h)."""
 PEER_LOST = 76
-"""Exit status of a rank that has lost another one: not its own fault, and perhaps nobody's but a node's (EX_PROTOCOL)."""
+"""Exit status of a rank that has lost another one: not its own fault, and perhaps only a node's (EX_PROTOCOL)."""
 
 
 class UserError(ValueError):
@@ -449,6 +449,12 @@ class PlanConfig(CacheConfig):
 
     json: bool = False
     """Print JSON."""
+    trial_seconds: float = 5.0
+    """How long to cache, into a temporary folder, to tell the time; 0: tell the size only."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require(self.trial_seconds >= 0, f"trial_seconds is {self.trial_seconds}: give 0 or more")
 
 
 @dataclass(kw_only=True)

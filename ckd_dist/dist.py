@@ -73,8 +73,8 @@ def local_world_size() -> int:
 
 
 def cores_per_rank() -> int:
-    """Cores of this node divided among its ranks, at least 1; for a process started plainly, OMP_NUM_THREADS if set; for
-    one of a job of `launch`, whose processes may each be bound to their own cores, CKD_DIST_CORES.
+    """Cores of this node divided among its ranks, at least 1; for a process started plainly, OMP_NUM_THREADS if set;
+    for one of a job of `launch`, whose processes may each be bound to their own cores, CKD_DIST_CORES.
 
     (torchrun sets OMP_NUM_THREADS to 1 unasked, so under it that variable says nothing.)
     """

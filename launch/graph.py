@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import graphlib
 import hashlib
+import itertools
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -56,7 +57,7 @@ class PipelineConfig(LaunchConfig):
         require(bool(self.tasks), "tasks is missing: give --config with a YAML file that names them")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Job:
     """A task, or one job of its array."""
 
@@ -97,8 +98,13 @@ def build(config: PipelineConfig) -> dict[str, Task]:
             near = difflib.get_close_matches(other, config.tasks, n=1)
             hint = f"; did you mean {near[0]}?" if near else ""
             require(other in config.tasks, f"tasks.{name}.after: no task {other}{hint}")
+    sorter = graphlib.TopologicalSorter({name: task.after for name, task in config.tasks.items()})
+    order: list[str] = []
     try:
-        order = list(graphlib.TopologicalSorter({n: t.after for n, t in config.tasks.items()}).static_order())
+        sorter.prepare()
+        while ready := sorted(sorter.get_ready(), key=list(config.tasks).index):
+            order += ready
+            sorter.done(*ready)
     except graphlib.CycleError as error:
         raise UserError(f"tasks: {' -> '.join(reversed(error.args[1]))} wait for each other") from None
     tasks: dict[str, Task] = {}
@@ -118,7 +124,7 @@ def build(config: PipelineConfig) -> dict[str, Task]:
             )  # fmt: skip
         except UserError as error:
             raise UserError(f"tasks.{name}: {error}") from None
-    return {name: tasks[name] for name in config.tasks} if order == list(config.tasks) else tasks
+    return tasks
 
 
 def _commands(task: TaskConfig) -> Iterator[tuple[int | None, Command]]:
@@ -155,7 +161,7 @@ def _words(key: str, value: Any) -> list[str]:
 
 
 def _words_to_options(words: tuple[str, ...]) -> dict[str, str]:
-    return {word[2:]: value for word, value in zip(words, words[1:], strict=False) if word.startswith("--")}
+    return {word[2:]: value for word, value in itertools.pairwise(words) if word.startswith("--")}
 
 
 def _hash(command: Command, inputs: list[str]) -> str:
@@ -234,6 +240,6 @@ def _require_same_images(job: Job, path: Path) -> None:
         there = known.get(key.replace("-", "_"))
         require(
             key not in asked or there is None or str(there) == asked[key],
-            f"tasks.{job.task}: {path} is there already, with {key} {there}, not {asked.get(key)}: remove it, or choose "
-            "another --out",
+            f"tasks.{job.task}: {path} is there already, with {key} {there}, not {asked.get(key)}: remove it, or "
+            "choose another --out",
         )

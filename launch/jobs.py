@@ -6,7 +6,6 @@ import contextlib
 import dataclasses
 import hashlib
 import importlib.util
-import io
 import json
 import os
 import shutil
@@ -14,7 +13,7 @@ import subprocess
 import sys
 import tempfile
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -69,8 +68,9 @@ class SlurmConfig:
         least = self.signal_delay_s + 60 + START_SECONDS
         require(
             60 * self.timeout_min >= least,
-            f"slurm.timeout_min {self.timeout_min} is too short for slurm.signal_delay_s {self.signal_delay_s}: SLURM may "
-            f"send the signal 60 s early, and a job takes {START_SECONDS} s to start: give {-(-least // 60)} or more",
+            f"slurm.timeout_min {self.timeout_min} is too short for slurm.signal_delay_s {self.signal_delay_s}: SLURM "
+            f"may send the signal 60 s early, and a job takes {START_SECONDS} s to start: give {-(-least // 60)} or "
+            "more",
         )
 
 
@@ -120,7 +120,9 @@ def read_command(module: str, words: Iterable[str]) -> Command:
         found = importlib.util.find_spec(module)
     except (ImportError, ValueError):
         found = None
-    require(found is not None, f"no module {module}: give one of {', '.join(COMMANDS)}, or another that python -m can run")
+    require(
+        found is not None, f"no module {module}: give one of {', '.join(COMMANDS)}, or another that python -m can run"
+    )
     return Command(module, None, tuple(words))
 
 
@@ -140,7 +142,8 @@ def preflight(config: SlurmConfig, cpus: int, modules: Iterable[str], folder: Pa
     for module in modules:
         require(
             processes == 1 or not module.startswith(ONE_PROCESS),
-            f"{module} runs in one process, here are {processes}: give --slurm.nodes 1 --slurm.gpus_per_node 0 --cpus 1",
+            f"{module} runs in one process, here are {processes}: give --slurm.nodes 1 --slurm.gpus_per_node 0 "
+            "--cpus 1",
         )
     where = folder.absolute()
     for local in ("/dev/shm", *filter(None, [slurm.setting("TmpFS")])):
@@ -311,7 +314,7 @@ def submit(executor: Any, commands: list[list[str]], modules: list[str], code: P
         for module, words in zip(modules, commands, strict=True)
     ]
     try:
-        with warnings.catch_warnings(), contextlib.redirect_stderr(io.StringIO()):
+        with warnings.catch_warnings(), _no_output():
             warnings.simplefilter("ignore")
             if len(workers) == 1:
                 jobs = [executor.submit(workers[0])]
@@ -322,6 +325,26 @@ def submit(executor: Any, commands: list[list[str]], modules: list[str], code: P
         lines = [line for line in str(error).splitlines() if "sbatch" in line] or str(error).splitlines()
         raise UserError(f"sbatch refuses: {lines[-1].removeprefix('sbatch: error: ')}") from None
     return [job.job_id for job in jobs]
+
+
+@contextlib.contextmanager
+def _no_output() -> Iterator[None]:
+    """Without stdout and stderr: a job on this machine must not hold those of the command that started it, and submitit
+    prints what sbatch says before it raises it."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    kept = os.dup(1), os.dup(2)
+    null = os.open(os.devnull, os.O_WRONLY)
+    try:
+        os.dup2(null, 1)
+        os.dup2(null, 2)
+        yield
+    finally:
+        sys.stderr.flush()
+        for number, copy in enumerate(kept, start=1):
+            os.dup2(copy, number)
+            os.close(copy)
+        os.close(null)
 
 
 def replaced(config: SlurmConfig, values: dict[str, Any], where: str) -> SlurmConfig:

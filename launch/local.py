@@ -42,11 +42,13 @@ class LocalWatch:
 
 
 def is_running(job: str) -> bool:
-    """Whether the process is there and is a job's."""
+    """Whether the process is there and is a job's: submitit's, or still our own child that becomes it."""
     try:
-        return b"submitit.local._local" in Path(f"/proc/{job}/cmdline").read_bytes()
+        state, parent = Path(f"/proc/{job}/stat").read_text().rpartition(")")[2].split()[:2]
+        command = Path(f"/proc/{job}/cmdline").read_bytes()
     except OSError:
         return False
+    return state != "Z" and (b"submitit.local._local" in command or int(parent) == os.getpid())
 
 
 def cancel(jobs: list[str]) -> None:

@@ -6,14 +6,15 @@
   python -m launch.pipeline cancel --config ... [TASK ...]  cancel what waits or runs
 
 On SLURM all is submitted at once, and SLURM keeps the order: a task waits for those that it names in `after`; one that
-fails cancels what needs it, and nothing else. A job is known by a hash of its resolved options and of the jobs before it:
-the same command again submits only what is missing, failed or changed. An array longer than the cluster allows is split.
-With --executor local, the tasks run on this machine, one after another. The jobs run copies of the code and options as
-they are now.
+fails cancels what needs it, and nothing else. A job is known by a hash of its resolved options and of the jobs before
+it: the same command again submits only what is missing, failed or changed. An array longer than the cluster allows is
+split. With --executor local, the tasks run on this machine, one after another. The jobs run copies of the code and
+options as they are now.
 """
 
 from __future__ import annotations
 
+import shlex
 import sys
 from collections import Counter
 from pathlib import Path
@@ -38,7 +39,7 @@ def main() -> int:
     words = option_words(sys.argv[1:])
     words = [f"{word}=true" if word in ("--wait", "--dry_run") else word for word in words]
     verb = words.pop(0) if words[:1] in (["status"], ["logs"], ["cancel"]) else "run"
-    names = []
+    names: list[str] = []
     while verb in ("logs", "cancel") and len(words) > 2 and not words[-1].startswith("-"):
         names.insert(0, words.pop())
     config = load_config(PipelineConfig, words, prog="python -m launch.pipeline", description=__doc__)
@@ -102,7 +103,9 @@ class Pipeline:
                      for state, count in counts.items()]  # fmt: skip
             note = f" ({notes[0]})" if notes else ""
             ids = dict.fromkeys(self.records[job].job_id.split("_")[0] for job in task.jobs if job in self.records)
-            table.add_row(name, str(len(task.jobs)), ", ".join(cells) + note, " ".join(ids), ", ".join(task.config.after))
+            table.add_row(
+                name, str(len(task.jobs)), ", ".join(cells) + note, " ".join(ids), ", ".join(task.config.after)
+            )
         return table
 
     # ----------------------------------------------------------------------------------- run
@@ -138,11 +141,8 @@ class Pipeline:
         if config.wait:
             return self._follow()
         if any(not state.final for state in states.values()):
-            console.print(f"follow: python -m launch.pipeline {self._same_options('status')}")
+            console.print(f"follow: python -m launch.pipeline status {shlex.join(sys.argv[1:])}")
         return 0
-
-    def _same_options(self, verb: str) -> str:
-        return f"{verb} --config {sys.argv[sys.argv.index('--config') + 1] if '--config' in sys.argv else '...'}"
 
     def _dry_run(self, states: dict[Job, State], missing: set[Job]) -> int:
         console.print(self.table(states))

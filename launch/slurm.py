@@ -7,7 +7,7 @@ import re
 import shutil
 import subprocess
 import time
-from collections.abc import Iterable
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -87,7 +87,7 @@ class Watch:
                 return states
             time.sleep(next(delays))
 
-    def follow(self, interval: float = 1.0) -> Iterable[dict[str, State]]:
+    def follow(self, interval: float = 1.0) -> Iterator[dict[str, State]]:
         """`look` until all jobs are over, ever less often while nothing changes."""
         delays, before = backoff(interval), None
         while True:
@@ -156,7 +156,7 @@ def read_result(path: Path) -> dict | None:
         return None
 
 
-def backoff(first: float, longest: float = 30.0) -> Iterable[float]:
+def backoff(first: float, longest: float = 30.0) -> Iterator[float]:
     """Seconds to wait before each further query."""
     while True:
         yield first
@@ -199,7 +199,9 @@ def partition(name: str | None) -> Partition:
     lines = [line.split("|") for line in command("sinfo", "-h", "-o", "%P|%G|%c|%D|%l").stdout.splitlines()]
     names = list(dict.fromkeys(line[0].rstrip("*") for line in lines))
     wanted = name or next((line[0].rstrip("*") for line in lines if line[0].endswith("*")), None)
-    require(wanted is not None, f"slurm.partition is missing, the cluster has no default: give one of {', '.join(names)}")
+    require(
+        wanted is not None, f"slurm.partition is missing, the cluster has no default: give one of {', '.join(names)}"
+    )
     rows = [line[1:] for line in lines if line[0].rstrip("*") == wanted]
     require(bool(rows), f"slurm.partition: no partition {wanted}: give one of {', '.join(names)}")
     gpus = [sum(map(int, re.findall(r"gpu:(?:[^:,(]+:)?(\d+)", row[0]))) for row in rows]

@@ -3,11 +3,11 @@
   python -m launch.submit ckd_dist.distill --config student.yaml --slurm.partition gpu --slurm.nodes 4 \\
       --slurm.gpus_per_node 8 --slurm.cpus_per_gpu 12 --slurm.timeout_min 1440 --slurm.account A [--wait]
 
-The first word is the module that `python -m` would run; options below are the job's, all others the command's. srun starts
-a process on every GPU (without GPUs: --cpus on every node), so that SLURM knows each rank, and one that fails ends the
-others. The job outlives its time limit, preemption, node failures and `scontrol requeue`: it goes on from its last save. A
-command that fails ends the job, and its last lines are shown. The job runs a copy of the code and of the resolved options
-as they are now; its files are in RUN_DIR/jobs (for a caching, STORE.jobs).
+The first word is the module that `python -m` would run; options below are the job's, all others the command's. srun
+starts a process on every GPU (without GPUs: --cpus on every node), so that SLURM knows each rank, and one that fails
+ends the others. The job outlives its time limit, preemption, node failures and `scontrol requeue`: it goes on from its
+last save. A command that fails ends the job, and its last lines are shown. The job runs a copy of the code and of the
+resolved options as they are now; its files are in RUN_DIR/jobs (for a caching, STORE.jobs).
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from pathlib import Path
 import yaml
 from rich.console import Console
 
-from ckd_dist.config import UserError, load_config, option_words, require, run_process
+from ckd_dist.config import UserError, load_config, option_words, run_process
 from launch import jobs, slurm
 from launch.jobs import Command, LaunchConfig
 from launch.local import LocalWatch
@@ -34,8 +34,10 @@ def main() -> int:
     """Submit; with --wait, follow to the end. Returns the exit status."""
     words = option_words(sys.argv[1:])
     module, theirs, mine = split(words)
-    if not module or {"-h", "--help"} & set(mine):
+    if {"-h", "--help"} & set(mine):
         load_config(LaunchConfig, ["--help"], prog="python -m launch.submit MODULE", description=__doc__)
+    if module is None:
+        raise UserError("the first word is the module to run, such as ckd_dist.distill (see --help)")
     config = load_config(LaunchConfig, mine)
     command = jobs.read_command(module, theirs)
     folder = job_folder(command)
@@ -77,7 +79,7 @@ def split(words: list[str]) -> tuple[str | None, list[str], list[str]]:
 
 
 def job_folder(command: Command) -> Path:
-    """Where a job keeps its files: in the folder that the command makes, but beside a store, which holds nothing else."""
+    """Where a job keeps its files: in the folder that the command makes, but beside a store."""
     options = command.options or {}
     if "run_dir" in options:
         return Path(options["run_dir"]) / "jobs"

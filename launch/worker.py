@@ -1,7 +1,7 @@
 """What every process of a job runs: the command as a child process, its environment, and the scheduler's signals.
 
-It travels to the job inside its pickle, source and all, and imports only what every environment of this package has: edits
-made while the job waits change nothing.
+It travels to the job inside its pickle, source and all, and imports nothing else of this package: edits made while the
+job waits change nothing.
 """
 
 from __future__ import annotations
@@ -25,7 +25,9 @@ RENDEZVOUS_SECONDS = 600
 """For all processes of a job to start: a node may boot first."""
 PEER_SECONDS = 900
 """Within which SLURM tells why a rank is gone: it notices a dead node after SlurmdTimeout, 300 s by default."""
-RUN_MODULE = "import runpy, sys; sys.path[0] = {code!r}; runpy.run_module({module!r}, run_name='__main__', alter_sys=True)"
+RUN_MODULE = (
+    "import runpy, sys; sys.path.insert(0, {code!r}); runpy.run_module({module!r}, run_name='__main__', alter_sys=True)"
+)
 
 
 class Worker:
@@ -56,7 +58,11 @@ class Worker:
             if restarts > self.max_restarts:
                 self._fail(1, [f"restarted {restarts} times, slurm.max_restarts is {self.max_restarts}: given up"])
         signal.signal(signal.SIGTERM, self._terminate)  # in place of submitit's, which does nothing
-        environment = {**os.environ, "PYTHONPATH": self.code, "CKD_DIST_CORES": str(self.cores)}
+        environment = {
+            **os.environ,
+            "PYTHONPATH": f"{self.code}:{os.environ.get('PYTHONPATH', '')}",
+            "CKD_DIST_CORES": str(self.cores),
+        }
         if job.num_tasks > 1:
             environment.update(self._distributed(job, restarts))
         code = RUN_MODULE.format(code=self.code, module=self.module)
@@ -106,7 +112,8 @@ class Worker:
     def _terminate(self, *_: Any) -> None:
         """SIGTERM: `scancel`, or a preemption without SIGUSR2. SLURM ends the job soon, and requeues it or not."""
         self._stop()
-        self._linger()
+        if self._rank == 0:
+            self._linger()
 
     def _linger(self) -> NoReturn:
         """This process has nothing left to do, but to end with an error now would make the job fail: SLURM is about to
@@ -186,8 +193,8 @@ class Worker:
 
 
 def _ignore_signals() -> None:
-    """In the child, before its program: the scheduler signals all processes of a job, and to a program without a handler
-    that would be the end. The command sets its own for SIGUSR2."""
+    """In the child, before its program: the scheduler signals all processes of a job, and to a program without a
+    handler that would be the end. The command sets its own for SIGUSR2."""
     signal.signal(signal.SIGUSR2, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
 

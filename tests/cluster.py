@@ -1,5 +1,5 @@
-"""A real SLURM cluster of several nodes on this machine, for tests: munge, slurmctld, a slurmd in namespaces of its own for
-each node, and, asked for, slurmdbd on a database. Needs root, and Debian's packages (`make test` installs them).
+"""A real SLURM cluster of several nodes on this machine, for tests: munge, slurmctld, a slurmd in namespaces of its own
+for each node, and, asked for, slurmdbd on a database. Needs root, and Debian's packages (`make test` installs them).
 
   python tests/cluster.py FOLDER [none|shim|slurmdbd]     one to play with, until Ctrl-C
 """
@@ -48,9 +48,9 @@ def free_ports(count: int) -> list[int]:
 class Cluster:
     """Nodes n1, n2, ... with 8 cores and 4 GPUs each, all pretended; partitions main, low (preemptible) and high."""
 
-    def __init__(self, folder: Path, nodes: int = 4, accounting: str = "none", min_job_age: int = 3600):
+    def __init__(self, folder: Path, nodes: int = 4, accounting: str = "none"):
         """`folder` must be new, and open to all users; accounting: none, shim (a sacct made of squeue) or slurmdbd."""
-        self.folder, self.nodes, self.accounting, self.min_job_age = folder, nodes, accounting, min_job_age
+        self.folder, self.nodes, self.accounting = folder, nodes, accounting
         self.conf = folder / "slurm.conf"
         self.environment = {
             **{name: value for name, value in os.environ.items() if not name.startswith("SLURM")},
@@ -98,11 +98,21 @@ class Cluster:
             sacct = self.folder / "bin" / "sacct"
             sacct.write_text("#!/bin/sh\necho 'JobID|State'\nexec squeue -h -a -r -t all -o '%i|%T'\n")
             sacct.chmod(0o755)
-        self._daemon("slurmctld", "slurmctld", "-D", "-i")
-        self._until(lambda: "is UP" in self.run("scontrol", "ping", check=False), "slurmctld")
+        self._start_controller()
         for number in range(1, self.nodes + 1):
             self.start_node(f"n{number}")
         self._until(lambda: self.idle() == self.nodes, "nodes")
+
+    def _start_controller(self, *options: str) -> None:
+        self._daemon("slurmctld", "slurmctld", "-D", "-i", *options)
+        self._until(lambda: "is UP" in self.run("scontrol", "ping", check=False), "slurmctld")
+
+    def forget_jobs(self) -> None:
+        """Restart the controller without the jobs that it knew; accounting keeps its records."""
+        controller = self._daemons.pop("slurmctld")
+        controller.terminate()
+        controller.wait(timeout=30)
+        self._start_controller("-c")
 
     def start_node(self, name: str) -> None:
         """Start a node's slurmd, with a host name, an /etc/hosts, a /tmp/... and a /dev/shm of its own."""
@@ -181,7 +191,7 @@ PreemptType=preempt/partition_prio
 PreemptMode=REQUEUE
 SlurmctldParameters=preempt_send_user_signal
 KillWait=3
-MinJobAge={self.min_job_age}
+MinJobAge=3600
 FirstJobId={1 + int(time.time()) % 50_000_000}
 MaxArraySize=5
 SlurmdTimeout=10
@@ -225,7 +235,9 @@ PartitionName=high PriorityTier=100 PreemptMode=off
         conf.chmod(0o600)
         self._daemon("slurmdbd", "slurmdbd", "-D")
         there = ("sacctmgr", "-n", "-P", "list", "cluster")
-        self._until(lambda: subprocess.run(there, env=self.environment, capture_output=True).returncode == 0, "slurmdbd")
+        self._until(
+            lambda: subprocess.run(there, env=self.environment, capture_output=True).returncode == 0, "slurmdbd"
+        )
         self.run("sacctmgr", "-i", "add", "cluster", "tests")
 
     # --------------------------------------------------------------------------------- stop
@@ -257,7 +269,7 @@ PartitionName=high PriorityTier=100 PreemptMode=off
                 daemon.kill()
                 daemon.wait()
         left = []
-        for process in psutil.process_iter():
+        for process in psutil.process_iter():  # jobs that did not end, and what they started
             try:
                 if process.pid != os.getpid() and process.environ().get("SLURM_CONF") == str(self.conf):
                     process.kill()

@@ -111,11 +111,15 @@ def plan(config: PlanConfig) -> int:
         "largest shard": caching.format_bytes(found.largest_shard_bytes),
         "free on the disk": free if fits else f"[red]{free}: it does not fit[/]",
         "to write": f"{found.missing_records:,} records, {caching.format_bytes(found.missing_bytes)}",
-        "time": f"{format_seconds(found.seconds)} ({found.seconds:.1f} s) on {world} processes like this one",
-        "one teacher, online": f"{1e6 * found.teacher_seconds_an_image:,.0f} µs an image; a student of {config.views} "
-        f"epochs waits {format_seconds(found.online_seconds)} for it",
-        "caching pays": f"from {found.students} student{'s' * (found.students > 1)} on, each taught by one checkpoint",
     }
+    if isinstance(found, caching.TimedPlan):
+        rows |= {
+            "time": f"{format_seconds(found.seconds)} ({found.seconds:.1f} s) on {world} processes like this one",
+            "one teacher, online": f"{1e6 * found.teacher_seconds_an_image:,.0f} µs an image; a student of "
+            f"{config.views} epochs waits {format_seconds(found.online_seconds)} for it",
+            "caching pays": f"from {found.students} student{'s' * (found.students > 1)} on, each taught by one "
+            "checkpoint",
+        }
     _print_table(config.store, rows)
     return 0 if fits else 1
 

@@ -1,9 +1,22 @@
-"""train_teacher with a linear model: without batch norm, the world size must not change the numbers."""
+"""train_teacher with a linear model: without batch norm, the world size must not change the numbers. PAUSE in the
+environment: so many seconds in every step, for a run that lives long enough to be interrupted."""
+
+import os
+import time
 
 from torch import nn
 
-from ckd_dist import models, train_teacher
+from ckd_dist import engine, models, train_teacher
 from ckd_dist.config import TrainTeacherConfig, run_command
 
 models._CIFAR["linear"] = lambda num_classes: nn.Sequential(nn.Flatten(), nn.Linear(3 * 28 * 28, num_classes))
+train_step = engine.Learner.train_step
+
+
+def pause_and_train(learner, batch):
+    time.sleep(float(os.environ.get("PAUSE", "0")))
+    train_step(learner, batch)
+
+
+engine.Learner.train_step = pause_and_train  # type: ignore[method-assign]
 run_command(train_teacher.main, TrainTeacherConfig, "train_linear")
