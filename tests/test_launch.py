@@ -3,41 +3,26 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 import shlex
 import shutil
 import subprocess
-import sys
-import tempfile
 import time
 from pathlib import Path
 
 import pytest
 import yaml
-from cluster import Cluster, obstacle
-from conftest import ENVIRONMENT, ROOT, count_lines, run
+from cluster import PROGRAMS, job_id, launch, make_cluster, wait_for
+from conftest import ROOT, count_lines, run
 from test_training import metrics, same_weights
 
-from ckd_dist import checkpoint
 from ckd_dist.config import UserError
-from launch import graph, slurm
+from launch import graph
 from launch.graph import PipelineConfig, TaskConfig
 from launch.jobs import SlurmConfig
 from launch.submit import split
 
 pytestmark = pytest.mark.xdist_group("launch")  # one cluster, one worker
-PROGRAMS = ROOT / "tests" / "programs"
-
-
-def make_cluster(**options):
-    """A cluster in a folder of its own; skipped where there can be none, which is a failure under CI=true."""
-    if (reason := obstacle(options.get("accounting", "none"))) is not None:
-        (pytest.fail if os.environ.get("CI") == "true" else pytest.skip)(reason)
-    # Not in pytest's folder: munge and the database refuse folders that only root may enter.
-    folder = Path(tempfile.mkdtemp(prefix="cluster-"))
-    folder.chmod(0o755)
-    return Cluster(folder / "box", **options)
 
 
 @pytest.fixture(scope="module")
@@ -45,29 +30,6 @@ def cluster():
     with make_cluster(nodes=8) as started:
         yield started
     shutil.rmtree(started.folder.parent)
-
-
-def launch(cluster, module, *words, cwd=ROOT, status=0, env=None):
-    """Run `python -m launch.submit` or `launch.pipeline` to its end and check its exit status."""
-    path = f"{ROOT}:{PROGRAMS}"
-    environment = {**ENVIRONMENT, **(cluster.environment if cluster else {}), "PYTHONPATH": path, **(env or {})}
-    done = subprocess.run(
-        [sys.executable, "-m", f"launch.{module}", *map(str, words)],
-        capture_output=True, text=True, timeout=300, env=environment, cwd=cwd,
-    )  # fmt: skip
-    assert done.returncode == status, f"exit status {done.returncode}\n{done.stdout[-6000:]}\n{done.stderr[-6000:]}"
-    return done
-
-
-def job_id(done):
-    return re.search(r"^job (\d+)", done.stdout, re.M)[1]
-
-
-def wait_for(good, seconds=120, what=""):
-    deadline = time.monotonic() + seconds
-    while not good():
-        assert time.monotonic() < deadline, f"not within {seconds} s: {what}"
-        time.sleep(0.1)
 
 
 # ------------------------------------------------------------------------------------------- one job
@@ -87,58 +49,6 @@ def test_two_nodes_of_two_processes_give_the_losses_of_torchrun(cluster, fashion
     assert losses[0] == pytest.approx(losses[1], abs=1e-5) and len(losses[0]) == 12
     env = json.loads((tmp_path / "slurm" / "env.json").read_text())
     assert env["world_size"] == 4 and env["threads"] == 1
-
-
-def test_jobs_outlive_preemption_time_limit_node_failure_and_requeue(cluster, fashion, tmp_path):
-    steps, save_every = 180, 5
-
-    def submit(name, *more, nodes):
-        data = ["--data.train", fashion["holdout"], "--data.batch_size", 100, "--amp", "off", "--optim.lr", 0.01]
-        run_dir = tmp_path / name
-        options = [*data, "--model.name", "linear", "--epochs", steps // 3, "--save_last_every", save_every]
-        options += ["--log_every", 1, "--run_dir", run_dir, "--slurm.nodes", 2, f"--slurm.extra.nodelist={nodes}"]
-        done = launch(cluster, "submit", "train_linear", *options, *more, cwd=tmp_path, env={"PAUSE": "0.15"})
-        return job_id(done)
-
-    low = submit("preempted", "--slurm.partition", "low", nodes="n1,n2")
-    limited = submit("limited", "--slurm.timeout_min", 5, "--slurm.signal_delay_s", 120, nodes="n3,n4")
-    failed = submit("failed", nodes="n5,n6")
-    requeued = submit("requeued", nodes="n7,n8")
-    never = submit("never", nodes="n7,n8")
-    names = {"preempted": low, "limited": limited, "failed": failed, "requeued": requeued, "never": never}
-
-    def stepped(name, step):
-        return count_lines(tmp_path / name / "metrics.jsonl") > step
-
-    for name in names:
-        wait_for(lambda name=name: stepped(name, 12), what=f"{name} trains")
-    assert not any(checkpoint.load(tmp_path / n / "checkpoints" / "last.pt", "")["step"] >= steps for n in names)
-    cluster.run("sbatch", "-p", "high", "-w", "n1,n2", "-N2", "--exclusive", "-o", "/dev/null", "--wrap", "sleep 2")
-    cluster.run("scontrol", "update", f"JobId={limited}", "TimeLimit=2")
-    cluster.run("scontrol", "requeue", requeued)
-    cluster.kill_node("n6")
-    wait_for(lambda: "n6" not in cluster.run("squeue", "-h", "-t", "RUNNING", "-o", "%N", "-j", failed, check=False))
-    cluster.start_node("n6")
-
-    watch = slurm.Watch({job: tmp_path / "jobs" / f"{job}.json" for job in names.values()})
-    with pytest.MonkeyPatch.context() as patch:
-        for name in ("SLURM_CONF", "PATH"):
-            patch.setenv(name, cluster.environment[name])
-        states = [*watch.follow(0.5)][-1]
-    logs = {name: (tmp_path / "jobs" / f"{job}_0_log.out").read_text() for name, job in names.items()}
-    assert all(states[job].name == "done" for job in names.values()), states
-    for name in names:
-        assert same_weights(*(tmp_path / n / "checkpoints" / f"epoch_{steps // 3:04d}.pt" for n in ("never", name)))
-        assert [line["loss"] for line in metrics(tmp_path / name)] == [
-            line["loss"] for line in metrics(tmp_path / "never")
-        ]
-    # Warned, it had saved the step that it was at; else the last save was a multiple of five, or an epoch's end.
-    for name in names:
-        starts = [int(step) for step in re.findall(r"going on after step (\d+)", logs[name])]
-        assert len(starts) == (name != "never"), (name, starts)
-        assert ("stopped by SIGUSR2 and saved" in logs[name]) == (name in ("preempted", "limited")), name
-    restarts = {name: cluster.run("scontrol", "show", "job", job) for name, job in names.items()}
-    assert all(f"Restarts={int(name != 'never')}" in text for name, text in restarts.items())
 
 
 def test_eight_jobs_at_once_on_the_same_nodes_do_not_meet(cluster, tmp_path):
@@ -166,18 +76,6 @@ def test_a_command_that_fails_is_not_requeued_and_its_last_lines_are_shown(clust
     bad = ["ckd_dist.evaluate", "--data.val", "none.beton", "--checkpoint", "none.pt", "--wait"]
     done = launch(cluster, "submit", *bad, cwd=tmp_path, status=2)
     assert "error: checkpoint: no such file: none.pt" in done.stdout
-
-
-def test_a_job_may_not_restart_more_often_than_its_budget(cluster, tmp_path):
-    (tmp_path / "nap.py").write_text("import time\ntime.sleep(99)")
-    words = ["nap", "--slurm.max_restarts", 0]
-    job = job_id(launch(cluster, "submit", *words, cwd=tmp_path, env={"PYTHONPATH": f"{ROOT}:{tmp_path}"}))
-    log = tmp_path / "jobs" / f"{job}_0_log.out"
-    wait_for(lambda: log.exists() and "python -m nap" in log.read_text())
-    cluster.run("scontrol", "requeue", job)
-    result = tmp_path / "jobs" / f"{job}.json"
-    wait_for(result.exists)
-    assert json.loads(result.read_text())["lines"] == ["restarted 1 times, slurm.max_restarts is 0: given up"]
 
 
 def test_edits_made_while_a_job_waits_change_nothing(cluster, tmp_path):
@@ -236,64 +134,6 @@ def test_a_dry_run_shows_the_script_and_what_sbatch_says_to_it(cluster, fashion,
     assert "srun --unbuffered" in done.stdout and "--kill-on-bad-exit=1 --cpus-per-task=2" in done.stdout
     assert "name: resnet8" in done.stdout and "using 16 processors on nodes n[1-2]" in done.stdout
     assert not (tmp_path / "run").exists()
-
-
-# ------------------------------------------------------------------------------------------- states
-
-
-@pytest.mark.parametrize("accounting", ["none", "shim", "slurmdbd"])
-def test_the_state_shown_is_right_with_and_without_accounting(accounting, tmp_path):
-    (tmp_path / "nap.py").write_text("import time\ntime.sleep(99)")
-    (tmp_path / "good.py").touch()
-    (tmp_path / "bad.py").write_text("raise SystemExit(3)")
-    tasks = {name: {"module": name} for name in ("good", "bad")}
-    tasks |= {name: {"module": "nap"} for name in ("killed", "cancelled")}
-    tasks["after_bad"] = {"module": "good", "after": ["bad"]}
-    tasks["after_good"] = {"module": "nap", "after": ["good"], "slurm": {"extra": {"begin": "now+1hour"}}}
-    config = tmp_path / "graph.yaml"
-    config.write_text(yaml.safe_dump({"run_dir": str(tmp_path / "graph"), "tasks": tasks}))
-    env = {"PYTHONPATH": f"{ROOT}:{tmp_path}"}
-
-    def states():
-        done = launch(cluster, "pipeline", "status", "--config", config, cwd=tmp_path, env={**env, "COLUMNS": "150"})
-        rows = re.findall(r"^│ (\w+) +│ +1 │ (\w+)(?: \((.*?)\))? *│", done.stdout, re.M)
-        return {name: f"{state} ({note})" if note else state for name, state, note in rows}
-
-    with make_cluster(nodes=1, accounting=accounting) as cluster:
-        launch(cluster, "pipeline", "--config", config, cwd=tmp_path, env=env)
-        wait_for(lambda: all(states()[name] == "running" for name in ("killed", "cancelled")))
-        assert states()["after_good"].startswith("pending (")
-        record = {path.name.split("-")[0]: json.loads(path.read_text()) for path in tmp_path.glob("graph/tasks/*.json")}
-        died = time.monotonic()
-        cluster.run("scancel", "--full", "-s", "KILL", record["killed"]["job_id"])
-        launch(cluster, "pipeline", "cancel", "--config", config, "cancelled", cwd=tmp_path, env=env)
-        wait_for(lambda: states()["killed"].startswith("failed") and states()["cancelled"] == "cancelled", 60)
-        assert time.monotonic() - died < 60
-        wait_for(lambda: states()["after_bad"] == "cancelled", 30)
-        found = states()
-        assert found["good"] == "done" and found["bad"] == "failed (exit status 3)"
-        assert found["killed"] == "failed (FAILED, no result)" and found["after_good"].startswith("pending")
-        logs = launch(cluster, "pipeline", "logs", "--config", config, "bad", "good", cwd=tmp_path, env=env).stdout
-        assert "good-" in logs and "failed (exit status 3)" in logs and "rank 0 on n1:" in logs
-
-        cluster.forget_jobs()  # as it does MinJobAge seconds after a job's end
-        known = accounting == "slurmdbd"
-        gone = "failed (not in the queue, no result)"
-        found = states()
-        assert found["good"] == "done" and found["bad"] == "failed (exit status 3)"
-        assert found["killed"] == ("failed (FAILED, no result)" if known else gone)
-        assert found["cancelled"] == ("cancelled" if known else gone)
-    shutil.rmtree(cluster.folder.parent)
-
-
-def test_a_cluster_leaves_nothing_behind():
-    cluster = make_cluster(nodes=2)
-    with cluster:
-        cluster.run("sbatch", "-N2", "-o", "/dev/null", "--wrap", "srun sleep 99")
-        wait_for(lambda: cluster.run("squeue", "-h", "-t", "RUNNING").strip())
-    left = subprocess.run(["pgrep", "-f", str(cluster.folder)], capture_output=True, text=True)
-    assert left.stdout == "" and not cluster.folder.exists()
-    cluster.folder.parent.rmdir()
 
 
 # ------------------------------------------------------------------------------------------- the graph
@@ -370,7 +210,7 @@ def test_the_whole_graph_with_a_job_that_fails_and_then_completed(cluster, tmp_p
     poison.parent.mkdir(parents=True)
     poison.write_text("epochs: 7\n")  # a run of other options: its part of the search refuses to go on
     started = launch(cluster, "pipeline", "--config", config, "--wait", status=1)
-    assert "17 of 17 jobs submitted" in started.stdout
+    assert "16 of 16 jobs submitted" in started.stdout
     assert re.search(r"holds a run with [\w.]+ None, not", started.stdout)
 
     def table(text):
@@ -384,7 +224,7 @@ def test_the_whole_graph_with_a_job_that_fails_and_then_completed(cluster, tmp_p
 
     shutil.rmtree(poison.parent)
     again = launch(cluster, "pipeline", "--config", config, "--wait")
-    assert "3 of 17 jobs submitted" in again.stdout
+    assert "3 of 16 jobs submitted" in again.stdout
     assert "6 students" in (tmp_path / "graph").joinpath("jobs", "report").glob("*_0_log.out").__next__().read_text()
     assert (tmp_path / "report" / "report.html").exists()
     third = launch(cluster, "pipeline", "--config", config)
@@ -393,7 +233,7 @@ def test_the_whole_graph_with_a_job_that_fails_and_then_completed(cluster, tmp_p
     arrays = {path.name.split("_")[0] for path in (tmp_path / "graph/jobs/students").glob("*_submitted.pkl")}
     assert len(arrays) == 3  # six parts in arrays of five and one, and the one that was repeated
     assert launch(cluster, "pipeline", "--config", config, "--dry-run").stdout.endswith(
-        "0 of 17 jobs would be submitted\n"
+        "0 of 16 jobs would be submitted\n"
     )
 
 

@@ -1,0 +1,162 @@
+"""What befalls jobs on a real SLURM cluster: preemption, limits, dead nodes, kills; and what is shown of it."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import subprocess
+import time
+
+import psutil
+import pytest
+import yaml
+from cluster import job_id, launch, make_cluster, wait_for
+from conftest import ROOT, count_lines
+from test_training import metrics, same_weights
+
+from launch import slurm
+
+pytestmark = pytest.mark.xdist_group("job failures")  # one cluster, one worker
+
+
+@pytest.fixture(scope="module")
+def cluster():
+    with make_cluster(nodes=8) as started:
+        yield started
+    shutil.rmtree(started.folder.parent)
+
+
+def test_jobs_outlive_preemption_time_limit_node_failure_and_requeue(cluster, fashion, tmp_path):
+    steps, save_every = 240, 5
+
+    def submit(name, *more, nodes):
+        data = ["--data.train", fashion["holdout"], "--data.batch_size", 100, "--amp", "off", "--optim.lr", 0.01]
+        run_dir = tmp_path / name
+        options = [*data, "--model.name", "linear", "--epochs", steps // 3, "--save_last_every", save_every]
+        options += ["--log_every", 1, "--run_dir", run_dir, "--slurm.nodes", 2, f"--slurm.extra.nodelist={nodes}"]
+        done = launch(cluster, "submit", "train_linear", *options, *more, cwd=tmp_path, env={"PAUSE": "0.15"})
+        return job_id(done)
+
+    limited = submit("limited", "--slurm.timeout_min", 5, "--slurm.signal_delay_s", 120, nodes="n3,n4")
+    low = submit("preempted", "--slurm.partition", "low", nodes="n1,n2")
+    failed = submit("failed", nodes="n5,n6")
+    requeued = submit("requeued", nodes="n7,n8")
+    never = submit("never", nodes="n7,n8")
+    names = {"limited": limited, "preempted": low, "failed": failed, "requeued": requeued, "never": never}
+
+    high = ["-p", "high", "-w", "n1,n2", "-N2", "--exclusive", "-o", "/dev/null", "--wrap", "sleep 2"]
+    strikes = {
+        "limited": lambda: cluster.run("scontrol", "update", f"JobId={limited}", "TimeLimit=2"),
+        "preempted": lambda: cluster.run("sbatch", *high),
+        "failed": lambda: cluster.kill_node("n6"),
+        "requeued": lambda: cluster.run("scontrol", "requeue", requeued),
+    }
+    deadline = time.monotonic() + 150
+    while strikes:
+        assert time.monotonic() < deadline, f"{[*strikes]} do not train"
+        for name in [*strikes]:
+            if count_lines(tmp_path / name / "metrics.jsonl") > 12:
+                assert count_lines(tmp_path / name / "metrics.jsonl") < steps
+                strikes.pop(name)()
+        time.sleep(0.2)
+    wait_for(lambda: "stopped by SIGUSR2" in (tmp_path / "jobs" / f"{limited}_0_log.out").read_text(), what="the limit")
+    cluster.run("scontrol", "update", f"JobId={limited}", "TimeLimit=60")
+    wait_for(lambda: "n6 down" in cluster.run("sinfo", "-h", "-N", "-p", "main", "-o", "%N %T"), what="n6 down")
+    cluster.start_node("n6")
+
+    watch = slurm.Watch({job: tmp_path / "jobs" / f"{job}.json" for job in names.values()})
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("SLURM_CONF", "PATH"):
+            patch.setenv(name, cluster.environment[name])
+        states = [*watch.follow(0.5)][-1]
+    logs = {name: (tmp_path / "jobs" / f"{job}_0_log.out").read_text() for name, job in names.items()}
+    assert all(states[job].name == "done" for job in names.values()), states
+    losses = {name: [line["loss"] for line in metrics(tmp_path / name)] for name in names}
+    for name in names:
+        last = (tmp_path / each / "checkpoints" / f"epoch_{steps // 3:04d}.pt" for each in ("never", name))
+        assert same_weights(*last) and losses[name] == losses["never"]
+    # Warned, it had saved the step that it was at; else the last save was a multiple of five, or an epoch's end.
+    for name in names:
+        starts = [int(step) for step in re.findall(r"going on after step (\d+)", logs[name])]
+        assert len(starts) == (name != "never"), (name, starts)
+        assert ("stopped by SIGUSR2 and saved" in logs[name]) == (name in ("preempted", "limited")), name
+    restarts = {name: cluster.run("scontrol", "show", "job", job) for name, job in names.items()}
+    assert all(f"Restarts={int(name != 'never')}" in text for name, text in restarts.items())
+
+
+def test_a_job_may_not_restart_more_often_than_its_budget(cluster, tmp_path):
+    (tmp_path / "nap.py").write_text("import time\ntime.sleep(99)")
+    words = ["nap", "--slurm.max_restarts", 0]
+    job = job_id(launch(cluster, "submit", *words, cwd=tmp_path, env={"PYTHONPATH": f"{ROOT}:{tmp_path}"}))
+    log = tmp_path / "jobs" / f"{job}_0_log.out"
+    wait_for(lambda: log.exists() and "python -m nap" in log.read_text())
+    cluster.run("scontrol", "requeue", job)
+    result = tmp_path / "jobs" / f"{job}.json"
+    wait_for(result.exists)
+    assert json.loads(result.read_text())["lines"] == ["restarted 1 times, slurm.max_restarts is 0: given up"]
+
+
+def kill_processes(job):
+    """SIGKILL what a job's ranks run, so that they leave no result."""
+    for process in psutil.process_iter():
+        try:
+            if process.environ().get("SLURM_PROCID") and process.environ()["SLURM_JOB_ID"] == job:
+                process.kill()
+        except (psutil.Error, OSError):
+            pass
+
+
+@pytest.mark.parametrize("accounting", ["none", "shim", "slurmdbd"])
+def test_the_state_shown_is_right_with_and_without_accounting(accounting, tmp_path):
+    (tmp_path / "nap.py").write_text("import time\ntime.sleep(99)")
+    (tmp_path / "good.py").touch()
+    (tmp_path / "bad.py").write_text("raise SystemExit(3)")
+    tasks = {name: {"module": name} for name in ("good", "bad")}
+    tasks |= {name: {"module": "nap"} for name in ("killed", "cancelled")}
+    tasks["after_bad"] = {"module": "good", "after": ["bad"]}
+    tasks["after_good"] = {"module": "nap", "after": ["good"], "slurm": {"extra": {"begin": "now+1hour"}}}
+    config = tmp_path / "graph.yaml"
+    config.write_text(yaml.safe_dump({"run_dir": str(tmp_path / "graph"), "tasks": tasks}))
+    env = {"PYTHONPATH": f"{ROOT}:{tmp_path}"}
+
+    def states():
+        done = launch(cluster, "pipeline", "status", "--config", config, cwd=tmp_path, env={**env, "COLUMNS": "150"})
+        rows = re.findall(r"^│ (\w+) +│ +1 │ (\w+)(?: \((.*?)\))? *│", done.stdout, re.M)
+        return {name: f"{state} ({note})" if note else state for name, state, note in rows}
+
+    with make_cluster(nodes=1, accounting=accounting) as cluster:
+        launch(cluster, "pipeline", "--config", config, cwd=tmp_path, env=env)
+        wait_for(lambda: all(states()[name] == "running" for name in ("killed", "cancelled")))
+        assert states()["after_good"].startswith("pending (")
+        record = {path.name.split("-")[0]: json.loads(path.read_text()) for path in tmp_path.glob("graph/tasks/*.json")}
+        died = time.monotonic()
+        kill_processes(record["killed"]["job_id"])
+        launch(cluster, "pipeline", "cancel", "--config", config, "cancelled", cwd=tmp_path, env=env)
+        wait_for(lambda: states()["killed"].startswith("failed") and states()["cancelled"] == "cancelled", 60)
+        assert time.monotonic() - died < 60
+        wait_for(lambda: states()["after_bad"] == "cancelled", 30)
+        found = states()
+        assert found["good"] == "done" and found["bad"] == "failed (exit status 3)"
+        assert found["killed"] == "failed (FAILED, no result)" and found["after_good"].startswith("pending")
+        logs = launch(cluster, "pipeline", "logs", "--config", config, "bad", "good", cwd=tmp_path, env=env).stdout
+        assert "good-" in logs and "failed (exit status 3)" in logs and "rank 0 on n1:" in logs
+
+        cluster.forget_jobs()  # as it does MinJobAge seconds after a job's end
+        known = accounting == "slurmdbd"
+        gone = "failed (not in the queue, no result)"
+        found = states()
+        assert found["good"] == "done" and found["bad"] == "failed (exit status 3)"
+        assert found["killed"] == ("failed (FAILED, no result)" if known else gone)
+        assert found["cancelled"] == ("cancelled" if known else gone)
+    shutil.rmtree(cluster.folder.parent)
+
+
+def test_a_cluster_leaves_nothing_behind():
+    cluster = make_cluster(nodes=2)
+    with cluster:
+        cluster.run("sbatch", "-N2", "-o", "/dev/null", "--wrap", "srun sleep 99")
+        wait_for(lambda: cluster.run("squeue", "-h", "-t", "RUNNING").strip())
+    left = subprocess.run(["pgrep", "-f", str(cluster.folder)], capture_output=True, text=True)
+    assert left.stdout == "" and not cluster.folder.exists()
+    cluster.folder.parent.rmdir()
