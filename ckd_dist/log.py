@@ -115,10 +115,17 @@ def environment() -> dict:
         except importlib.metadata.PackageNotFoundError:
             versions[name] = None
     source = Path(__file__).parent
+    copied = source.parent / "commit.json"  # of the copy that a job of `launch` runs
+    if copied.exists():
+        code = json.loads(copied.read_text())
+    else:
+        code = {
+            "commit": _git("rev-parse", "HEAD", cwd=source),
+            "dirty": bool(_git("status", "--porcelain", cwd=source)),
+        }
     return {
         "command": [sys.executable, *sys.orig_argv[1:]],
-        "commit": _git("rev-parse", "HEAD", cwd=source),
-        "dirty": bool(_git("status", "--porcelain", cwd=source)),
+        **code,
         "python": platform.python_version(),
         "versions": versions,
         "platform": platform.platform(),

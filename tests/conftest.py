@@ -159,3 +159,8 @@ def store(tmp_path_factory: pytest.TempPathFactory, fashion: dict[str, Path], te
 def copy(store: Path, tmp_path: Path) -> Path:
     """A copy of the shared store, to be damaged."""
     return Path(shutil.copytree(store, tmp_path / "copy"))
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Tests on clusters first: they mostly wait, while other workers compute."""
+    items.sort(key=lambda item: item.get_closest_marker("xdist_group") is None)

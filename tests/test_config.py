@@ -13,6 +13,7 @@ from conftest import ENVIRONMENT, ROOT, run
 
 from ckd_dist.config import COMMANDS, DistillConfig, TrainTeacherConfig, UserError, load_config, to_dict
 from ckd_dist.models import model_names
+from launch.graph import PipelineConfig, build
 
 NEEDED = ["--data.train", "A", "--model.name", "resnet8", "--run_dir", "R"]
 CLASSES = {name.removeprefix("ckd_dist."): cls for name, cls in COMMANDS.items()}
@@ -91,7 +92,9 @@ def test_a_missing_option_is_named():
 def test_every_shipped_config_is_read_by_the_command_in_its_first_line(path):
     words = path.read_text().splitlines()[0].removeprefix("# ").split()
     module = words[words.index("-m") + 1]
-    config = load_config(CLASSES[module.removeprefix("ckd_dist.")], ["--config", str(path)])
+    config = load_config({**COMMANDS, "launch.pipeline": PipelineConfig}[module], ["--config", str(path)])
+    if isinstance(config, PipelineConfig):
+        build(config)
     assert words[words.index("--config") + 1] == str(path.relative_to(ROOT))
     if hasattr(config, "model"):
         assert config.model.name in model_names()

@@ -63,6 +63,12 @@ def test_imports_point_one_way(path):
             assert floor(name) < level or (own, name) in ALLOWED, f"{own} imports {name}"
 
 
+def test_launch_imports_the_configuration_only():
+    for path in (ROOT / "launch").glob("*.py"):
+        for name, package in imported(path):
+            assert package != "data_prep" and (package != "ckd_dist" or name == "config"), f"{path} imports {name}"
+
+
 def test_data_prep_imports_nothing_of_ckd_dist():
     for path in (ROOT / "data_prep").glob("*.py"):
         assert all(package != "ckd_dist" for _, package in imported(path)), path
