@@ -9,11 +9,10 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-import torchvision
 from torch import nn
 
 from ckd_dist import checkpoint
-from ckd_dist.config import UserError, require
+from ckd_dist.config import require
 
 
 def build_model(name: str, num_classes: int) -> nn.Module:
@@ -24,13 +23,14 @@ def build_model(name: str, num_classes: int) -> nn.Module:
     """
     if name in _CIFAR:
         model = _CIFAR[name](num_classes)
-    elif name in torchvision.models.list_models(module=torchvision.models):
-        options = {"aux_logits": False, "init_weights": True} if name in ("googlenet", "inception_v3") else {}
-        model = torchvision.models.get_model(name, weights=None, num_classes=num_classes, **options)
     else:
+        import torchvision  # takes more than a second
+
         known = model_names()
         near = difflib.get_close_matches(name, known, n=3) or known[:6]
-        raise UserError(f"model.name: no model {name}; did you mean {' or '.join(near)}?")
+        require(name in known, f"model.name: no model {name}; did you mean {' or '.join(near)}?")
+        options = {"aux_logits": False, "init_weights": True} if name in ("googlenet", "inception_v3") else {}
+        model = torchvision.models.get_model(name, weights=None, num_classes=num_classes, **options)
     linear = [module for module in model.modules() if type(module) is nn.Linear]
     if linear:
         linear[-1].__class__ = _Float32Linear
@@ -39,6 +39,8 @@ def build_model(name: str, num_classes: int) -> nn.Module:
 
 def model_names() -> list[str]:
     """Every name that `build_model` knows."""
+    import torchvision
+
     return [*_CIFAR, *torchvision.models.list_models(module=torchvision.models)]
 
 

@@ -2,8 +2,8 @@
 
   python -m launch.pipeline --config configs/pipelines/fashion_mnist.yaml [--dry-run] [--wait] [--executor local]
   python -m launch.pipeline status --config ...             the state of every task
-  python -m launch.pipeline logs --config ... [TASK ...]    where the logs are, and the end of those that failed
-  python -m launch.pipeline cancel --config ... [TASK ...]  cancel what waits or runs
+  python -m launch.pipeline logs [TASK ...] --config ...    where the logs are, and the end of those that failed
+  python -m launch.pipeline cancel [TASK ...] --config ...  cancel what waits or runs
 
 On SLURM all is submitted at once, and SLURM keeps the order: a task waits for those that it names in `after`; one that
 fails cancels what needs it, and nothing else. A job is known by a hash of its resolved options and of the jobs before
@@ -40,8 +40,8 @@ def main() -> int:
     words = [f"{word}=true" if word in ("--wait", "--dry_run") else word for word in words]
     verb = words.pop(0) if words[:1] in (["status"], ["logs"], ["cancel"]) else "run"
     names: list[str] = []
-    while verb in ("logs", "cancel") and len(words) > 2 and not words[-1].startswith("-"):
-        names.insert(0, words.pop())
+    while verb in ("logs", "cancel") and words and not words[0].startswith("-"):
+        names.append(words.pop(0))
     config = load_config(PipelineConfig, words, prog="python -m launch.pipeline", description=__doc__)
     pipeline = Pipeline(config)
     unknown = [name for name in names if name not in pipeline.tasks]
@@ -87,6 +87,8 @@ class Pipeline:
         for kind, watch in (("slurm", slurm.Watch), ("local", local.LocalWatch)):
             mine = {job: record for job, record in asked.items() if record.executor == kind}
             if mine:
+                if kind == "slurm":
+                    slurm.require_slurm()
                 found = watch({record.job_id: record.result for record in mine.values()}).settle()
                 states.update({job: found[record.job_id] for job, record in mine.items()})
         return states
@@ -122,8 +124,9 @@ class Pipeline:
                     raise UserError(f"tasks.{name}: {error}") from None
         states = self.look()
         missing = {job for job in self.all_jobs if states[job].name not in ("done", "pending", "running")}
-        for job in missing:
-            jobs.check_store(job.command)
+        for task in self.tasks.values():  # once for an array: its jobs share the store
+            for job in [job for job in task.jobs if job in missing][:1]:
+                jobs.check_store(job.command)
         if config.dry_run:
             return self._dry_run(states, missing)
         if not missing:

@@ -77,12 +77,15 @@ class Worker:
         if status == 0:
             if self._rank == 0:
                 self._write_result({"status": 0})
-        if status and not self._stopping and status not in (STOPPED, PEER_LOST):
-            if self._rank:  # perhaps rank 0 has just left for the queue, and SLURM is about to end this process
-                time.sleep(5)
-            self._fail(status, self._last_lines())
-        if status:
+            return
+        if self._stopping or status in (STOPPED, PEER_LOST):
             self._linger()
+        lines = self._last_lines()
+        # Perhaps rank 0 has just left for the queue, or is about to say what is wrong with everybody's input.
+        deadline = time.monotonic() + (5 if lines else 60)
+        while self._rank and time.monotonic() < deadline and not self._failed_elsewhere():
+            time.sleep(0.5)
+        self._fail(status, lines)
 
     def checkpoint(self, *_: Any) -> submitit.helpers.DelayedSubmission:
         """Called by submitit at SIGUSR2, on rank 0: stop the command, then back to the queue."""
@@ -97,7 +100,7 @@ class Worker:
     def _wait(self) -> int:
         while (status := self._child.poll()) is None:
             time.sleep(0.2)
-            if self._failed_elsewhere():
+            if not self._slurm and self._failed_elsewhere():  # srun sees to it
                 self._child.kill()
                 return PEER_LOST
         return status

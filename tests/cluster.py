@@ -16,6 +16,8 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import psutil
@@ -291,14 +293,19 @@ PartitionName=high PriorityTier=100 PreemptMode=off
 # ------------------------------------------------------------------------------------------- for tests
 
 
-def make_cluster(**options):
+@contextmanager
+def temporary_cluster(**options) -> Iterator[Cluster]:
     """A cluster in a folder of its own; skipped where there can be none, which is a failure under CI=true."""
     if (reason := obstacle(options.get("accounting", "none"))) is not None:
         (pytest.fail if os.environ.get("CI") == "true" else pytest.skip)(reason)
     # Not in pytest's folder: munge and the database refuse folders that only root may enter.
     folder = Path(tempfile.mkdtemp(prefix="cluster-"))
     folder.chmod(0o755)
-    return Cluster(folder / "box", **options)
+    try:
+        with Cluster(folder / "box", **options) as cluster:
+            yield cluster
+    finally:
+        shutil.rmtree(folder)
 
 
 def launch(cluster, module, *words, cwd=ROOT, status=0, env=None):

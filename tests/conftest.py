@@ -161,6 +161,11 @@ def copy(store: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(store, tmp_path / "copy"))
 
 
+LONGEST = ["test_job_failures", "test_launch", "test_training", "test_search", "test_selection", "test_store"]
+"""Files whose tests take longest: workers, which take a file at a time, had better begin with them."""
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Tests on clusters first: they mostly wait, while other workers compute."""
-    items.sort(key=lambda item: item.get_closest_marker("xdist_group") is None)
+    """Files of `LONGEST` first."""
+    order = {name: rank for rank, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: order.get(item.path.stem, len(order)))

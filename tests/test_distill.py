@@ -56,7 +56,7 @@ def test_a_killed_distillation_ends_with_the_weights_of_one_that_never_was(fashi
     more = ["--teacher.store", store, "--teacher.checkpoints", "[2]", "--save_last_every", 7]
     run("ckd_dist.distill", *options(fashion, whole, *more))
     command = command_line("ckd_dist.distill", *options(fashion, killed, *more))
-    kill_and_repeat(command, lambda: count_lines(killed / "metrics.jsonl"), kills=[9, 33], seed=3)
+    kill_and_repeat(command, lambda: count_lines(killed / "metrics.jsonl"), kills=[33], seed=3)
     first, second = (checkpoint.load(p / "checkpoints" / "epoch_0003.pt", "")["weights"] for p in (whole, killed))
     assert all(torch.equal(first[name], second[name]) for name in first)
     assert [line["loss"] for line in metrics(whole)] == [line["loss"] for line in metrics(killed)]

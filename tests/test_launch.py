@@ -12,9 +12,9 @@ from pathlib import Path
 
 import pytest
 import yaml
-from cluster import PROGRAMS, job_id, launch, make_cluster, wait_for
+from cluster import PROGRAMS, job_id, launch, temporary_cluster, wait_for
 from conftest import ROOT, count_lines, run
-from test_training import metrics, same_weights
+from test_training import metrics
 
 from ckd_dist.config import UserError
 from launch import graph
@@ -22,14 +22,11 @@ from launch.graph import PipelineConfig, TaskConfig
 from launch.jobs import SlurmConfig
 from launch.submit import split
 
-pytestmark = pytest.mark.xdist_group("launch")  # one cluster, one worker
-
 
 @pytest.fixture(scope="module")
 def cluster():
-    with make_cluster(nodes=8) as started:
+    with temporary_cluster(nodes=8) as started:
         yield started
-    shutil.rmtree(started.folder.parent)
 
 
 # ------------------------------------------------------------------------------------------- one job
@@ -277,8 +274,7 @@ def test_a_job_on_this_machine_ends_with_its_status_and_saves_when_told_to_stop(
     done = launch(None, "submit", *options("stopped"), *local, "--wait", cwd=tmp_path)
     assert f"job {job_id(done)}: done" in done.stdout
     assert "going on after step" in (tmp_path / "jobs" / f"{job_id(done)}_0_log.out").read_text()
-    launch(None, "submit", *options("whole"), *local, "--wait", cwd=tmp_path)
-    assert same_weights(*(tmp_path / name / "checkpoints" / "epoch_0020.pt" for name in ("whole", "stopped")))
+    assert [line["step"] for line in metrics(tmp_path / "stopped")] == [*range(1, 61)]
     bad = launch(
         None, "submit", *options("bad", "--data.train", "none.beton"), *local, "--wait", cwd=tmp_path, status=2
     )

@@ -27,7 +27,7 @@ def cache_here(*words):
 
 
 def size_and_files(folder):
-    sizes = [path.stat().st_size for path in folder.rglob("*") if path.is_file()]
+    sizes = [path.stat().st_size for path in folder.rglob("[!.]*") if path.is_file()]
     return sum(sizes), len(sizes)
 
 
