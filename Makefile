@@ -21,7 +21,7 @@ quickstart: setup  ## set up, then the whole pipeline on real data, some minutes
 	@.venv/bin/python -m ckd_dist.quickstart $(ARGS)
 
 test: setup testbed  ## set up, then every test that this machine can run
-	@.venv/bin/python -m pytest -n 3 --dist loadfile $(ARGS)
+	@.venv/bin/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder $(ARGS)
 
 soak: setup  ## set up, then kill a caching 60 times at random moments, 7 minutes
 	@.venv/bin/python -m pytest -m slow -k 60_times tests/test_store.py $(ARGS)

@@ -198,7 +198,10 @@ def root() -> Path:
 
 
 def copy_code(folder: Path) -> Path:
-    """Copy the packages into `folder`, under a name that is a hash of them, unless they are there already."""
+    """Copy the packages into `folder`, under a name that is a hash of them, unless they are there already.
+
+    With the times of the files, and what numba has compiled of them: it need not compile them anew at each rank's start.
+    """
     files = sorted(path for name in PACKAGES for path in (root() / name).rglob("*.py"))
     digest = hashlib.sha256()
     for path in files:
@@ -208,10 +211,12 @@ def copy_code(folder: Path) -> Path:
         return target
     folder.mkdir(parents=True, exist_ok=True)
     staged = Path(tempfile.mkdtemp(prefix=".code_", dir=folder))
-    for path in files:
+    compiled = [path for name in PACKAGES for path in (root() / name).rglob("__pycache__/*.nb[ci]")]
+    for path in [*files, *compiled]:
         copy = staged / path.relative_to(root())
         copy.parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(path, copy)
+        with contextlib.suppress(FileNotFoundError):  # numba has just replaced it
+            shutil.copy2(path, copy)
     commit, changes = git("rev-parse", "HEAD"), git("status", "--porcelain", "--", *PACKAGES)
     (staged / "commit.json").write_text(json.dumps({"commit": commit, "dirty": bool(changes)}))
     staged.chmod(0o755)

@@ -328,7 +328,7 @@ def wait_for(good, seconds=120, what=""):
     deadline = time.monotonic() + seconds
     while not good():
         assert time.monotonic() < deadline, f"not within {seconds} s: {what}"
-        time.sleep(0.1)
+        time.sleep(0.5)
 
 
 if __name__ == "__main__":
