@@ -12,6 +12,7 @@ import os
 import re
 import signal
 import sys
+import time
 import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -664,6 +665,8 @@ def run_process(main: Callable[[], int | None]) -> NoReturn:
         status = 2
         if speaks:
             print(f"error: {error}", file=sys.stderr)
+        else:
+            time.sleep(3)  # torchrun ends all at the first failure: let the one that speaks be first
     except TrainingError as error:
         status = 1
         if speaks:

@@ -200,7 +200,7 @@ def root() -> Path:
 def copy_code(folder: Path) -> Path:
     """Copy the packages into `folder`, under a name that is a hash of them, unless they are there already.
 
-    With the times of the files, and what numba has compiled of them: it need not compile them anew at each rank's start.
+    With the times of the files, and what numba has compiled of them: jobs need not compile it anew.
     """
     files = sorted(path for name in PACKAGES for path in (root() / name).rglob("*.py"))
     digest = hashlib.sha256()

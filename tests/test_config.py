@@ -144,5 +144,5 @@ def test_under_torchrun_one_rank_speaks_and_none_hangs(fashion, tmp_path):
     arguments = ("--data.train", fashion["train"], "--model.name", "resnet9", "--run_dir", tmp_path / "run")
     done = run("ckd_dist.train_teacher", *arguments, nproc=2, status=1)  # torchrun's own status when a rank fails
     assert done.stderr.count("error: model.name: no model resnet9") == 1
-    assert done.stderr.count("exitcode  : 2") == 2
+    assert "exitcode  : 2" in done.stderr  # and torchrun ended the other, which waits for the first to speak
     assert not (tmp_path / "run").exists()

@@ -171,25 +171,3 @@ def test_a_compiled_model_trains(fashion, tmp_path):
         train_here(*options(fashion, tmp_path / compiled, *more, "--compile", compiled))
         losses[compiled] = [line["loss"] for line in metrics(tmp_path / compiled)]
     assert losses["true"] == pytest.approx(losses["false"], rel=1e-3)
-
-
-def test_a_training_told_to_stop_saves_at_once_and_goes_on(fashion, tmp_path):
-    whole, stopped = tmp_path / "whole", tmp_path / "stopped"
-    more = ["--epochs", 2, "--log_every", 1, "--save_last_every", 1000]  # nothing else saves within an epoch
-    run("ckd_dist.train_teacher", *options(fashion, whole, *more), nproc=2)
-    command = command_line("ckd_dist.train_teacher", *options(fashion, stopped, *more), nproc=2)
-    process = subprocess.Popen(command, env=ENVIRONMENT, cwd=ROOT, stdout=subprocess.PIPE, text=True)
-    while count_lines(stopped / "metrics.jsonl") < 5:
-        assert process.poll() is None
-        time.sleep(0.01)
-    for rank in psutil.Process(process.pid).children(recursive=True):
-        if "RANK" in rank.environ():
-            rank.send_signal(signal.SIGUSR2)
-    out, _ = process.communicate(timeout=60)
-    assert "stopped by SIGUSR2 and saved" in out
-    step = checkpoint.load(stopped / "checkpoints" / "last.pt", "")["step"]
-    assert step >= 5
-    done = run("ckd_dist.train_teacher", *options(fashion, stopped, *more), nproc=2)
-    assert f"going on after step {step}" in done.stdout
-    last = sorted((whole / "checkpoints").glob("epoch_*.pt"))[-1].name
-    assert same_weights(whole / "checkpoints" / last, stopped / "checkpoints" / last)
