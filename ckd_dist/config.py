@@ -570,6 +570,11 @@ def option_words(words: Sequence[str]) -> list[str]:
     return [re.sub(r"^--[\w.-]+", lambda m: "--" + m[0][2:].replace("-", "_"), word) for word in words]
 
 
+def flag_words(words: Sequence[str], *flags: str) -> list[str]:
+    """A command line in which the options `flags` may stand without a value: --json is --json=true."""
+    return [f"{word}=true" if word[:2] == "--" and word[2:] in flags else word for word in words]
+
+
 def to_dict(config: object) -> dict:
     """The resolved configuration as plain dicts and lists, as written to config.yaml."""
     assert dataclasses.is_dataclass(config) and not isinstance(config, type)

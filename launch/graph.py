@@ -16,6 +16,7 @@ from ckd_dist.config import COMMANDS, UserError, flatten, require
 from launch import jobs
 from launch.jobs import Command, LaunchConfig, SlurmConfig
 from launch.slurm import State, read_result
+from launch.worker import write_json
 
 
 @dataclass(kw_only=True)
@@ -186,9 +187,10 @@ class Record:
         """The file that the job leaves."""
         return self.folder / f"{self.job_id}.json"
 
-    def log(self, kind: str) -> Path:
-        """Rank 0's log: kind is out or err."""
-        return self.folder / f"{self.job_id}_0_log.{kind}"
+    @property
+    def log(self) -> Path:
+        """Rank 0's log."""
+        return self.folder / f"{self.job_id}_0_log.out"
 
 
 class Records:
@@ -213,7 +215,7 @@ class Records:
         """Remember a submission."""
         self.folder.mkdir(parents=True, exist_ok=True)
         values = {"job_id": record.job_id, "executor": record.executor, "folder": str(record.folder)}
-        jobs.write_atomically(self.path(job, "json"), json.dumps(values))
+        write_json(self.path(job, "json"), values)
 
 
 def state_without_queue(job: Job, record: Record | None) -> State | None:

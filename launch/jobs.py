@@ -27,6 +27,8 @@ from launch import slurm, worker
 PACKAGES = ("ckd_dist", "launch", "data_prep")
 ONE_PROCESS = ("data_prep.", "ckd_dist.report")
 """Commands that run in one process."""
+FLAGS = ("wait", "dry_run")
+"""Options of `LaunchConfig` that may stand alone."""
 START_SECONDS = 60
 """From a job's start until a training heeds signals."""
 
@@ -107,7 +109,7 @@ class Command:
         if self.options is None:
             return list(self.words)
         options_file.parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(options_file, json.dumps(self.options, indent=2))  # JSON is YAML
+        worker.write_json(options_file, self.options)  # JSON is YAML
         return ["--config", str(options_file)]
 
 
@@ -124,13 +126,6 @@ def read_command(module: str, words: Iterable[str]) -> Command:
         found is not None, f"no module {module}: give one of {', '.join(COMMANDS)}, or another that python -m can run"
     )
     return Command(module, None, tuple(words))
-
-
-def write_atomically(path: Path, text: str) -> None:
-    """A file that is whole or absent."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    temporary.write_text(text)
-    os.replace(temporary, path)
 
 
 # ------------------------------------------------------------------------------------------- checks

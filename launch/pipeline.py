@@ -24,7 +24,7 @@ from rich.console import Console
 from rich.live import Live
 from rich.table import Table
 
-from ckd_dist.config import UserError, load_config, option_words, require, run_process
+from ckd_dist.config import UserError, flag_words, load_config, option_words, require, run_process
 from launch import jobs, local, slurm
 from launch.graph import Job, PipelineConfig, Record, Records, Task, build, state_without_queue
 from launch.slurm import State
@@ -36,8 +36,7 @@ STYLES = {"done": "green", "running": "cyan", "failed": "red", "cancelled": "yel
 
 def main() -> int:
     """Run a subcommand, or submit; returns the exit status."""
-    words = option_words(sys.argv[1:])
-    words = [f"{word}=true" if word in ("--wait", "--dry_run") else word for word in words]
+    words = flag_words(option_words(sys.argv[1:]), *jobs.FLAGS)
     verb = words.pop(0) if words[:1] in (["status"], ["logs"], ["cancel"]) else "run"
     names: list[str] = []
     while verb in ("logs", "cancel") and words and not words[0].startswith("-"):
@@ -201,7 +200,7 @@ class Pipeline:
                     continue
                 self._submit_here(task, [job])
                 record = self.records[job]
-                console.print(f"{job.name}: log {record.log('out')}", markup=False)
+                console.print(f"{job.name}: log {record.log}", markup=False)
                 for found in local.LocalWatch({record.job_id: record.result}).follow():
                     states[job] = found[record.job_id]
                 console.print(f"{job.name}: {states[job]}", markup=False)
@@ -246,7 +245,7 @@ class Pipeline:
         states = self.look()
         for task in chosen:
             for job in task.jobs:
-                where = self.records[job].log("out") if job in self.records else "no job yet"
+                where = self.records[job].log if job in self.records else "no job yet"
                 console.print(f"{job.name}: {states[job]}  {where}", markup=False)
                 if states[job].name == "failed":
                     self._print_failure(job)

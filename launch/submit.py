@@ -20,10 +20,11 @@ from pathlib import Path
 import yaml
 from rich.console import Console
 
-from ckd_dist.config import UserError, load_config, option_words, run_process
+from ckd_dist.config import UserError, flag_words, load_config, option_words, run_process
 from launch import jobs, slurm
 from launch.jobs import Command, LaunchConfig
 from launch.local import LocalWatch
+from launch.worker import own_lines
 
 OWN = ("cpus", "executor", "wait", "dry_run")
 """Options that are the job's, beside those of slurm."""
@@ -32,7 +33,7 @@ console = Console(highlight=False, soft_wrap=True)
 
 def main() -> int:
     """Submit; with --wait, follow to the end. Returns the exit status."""
-    words = option_words(sys.argv[1:])
+    words = flag_words(option_words(sys.argv[1:]), *jobs.FLAGS)
     module, theirs, mine = split(words)
     if {"-h", "--help"} & set(mine):
         load_config(LaunchConfig, ["--help"], prog="python -m launch.submit MODULE", description=__doc__)
@@ -67,14 +68,15 @@ def split(words: list[str]) -> tuple[str | None, list[str], list[str]]:
         return None, [], words
     into = theirs
     for word in words[1:]:
-        name = word[2:].partition("=")[0] if word.startswith("--") else ""
-        if word in ("--wait", "--dry_run", "-h", "--help"):
-            mine.append(f"{word}=true" if word in ("--wait", "--dry_run") else word)
-            into = theirs
-            continue
-        if name:
-            into = mine if name in OWN or name.startswith("slurm.") else theirs
-        into.append(word)
+        if word in ("-h", "--help"):
+            mine.append(word)
+        elif word.startswith("--"):
+            name, complete, _ = word[2:].partition("=")
+            own = name in OWN or name.startswith("slurm.")
+            (mine if own else theirs).append(word)
+            into = mine if own and not complete else theirs
+        else:
+            into.append(word)
     return words[0], theirs, mine
 
 
@@ -144,11 +146,7 @@ def last_line(path: Path) -> str:
     """Of a command's own lines in a log."""
     if not path.exists():
         return ""
-    with open(path, "rb") as file:
-        file.seek(max(0, path.stat().st_size - 4096))
-        lines = [line.strip() for line in file.read().decode(errors="replace").splitlines()]
-    own = [line for line in lines if line and not line.startswith("submitit ")]
-    return own[-1] if own else ""
+    return "".join(own_lines(path, max(0, path.stat().st_size - 4096))[-1:]).strip()
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """What every process of a job runs: the command as a child process, its environment, and the scheduler's signals.
 
-It travels to the job inside its pickle, source and all, and imports nothing else of this package: edits made while the
-job waits change nothing.
+It travels to the job inside its pickle, code and constants, and imports nothing else of this package there: edits made
+while the job waits change nothing.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ from typing import Any, NoReturn
 
 import submitit
 
-STOPPED, PEER_LOST = 75, 76
-"""Exit statuses of a command: rank 0 was asked to stop and the same command goes on; another rank is gone."""
+from ckd_dist.config import PEER_LOST, STOPPED
+
 RENDEZVOUS_SECONDS = 600
 """For all processes of a job to start: a node may boot first."""
 PEER_SECONDS = 900
@@ -76,11 +76,11 @@ class Worker:
             self._child.kill()
         if status == 0:
             if self._rank == 0:
-                self._write_result({"status": 0})
+                write_json(self._result, {"status": 0})
             return
         if self._stopping or status in (STOPPED, PEER_LOST):
             self._linger()
-        lines = self._last_lines()
+        lines = own_lines(self._errors, self._errors_start)[-12:]
         # Perhaps rank 0 has just left for the queue, or is about to say what is wrong with everybody's input.
         deadline = time.monotonic() + (5 if lines else 60)
         while self._rank and time.monotonic() < deadline and not self._failed_elsewhere():
@@ -150,7 +150,7 @@ class Worker:
         self._port.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         self._port.bind(("", 0))
         found = (socket.gethostname() if self._slurm else "127.0.0.1", str(self._port.getsockname()[1]))
-        _write_json(self._address_file(restarts), found)
+        write_json(self._address_file(restarts), found)
         return found
 
     def _read_address(self, restarts: int) -> tuple[str, str]:
@@ -181,18 +181,19 @@ class Worker:
     def _fail(self, status: int, lines: list[str]) -> NoReturn:
         """End this process, and with it the job; the first rank that fails leaves the result."""
         if not self._result.exists():
-            self._write_result({"status": status, "rank": self._rank, "host": socket.gethostname(), "lines": lines})
+            write_json(
+                self._result, {"status": status, "rank": self._rank, "host": socket.gethostname(), "lines": lines}
+            )
         print(f"rank {self._rank} failed: {lines[-1] if lines else status}", flush=True)
         sys.exit(status if status > 0 else 1)
 
-    def _write_result(self, values: dict) -> None:
-        _write_json(self._result, values)
 
-    def _last_lines(self, count: int = 12) -> list[str]:
-        with open(self._errors, "rb") as file:
-            file.seek(self._errors_start)
-            lines = [line.rstrip() for line in file.read().decode(errors="replace").splitlines()]
-        return [line for line in lines if line and not line.startswith("submitit ")][-count:]
+def own_lines(log: Path, start: int) -> list[str]:
+    """The command's own lines, from the byte `start` of a log on: without submitit's and empty ones."""
+    with open(log, "rb") as file:
+        file.seek(start)
+        lines = [line.rstrip() for line in file.read().decode(errors="replace").splitlines()]
+    return [line for line in lines if line and not line.startswith("submitit ")]
 
 
 def _ignore_signals() -> None:
@@ -202,7 +203,8 @@ def _ignore_signals() -> None:
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
-def _write_json(path: Path, values: Any) -> None:
+def write_json(path: Path, values: Any) -> None:
+    """A file that is whole or absent, whoever writes it on whatever node."""
     temporary = path.with_name(f".{path.name}.{socket.gethostname()}.{os.getpid()}")
     temporary.write_text(json.dumps(values))
     os.replace(temporary, path)

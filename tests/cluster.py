@@ -22,7 +22,7 @@ from pathlib import Path
 
 import psutil
 import pytest
-from conftest import ENVIRONMENT, ROOT
+from conftest import ENVIRONMENT, ROOT, run
 
 DAEMONS = ("munged", "slurmctld", "slurmd", "sbatch", "unshare")
 PROGRAMS = ROOT / "tests" / "programs"
@@ -122,7 +122,7 @@ class Cluster:
         self._start_controller("-c")
 
     def start_node(self, name: str) -> None:
-        """Start a node's slurmd, with a host name, an /etc/hosts, a /tmp/... and a /dev/shm of its own."""
+        """Start a node's slurmd, with a host name, an /etc/hosts and a /dev/shm of its own."""
         hosts = self.folder / f"hosts.{name}"
         others = [f"127.0.0.1 n{number}" for number in range(1, self.nodes + 1)]
         hosts.write_text("\n".join([f"127.0.0.1 {name}", f"127.0.0.1 localhost {socket.gethostname()}", *others, ""]))
@@ -229,9 +229,11 @@ PartitionName=high PriorityTier=100 PreemptMode=off
         self._daemon("mariadbd", "mariadbd", *plain, *where, f"--port={database_port}", *small)
         client = ("mariadb", "--no-defaults", f"--socket={home}/socket", "-uroot", "-e")
         self._until(lambda: subprocess.run([*client, "select 1"], capture_output=True).returncode == 0, "database")
-        statements = [f"create database slurm; create user slurm@{host} identified by '{password}'; "
-                      f"grant all on slurm.* to slurm@{host};" for host in ("127.0.0.1", "localhost")]  # fmt: skip
-        self.run(*client, statements[0] + statements[1].replace("create database slurm; ", ""))
+        statements = "create database slurm;"
+        for host in ("127.0.0.1", "localhost"):
+            user = f"slurm@{host}"
+            statements += f"create user {user} identified by '{password}'; grant all on slurm.* to {user};"
+        self.run(*client, statements)
         conf = self.folder / "slurmdbd.conf"
         conf.write_text(
             f"AuthType=auth/munge\nAuthInfo=socket={self._munge_socket}\nDbdHost={socket.gethostname()}\n"
@@ -260,8 +262,8 @@ PartitionName=high PriorityTier=100 PreemptMode=off
                 pass
         self._daemons.pop(name).wait(timeout=20)
 
-    def stop(self) -> list[int]:
-        """Cancel all jobs, end the daemons, and what they may have left; returns the ids of what had to be killed."""
+    def stop(self) -> None:
+        """Cancel all jobs, end the daemons and what they may have left, remove the folder."""
         if "slurmctld" in self._daemons and self._daemons["slurmctld"].poll() is None:
             self.run("scancel", "-u", "root", check=False)
             deadline = time.monotonic() + 15
@@ -275,16 +277,13 @@ PartitionName=high PriorityTier=100 PreemptMode=off
             except subprocess.TimeoutExpired:
                 daemon.kill()
                 daemon.wait()
-        left = []
         for process in psutil.process_iter():  # jobs that did not end, and what they started
             try:
                 if process.pid != os.getpid() and process.environ().get("SLURM_CONF") == str(self.conf):
                     process.kill()
-                    left.append(process.pid)
             except (psutil.Error, OSError):
                 pass
         shutil.rmtree(self.folder, ignore_errors=True)
-        return left
 
     def __exit__(self, *_: object) -> None:
         self.stop()
@@ -312,12 +311,7 @@ def launch(cluster, module, *words, cwd=ROOT, status=0, env=None):
     """Run `python -m launch.submit` or `launch.pipeline` to its end and check its exit status."""
     path = f"{ROOT}:{PROGRAMS}"
     environment = {**ENVIRONMENT, **(cluster.environment if cluster else {}), "PYTHONPATH": path, **(env or {})}
-    done = subprocess.run(
-        [sys.executable, "-m", f"launch.{module}", *map(str, words)],
-        capture_output=True, text=True, timeout=300, env=environment, cwd=cwd,
-    )  # fmt: skip
-    assert done.returncode == status, f"exit status {done.returncode}\n{done.stdout[-6000:]}\n{done.stderr[-6000:]}"
-    return done
+    return run(f"launch.{module}", *words, status=status, env=environment, cwd=cwd)
 
 
 def job_id(done):

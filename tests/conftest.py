@@ -34,15 +34,22 @@ def command_line(module: str, *arguments: object, nproc: int = 0) -> list[str]:
     return [sys.executable, *launcher, *target, *map(str, arguments)]
 
 
-def run(module: str, *arguments: object, nproc: int = 0, status: int = 0) -> subprocess.CompletedProcess[str]:
+def run(
+    module: str,
+    *arguments: object,
+    nproc: int = 0,
+    status: int = 0,
+    env: dict[str, str] = ENVIRONMENT,
+    cwd: Path = ROOT,
+) -> subprocess.CompletedProcess[str]:
     """Run a command to its end and check its exit status."""
     done = subprocess.run(
         command_line(module, *arguments, nproc=nproc),
         capture_output=True,
         text=True,
         timeout=300,
-        env=ENVIRONMENT,
-        cwd=ROOT,
+        env=env,
+        cwd=cwd,
     )
     assert done.returncode == status, f"exit status {done.returncode}\n{done.stdout[-3000:]}\n{done.stderr[-6000:]}"
     return done

@@ -16,10 +16,10 @@ from cluster import PROGRAMS, job_id, launch, temporary_cluster, wait_for
 from conftest import ROOT, count_lines, run
 from test_training import metrics
 
-from ckd_dist.config import UserError
+from ckd_dist.config import UserError, flag_words
 from launch import graph
 from launch.graph import PipelineConfig, TaskConfig
-from launch.jobs import SlurmConfig
+from launch.jobs import FLAGS, SlurmConfig
 from launch.submit import split
 
 
@@ -334,7 +334,7 @@ def test_images_that_are_there_are_used_only_if_they_are_the_right_ones(fashion,
 
 def test_options_of_the_job_and_of_the_command_are_told_apart():
     line = "ckd_dist.store verify S --slurm.nodes 2 --data.train X --wait --cpus=3 --dry_run --k 4"
-    module, theirs, mine = split(shlex.split(line))
+    module, theirs, mine = split(flag_words(shlex.split(line), *FLAGS))
     assert module == "ckd_dist.store" and theirs == ["verify", "S", "--data.train", "X", "--k", "4"]
     assert mine == ["--slurm.nodes", "2", "--wait=true", "--cpus=3", "--dry_run=true"]
 

@@ -27,6 +27,7 @@ from ckd_dist.config import (
     LoaderConfig,
     Parser,
     PlanConfig,
+    flag_words,
     load_config,
     option_words,
     require,
@@ -40,7 +41,7 @@ def main(words: list[str] | None = None) -> int:
     """Run a command line (default: this process's); returns the exit status."""
     words = option_words(sys.argv[1:] if words is None else words)
     if words[:1] == ["plan"]:
-        words = [f"{word}=true" if word == "--json" else word for word in words[1:]]
+        words = flag_words(words[1:], "json")
         return plan(load_config(PlanConfig, words, prog="python -m ckd_dist.store plan"))
     options = _parse(words)
     if options.command == "info":
