@@ -85,11 +85,24 @@ class ViewDataConfig(LoaderConfig):
     """Smallest share of the area that random_resized_crop keeps; default: the store's, else 0.08."""
     flip: bool | None = None
     """Mirror half of the views; default: the store's, else true."""
+    color_jitter: float | None = None
+    """Change brightness, contrast and saturation, each by up to this share; default: the store's, else 0."""
+    erase: float | None = None
+    """Probability that a box of a view is erased; default: the store's, else 0."""
+    mixup: float | None = None
+    """Blend every image with another by a weight from Beta(mixup, mixup); default: the store's, else 0: never."""
+    cutmix: float | None = None
+    """Show another image in a box of every image, its area from Beta(cutmix, cutmix); with mixup too, either takes half
+    of the images. Mixing decodes two images for one; default: the store's, else 0: never."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
         scale = self.crop_scale_min
         require(scale is None or 0 < scale <= 1, f"data.crop_scale_min is {scale}: give a number in (0, 1]")
+        for name in ("color_jitter", "mixup", "cutmix"):
+            value = getattr(self, name)
+            require(value is None or 0 <= value < float("inf"), f"data.{name} is {value}: give 0 or more")
+        require(self.erase is None or 0 <= self.erase <= 1, f"data.erase is {self.erase}: give a number from 0 to 1")
 
 
 @dataclass(kw_only=True)
@@ -103,9 +116,16 @@ class TrainDataConfig(ViewDataConfig):
     new view every epoch."""
     view_seed: int | None = None
     """Seed of the views, apart from --seed; default: the store's, else 0."""
+    start_image_size: int | None = None
+    """Train on images of this side at first, for speed: from 40 % to 85 % of the epochs it rises to image_size."""
+    val_image_size: int | None = None
+    """Evaluate on images of this side, and have the checkpoints used at it; default: image_size."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        for name in ("start_image_size", "val_image_size"):
+            size = getattr(self, name)
+            require(size is None or size >= 8, f"data.{name} is {size}: give 8 or more")
         require(self.views is None or self.views >= 1, f"data.views is {self.views}: give 1 or more")
         if self.view_seed is not None:
             require_seed(self.view_seed, "data.view_seed")

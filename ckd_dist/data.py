@@ -6,7 +6,8 @@ import hashlib
 import json
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -14,8 +15,9 @@ import torch
 
 from ckd_dist import dist
 from ckd_dist.config import LoaderConfig, UserError, ViewDataConfig, require
-from ckd_dist.ffcv_mended import IMAGE_MODES, Epoch, IntDecoder, Loader, OrderOption, PipelineSpec, Reader, ToTensor
-from ckd_dist.views import SampleIdDecoder, ViewDecoder, ViewRecipe, render
+from ckd_dist.ffcv_mended import Epoch, IntDecoder, Loader, OrderOption, PipelineSpec, Reader, ToTensor
+from ckd_dist.losses import Mixed, over_labels
+from ckd_dist.views import SampleIdDecoder, ViewDecoder, ViewRecipe, partners, render
 
 Rows = Callable[[np.ndarray, int], np.ndarray]
 """(sample ids [n], view) -> a store's records, uint8 [n, members, bytes]; called in the loader's thread."""
@@ -96,14 +98,13 @@ def decode_view(
     gives, without the second that setting one up takes."""
     reader = Reader(str(info.path))
     fields = reader.metadata[f"f{reader.field_names.index('image')}"]
-    images = np.empty((len(ids), image_size, image_size, 3), dtype=np.uint8)
-    for image, sample in zip(images, ids, strict=True):
+
+    def read(sample: int) -> tuple[np.ndarray, np.void]:
         field = fields[sample]
         (size,) = reader.alloc_table["size"][reader.alloc_table["ptr"] == field["data_ptr"]]
-        stored = np.fromfile(info.path, np.uint8, int(size), offset=int(field["data_ptr"]))
-        jpeg, height, width = field["mode"] == IMAGE_MODES["jpg"], int(field["height"]), int(field["width"])
-        render(stored, bool(jpeg), height, width, seed, view, int(sample), recipe, image)
-    return images
+        return np.fromfile(info.path, np.uint8, int(size), offset=int(field["data_ptr"])), field
+
+    return np.stack([render(read, info.count, recipe, seed, view, int(sample), image_size) for sample in ids])
 
 
 def image_digests(info: DatasetInfo, recipe: ViewRecipe, seed: int, image_size: int) -> dict[str, str]:
@@ -125,14 +126,21 @@ def train_recipe(config: ViewDataConfig, info: DatasetInfo, cached: ViewRecipe |
         "data.augment pad_crop needs images of one size: use random_resized_crop",
     )
     default = cached or ViewRecipe(kind=kind)
-    scale = default.scale if config.crop_scale_min is None else (config.crop_scale_min, 1.0)
-    flip = default.flip if config.flip is None else 0.5 * config.flip
-    recipe = ViewRecipe(kind=kind, scale=scale, ratio=default.ratio, padding=default.padding, flip=flip)
-    require(
-        cached is None or recipe == cached,
-        f"data.augment, data.crop_scale_min or data.flip asks for views {recipe.to_dict()}, the store holds "
-        f"{cached and cached.to_dict()}: leave these options out",
-    )
+    asked = {
+        "kind": config.augment,
+        "scale": config.crop_scale_min and (config.crop_scale_min, 1.0),
+        "flip": None if config.flip is None else 0.5 * config.flip,
+        **{name: getattr(config, name) for name in ("color_jitter", "erase", "mixup", "cutmix")},
+    }
+    recipe = replace(default, **{name: value for name, value in asked.items() if value is not None})
+    if cached is not None:
+        wanted, held = recipe.to_dict(), cached.to_dict()
+        options = {"kind": "augment", "scale": "crop_scale_min"}
+        for name, ours in wanted.items():
+            require(
+                ours == held[name],
+                f"data.{options.get(name, name)}: the store holds views with {name} {held[name]}, not {ours}: leave it out",
+            )
     return recipe
 
 
@@ -180,8 +188,14 @@ class Batch:
     """int64 [n]."""
     ids: torch.Tensor
     """Sample ids, int64 [n], on the CPU."""
+    mixed: Mixed | None = None
+    """What each image is mixed with, where the recipe mixes."""
     teacher_records: torch.Tensor | None = None
     """What each of the teacher's checkpoints says, as a codec keeps it: uint8 [n, members, bytes]."""
+
+    def top1(self, answers: torch.Tensor) -> torch.Tensor:
+        """100 where an answer, a class int64 [n], is the label, else 0; of a mixed image, the share of that label."""
+        return over_labels(lambda labels: 100.0 * (answers == labels), self.labels, self.mixed)
 
 
 class BetonLoader:
@@ -203,9 +217,14 @@ class BetonLoader:
         mean: tuple[float, float, float] | None = None,
         std: tuple[float, float, float] | None = None,
     ):
-        self.info, self.device = info, device
+        self.info, self.device, self.image_size = info, device, image_size
         self.seconds_waited = 0.0
         self._decoder = ViewDecoder(recipe, image_size, view_seed)
+        require(
+            config.os_cache or not recipe.mixes,
+            "data.os_cache false reads what an epoch's order says, and mixup and cutmix need any image: leave it out",
+        )
+        self._labels = read_labels(info) if recipe.mixes else None
         on_gpu = device.type == "cuda"
         try:
             self._loader = Loader(
@@ -243,15 +262,19 @@ class BetonLoader:
             std=metadata["std"],
         )
 
-    def batches(self, ids: np.ndarray, view: int = 0, rows: Rows | None = None) -> Iterator[Batch]:
-        """Yield the samples `ids` in order under `view`, `batch_size` at a time; the last batch may be smaller.
+    def batches(
+        self, ids: np.ndarray, view: int = 0, rows: Rows | None = None, image_size: int | None = None
+    ) -> Iterator[Batch]:
+        """Yield the samples `ids` in order under `view`, `batch_size` at a time; the last batch may be smaller. With
+        `image_size` the same views, at that size.
 
         With `rows`, the loader's thread fetches them ahead of the consumer and `teacher_records` holds them. An error
         of the thread is raised here.
         """
         if len(ids) == 0:
             return
-        epoch = self._epoch(ids, view, rows)
+        self._decoder.view, self._decoder.size = view, image_size or self.image_size
+        epoch = Epoch(self._loader, ids.astype(np.uint64), partial(self._extra, view, rows))
         try:
             ahead = None
             while True:
@@ -267,41 +290,43 @@ class BetonLoader:
         finally:
             epoch.close()
 
-    def _epoch(self, ids: np.ndarray, view: int, rows: Rows | None) -> Epoch:
-        self._decoder.view = view
-        return Epoch(self._loader, np.asarray(ids, dtype=np.uint64), lambda batch: rows(batch, view) if rows else None)
+    def _extra(self, view: int, rows: Rows | None, ids: np.ndarray) -> list[np.ndarray | None]:
+        """What comes with the images of a batch: the other labels and the weights of mixed ones, and the rows."""
+        labels = weights = None
+        if self._labels is not None:
+            decoder = self._decoder
+            others, weights = partners(decoder.recipe, decoder.seed, view, ids, self.info.count)
+            labels = self._labels[others]
+        return [labels, weights, rows(ids, view) if rows else None]
 
     # FFCV reuses its buffers after a few batches, so every tensor is copied off them as soon as it arrives; on a GPU
     # by a stream of its own, while the step before computes.
 
-    def _start_copy(self, arrays) -> tuple[list[torch.Tensor | None], torch.cuda.Event | None]:
-        images, labels, ids, rows = arrays
-        rows = None if rows is None else torch.from_numpy(rows)
+    def _start_copy(self, arrays) -> tuple[torch.Tensor, list[torch.Tensor | None], torch.cuda.Event | None]:
+        images, labels, ids, extra = arrays
         ids = ids[:, 0].clone()
+        own = [None if array is None else torch.from_numpy(array) for array in extra]
         if self._copy_stream is None:
-            return [images.clone(), labels[:, 0].clone(), ids, rows], None
+            return ids, [images.clone(), labels[:, 0].clone(), *own], None
         with torch.cuda.stream(self._copy_stream):
-            tensors = [
-                images.to(self.device, non_blocking=True),
-                labels[:, 0].to(self.device, non_blocking=True),
-                ids,
-                None if rows is None else rows.to(self.device, non_blocking=True),
-            ]
+            tensors = [images, labels[:, 0], *own]
+            copies = [None if each is None else each.to(self.device, non_blocking=True) for each in tensors]
             event = torch.cuda.Event()
             event.record()
-        return tensors, event
+        return ids, copies, event
 
-    def _finish(self, tensors: list[torch.Tensor | None], event: torch.cuda.Event | None) -> Batch:
+    def _finish(self, ids: torch.Tensor, tensors: list[torch.Tensor | None], event: torch.cuda.Event | None) -> Batch:
         if event is not None:
             event.synchronize()  # the copy began a step ago: this only makes sure that FFCV may reuse the buffer
             for tensor in tensors:
-                if tensor is not None and tensor.is_cuda:
+                if tensor is not None:
                     tensor.record_stream(torch.cuda.current_stream())
-        images, labels, ids, rows = tensors
-        assert images is not None and labels is not None and ids is not None
+        images, labels, other_labels, weights, rows = tensors
+        assert images is not None and labels is not None
         return Batch(
             images=torch.addcmul(self._shift, images.permute(0, 3, 1, 2).float(), self._scale),
             labels=labels,
             ids=ids,
+            mixed=None if other_labels is None or weights is None else Mixed(other_labels, weights),
             teacher_records=rows,
         )

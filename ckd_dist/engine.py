@@ -25,7 +25,7 @@ from ckd_dist.config import STOPPED, TrainConfig, TrainingError, require, to_dic
 from ckd_dist.data import Batch, BetonLoader, DatasetInfo, Rows, eval_recipe, rank_share, read_info, train_ids
 from ckd_dist.log import ProgressDisplay, RunFolder, format_seconds, say
 from ckd_dist.models import build_model, load_weights
-from ckd_dist.optim import build_optimizer, learning_rate
+from ckd_dist.optim import build_optimizer, image_size, learning_rate
 from ckd_dist.store.codecs import Dense
 from ckd_dist.views import ViewRecipe
 
@@ -166,7 +166,7 @@ class Learner:
                 **{sync_buffers: False},  # type: ignore[arg-type]
             )
         if config.compile:
-            self._forward = torch.compile(self._forward)
+            self._forward = torch.compile(self._forward, dynamic=False)
 
     def train_step(self, batch: Batch) -> None:
         """One optimiser step on this rank's part of the global batch."""
@@ -188,18 +188,18 @@ class Learner:
         self.scaler.step(self.optimizer)
         self.scaler.update()
         self.optimizer.zero_grad(set_to_none=True)
-        self._count(logits.detach(), batch.labels, {name: value.detach() for name, value in values.items()})
+        self._count(logits.detach(), batch, {name: value.detach() for name, value in values.items()})
         self.step += 1
 
-    def _count(self, logits: torch.Tensor, labels: torch.Tensor, values: dict[str, torch.Tensor]) -> None:
+    def _count(self, logits: torch.Tensor, batch: Batch, values: dict[str, torch.Tensor]) -> None:
         """Add to the sums of this log line, on the device: the host waits for them only when the line is due."""
-        values["top1"] = 100.0 * (logits.argmax(dim=1) == labels)
+        values["top1"] = batch.top1(logits.argmax(dim=1))
         if not self._sums:
             zero = torch.zeros((), device=self.device)
             self._sums = {**dict.fromkeys(values, zero), "_count": zero, "_bad_step": zero - 1}
         for name, value in values.items():
             self._sums[name] = self._sums[name] + value.sum()
-        self._sums["_count"] = self._sums["_count"] + len(labels)
+        self._sums["_count"] = self._sums["_count"] + len(logits)
         finite = torch.isfinite(values["loss"]).all() | (self._sums["_bad_step"] >= 0)
         self._sums["_bad_step"] = torch.where(finite, self._sums["_bad_step"], float(self.step))
 
@@ -326,8 +326,9 @@ def fit(
             first = max(start, epoch * steps_per_epoch)
             ids = train_ids(loader.info.count, batch_size, config.seed, epoch, first - epoch * steps_per_epoch)
             now = source(epoch)
+            size = image_size(epoch, start=config.data.start_image_size, final=loader.image_size, epochs=config.epochs)
             clock.restart()
-            for done, batch in enumerate(loader.batches(ids, now.view, now.rows), start=first + 1):
+            for done, batch in enumerate(loader.batches(ids, now.view, now.rows, size), start=first + 1):
                 if now.teacher is not None:
                     batch.teacher_records = now.teacher(batch.images)
                 active = [learner for learner in learners if learner.step < done]
@@ -435,7 +436,8 @@ def train(
     """Train the models that `configs` describe, each with its loss and in its run folder, side by side on views of
     `info`'s images; collective. The configurations agree in all that concerns data, seed, epochs and saving."""
     config = configs[0]
-    batch_size, image_size = config.data.batch_size, info.image_size(config.data.image_size)
+    batch_size, size = config.data.batch_size, info.image_size(config.data.image_size)
+    val_size = config.data.val_image_size or size
     require(
         batch_size <= info.count,
         f"data.batch_size {batch_size} is larger than the {info.count} images of {info.path}",
@@ -448,7 +450,7 @@ def train(
     )
     metadata = {
         "num_classes": info.num_classes,
-        "image_size": image_size,
+        "image_size": val_size,
         "mean": list(info.mean),
         "std": list(info.std),
         "dataset": {"name": info.dataset, "content_hash": info.content_hash, "count": info.count},
@@ -472,19 +474,18 @@ def train(
         BetonLoader,
         config=config.data,
         batch_size=share.stop - share.start,
-        image_size=image_size,
         device=device,
         mean=info.mean,
         std=info.std,
     )
-    loader = make_loader(info, recipe=recipe, view_seed=view_seed)
-    val_loader = make_loader(val_info, recipe=eval_recipe(val_info)) if val_info else None
+    loader = make_loader(info, recipe=recipe, view_seed=view_seed, image_size=size)
+    val_loader = make_loader(val_info, recipe=eval_recipe(val_info), image_size=val_size) if val_info else None
     models = ", ".join(dict.fromkeys(learner.config.model.name for learner in learners))
     what = f"{learners[0].run.path}: {models}"
     if len(learners) > 1:
         what = f"{len(learners)} students side by side, {models}"
     say(
-        f"{what} at {image_size} px on {info.count} images of {info.dataset}, {config.epochs} epochs of "
+        f"{what} at {size} px on {info.count} images of {info.dataset}, {config.epochs} epochs of "
         f"{learners[0].steps_per_epoch} steps, {dist.world_size()} processes on {device.type}"
     )
     fit(learners, loader, val_loader, config, save_every=save_every, source=source)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -10,9 +12,30 @@ import torch.nn.functional as F
 from ckd_dist.config import KDConfig
 
 
-def cross_entropy(logits: torch.Tensor, labels: torch.Tensor, label_smoothing: float = 0.0) -> torch.Tensor:
-    """Cross entropy with the label, in nats: logits float [n, classes], labels int64 [n] -> [n]."""
-    return F.cross_entropy(logits, labels, reduction="none", label_smoothing=label_smoothing)
+class Mixed(NamedTuple):
+    """What else is in the images of a batch, after mixup or cutmix."""
+
+    labels: torch.Tensor
+    """Of the other image, int64 [n]."""
+    weights: torch.Tensor
+    """Of the image's own label, float32 [n]; the other has the rest."""
+
+
+def over_labels(
+    value: Callable[[torch.Tensor], torch.Tensor], labels: torch.Tensor, mixed: Mixed | None
+) -> torch.Tensor:
+    """`value`, a function of labels int64 [n] that gives [n]; of mixed images, its mean over both labels."""
+    own = value(labels)
+    return own if mixed is None else torch.lerp(value(mixed.labels), own, mixed.weights)
+
+
+def cross_entropy(
+    logits: torch.Tensor, labels: torch.Tensor, label_smoothing: float = 0.0, mixed: Mixed | None = None
+) -> torch.Tensor:
+    """Cross entropy with the label or labels, in nats: logits float [n, classes], labels int64 [n] -> [n]."""
+    return over_labels(
+        lambda each: F.cross_entropy(logits, each, reduction="none", label_smoothing=label_smoothing), labels, mixed
+    )
 
 
 def soft_target_divergence(student: torch.Tensor, teacher: torch.Tensor, temperature: float) -> torch.Tensor:
@@ -101,7 +124,12 @@ def standardized_divergence(student: torch.Tensor, teacher: torch.Tensor, temper
 
 
 def distillation(
-    student: torch.Tensor, teacher: torch.Tensor, labels: torch.Tensor, config: KDConfig, label_smoothing: float = 0.0
+    student: torch.Tensor,
+    teacher: torch.Tensor,
+    labels: torch.Tensor,
+    config: KDConfig,
+    label_smoothing: float = 0.0,
+    mixed: Mixed | None = None,
 ) -> dict[str, torch.Tensor]:
     """alpha * CE(label) + (1 - alpha) * the loss that `config.loss` names, as [n] under `loss`, and its parts under
     `ce` and `kd`; student and teacher are logits float [n, classes] (for standardized, the teacher's standardised),
@@ -118,12 +146,12 @@ def distillation(
     elif config.loss == "mse":
         kd = logit_mse(student, teacher)
     elif config.loss == "dkd":
-        kd = decoupled(student, teacher, labels, temperature, config.beta)
+        kd = over_labels(lambda each: decoupled(student, teacher, each, temperature, config.beta), labels, mixed)
     elif config.loss == "dist":
         kd = correlation(student, teacher, temperature)
     else:
         kd = standardized_divergence(student, teacher, temperature)
-    ce = cross_entropy(student, labels, label_smoothing)
+    ce = cross_entropy(student, labels, label_smoothing, mixed)
     return {"loss": config.alpha * ce + (1 - config.alpha) * kd, "ce": ce, "kd": kd}
 
 

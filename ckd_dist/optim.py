@@ -1,4 +1,4 @@
-"""Optimisers, parameter groups, and learning-rate schedules as pure functions of the step."""
+"""Optimisers, parameter groups, and schedules, of the learning rate and the image size, as pure functions of time."""
 
 from __future__ import annotations
 
@@ -28,6 +28,20 @@ def parameter_groups(model: nn.Module, weight_decay: float, decay_norm_and_bias:
         {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": weight_decay},
         {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
     ]
+
+
+def image_size(epoch: int, *, start: int | None, final: int, epochs: int) -> int:
+    """Side of the training images in an epoch, in pixels: `final`, or, given `start`, that until 40 % of the epochs are
+    over, then linearly more up to `final` from 85 % on, in multiples of 32 (of 4, up to 64).
+
+    The idea is progressive resizing as in FFCV's ImageNet recipes, with their proportions.
+    """
+    if start is None:
+        return final
+    progress = min(1.0, max(0.0, (epoch / epochs - 0.40) / 0.45))
+    multiple = 32 if final > 64 else 4
+    size = round((start + (final - start) * progress) / multiple) * multiple
+    return min(max(size, start), final)
 
 
 def learning_rate(step: int, config: OptimConfig, *, steps_per_epoch: int, epochs: int) -> float:

@@ -129,6 +129,7 @@ class ProbeTraining:
         batch_size = config.data.batch_size
         require(batch_size <= info.count, f"data.batch_size {batch_size} is larger than the {info.count} images")
         share, recipe = data.rank_share(batch_size), data.train_recipe(config.data, info)
+        require(not recipe.mixes, "data.mixup and data.cutmix are not for select_teacher: its images have one label")
         loader = _loader(config, self._trajectory, info, recipe, share.stop - share.start)
         epoch, first = divmod(self.step, info.count // batch_size)
         while True:

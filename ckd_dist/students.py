@@ -43,15 +43,15 @@ class Lessons:
         """An `engine.Loss`, once `columns` is given: where in `batch.teacher_records` the members of an epoch are."""
         config = self._config
         if not self.members[epoch]:
-            return {"loss": losses.cross_entropy(logits, batch.labels, config.label_smoothing)}
+            return {"loss": losses.cross_entropy(logits, batch.labels, config.label_smoothing, batch.mixed)}
         assert batch.teacher_records is not None
         records, kd, combine = batch.teacher_records[:, columns(epoch)], config.kd, config.teacher.combine
         ask = partial(codecs.teacher_logits, self._codec, records, kd, weights=self._weights, combine=combine)
         teacher = ask(logits.detach())
-        values = losses.distillation(logits, teacher, batch.labels, kd, config.label_smoothing)
+        values = losses.distillation(logits, teacher, batch.labels, kd, config.label_smoothing, batch.mixed)
         # What top-k leaves out was filled in as the student has it: that is no answer of the teacher.
         answers = (ask() if isinstance(self._codec, codecs.TopK) else teacher).argmax(dim=1)
-        values["teacher_top1"] = 100.0 * (answers == batch.labels)
+        values["teacher_top1"] = batch.top1(answers)
         values["agreement"] = 100.0 * (answers == logits.argmax(dim=1))
         return values
 
@@ -153,6 +153,11 @@ def cached_teacher(configs: Sequence[DistillConfig], store: str, info: DatasetIn
     manifest, codec = reader.manifest, reader.codec
     _require_served(configs, codec)
     require(
+        not (isinstance(codec, codecs.TopK) and reader.recipe.mixes and any(each.kd.loss == "dkd" for each in configs)),
+        "kd.loss dkd needs the teacher's logits of both labels of a mixed image, and topk keeps the first one's: "
+        "use a store of codec dense",
+    )
+    require(
         seed in (None, manifest.view_seed),
         f"data.view_seed is {seed}, the store holds views of seed {manifest.view_seed}: leave it out",
     )
@@ -181,6 +186,10 @@ def online_teacher(
 ) -> dict[int | str, nn.Module]:
     """The checkpoints on the device; raises `UserError` where the students' images are not the teacher's."""
     _require_served(configs, codec)
+    require(
+        configs[0].data.start_image_size is None,
+        "data.start_image_size is not for an online teacher, who would see the small images too: cache its logits",
+    )
     trajectory = checkpoint.trajectory(run, "teacher.run")
     members: dict[int | str, nn.Module] = {}
     for epoch in _union(configs):

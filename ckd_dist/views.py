@@ -1,8 +1,8 @@
-"""A view is a pure function: view(seed, view id, sample id) -> (crop box, flip).
+"""A view is a pure function: view(seed, view id, sample id) -> crop box, flip, colours, what it is mixed with.
 
 Every draw comes from a counter-based generator keyed by those three integers, inside the FFCV decoder: it does not
 depend on thread, rank, batch size, world size or order. So a teacher pass and a student pass see byte-identical
-images, and cached logits are addressed by (view, sample). The box does not depend on the output's resolution.
+images, and cached logits are addressed by (view, sample). No draw depends on the output's resolution.
 
 The generator is splitmix64 (Steele, Lea, Flood, "Fast splittable pseudorandom number generators", OOPSLA 2014) used
 as a hash: draw n of a stream is the finalised value of key + n * golden gamma.
@@ -11,8 +11,9 @@ as a hash: draw n of a stream is the finalised value of key + n * golden gamma.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 from llvmlite import binding
@@ -31,6 +32,9 @@ _imdecode: Any = types.ExternalFunction(
 
 # Counters of the draws within a stream. The ten attempts at a crop take the first twenty.
 _TOP, _LEFT, _FLIP = 100, 101, 102
+_BRIGHTNESS, _CONTRAST, _SATURATION = 110, 111, 112
+_ERASE, _ERASE_TOP, _ERASE_LEFT, _ERASE_COLOUR, _ERASE_SHAPES = 120, 121, 122, 123, 130
+_PARTNER, _CHOICE, _WEIGHT, _CUT_Y, _CUT_X = 160, 161, 162, 163, 164
 SAMPLED_CODEC = 1000
 """First counter of the draws that are a codec's, not a view's: one for every epoch of the teacher."""
 
@@ -38,9 +42,38 @@ _RANDOM_RESIZED_CROP, _PAD_CROP, _CENTER_CROP = 0, 1, 2
 _KINDS = {"random_resized_crop": _RANDOM_RESIZED_CROP, "pad_crop": _PAD_CROP, "center_crop": _CENTER_CROP}
 
 
+_JPEG = IMAGE_MODES["jpg"]
+
+
+class _Numbers(NamedTuple):
+    """A `ViewRecipe` for compiled code."""
+
+    kind: int
+    scale_min: float
+    scale_max: float
+    ratio_min: float
+    ratio_max: float
+    log_ratio_min: float
+    log_ratio_max: float
+    padding: int
+    center_share: float
+    flip: float
+    color_jitter: float
+    erase: float
+    mixup: bool
+    cutmix: bool
+    mixup_weights: np.ndarray
+    cutmix_weights: np.ndarray
+
+
 @dataclass(frozen=True, kw_only=True)
 class ViewRecipe:
-    """How a view is drawn; equal recipes and seeds give equal images."""
+    """How a view is drawn; equal recipes and seeds give equal images.
+
+    An image is cropped, mirrored, its colours changed, a part of it erased, and the whole then mixed with another image
+    of the file that went through the same: one that no order of the images has to bring near, since a decoder reaches
+    every sample.
+    """
 
     kind: Literal["random_resized_crop", "pad_crop", "center_crop"]
     """random_resized_crop for photographs, pad_crop for small images of one size, center_crop for evaluation."""
@@ -54,21 +87,69 @@ class ViewRecipe:
     """center_crop: side of the square as a share of the image's shorter side."""
     flip: float = 0.5
     """Probability of a mirrored view."""
+    color_jitter: float = 0.0
+    """Brightness, contrast and saturation, in this order, are each multiplied by a factor within this of 1."""
+    erase: float = 0.0
+    """Probability that a box is filled with one random colour; its size and shape as Zhong et al., "Random Erasing Data
+    Augmentation" (arXiv 1708.04896)."""
+    mixup: float = 0.0
+    """Alpha: each image is blended with another by a weight from Beta(alpha, alpha); 0: never. Zhang et al. (arXiv
+    1710.09412)."""
+    cutmix: float = 0.0
+    """Alpha: a box of each image shows another; its area is such a weight; 0: never. Yun et al. (arXiv 1905.04899).
+    With mixup too, either takes half of the images."""
+
+    @property
+    def mixes(self) -> bool:
+        """Whether images are mixed of two."""
+        return bool(self.mixup or self.cutmix)
 
     def to_dict(self) -> dict:
         """As plain JSON values."""
         return {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(self).items()}
 
     def numbers(self) -> tuple:
-        """As compiled code takes it."""
-        ratio = (math.log(self.ratio[0]), math.log(self.ratio[1]))
-        return (_KINDS[self.kind], *self.scale, *self.ratio, *ratio, self.padding, self.center_share, self.flip)
+        """As compiled code takes it: the fields of `_Numbers` (numba refuses named tuples in parallel loops)."""
+        return tuple(
+            _Numbers(
+                _KINDS[self.kind],
+                *self.scale,
+                *self.ratio,
+                math.log(self.ratio[0]),
+                math.log(self.ratio[1]),
+                self.padding,
+                self.center_share,
+                self.flip,
+                self.color_jitter,
+                self.erase,
+                self.mixup > 0,
+                self.cutmix > 0,
+                _beta_quantiles(self.mixup),
+                _beta_quantiles(self.cutmix),
+            )
+        )
 
     @classmethod
     def from_dict(cls, values: dict) -> ViewRecipe:
         """Inverse of `to_dict`."""
         arguments: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
         return cls(**arguments)
+
+
+def _beta_quantiles(alpha: float, count: int = 4096) -> np.ndarray:
+    """Quantiles of Beta(alpha, alpha) at the middles of `count` equal shares, in whole 256ths: int64 [count].
+
+    Drawing one of them is drawing from the distribution, but for the rounding, which makes it the same on every machine
+    and mixing exact. The density x^(alpha-1) (1-x)^(alpha-1) is integrated over x^alpha, in which it is bounded.
+    """
+    if not alpha:
+        return np.zeros(0, dtype=np.int64)
+    t = np.linspace(0, 0.5**alpha, 100_001)
+    x = t ** (1 / alpha)
+    density = (1 - x) ** (alpha - 1)
+    share = np.concatenate([[0], np.cumsum(density[1:] + density[:-1])])
+    lower = np.interp((np.arange(count // 2) + 0.5) / count, 0.5 * share / share[-1], x)
+    return np.rint(256 * np.concatenate([lower, 1 - lower[::-1]])).astype(np.int64)
 
 
 @compiled
@@ -104,30 +185,34 @@ def uniforms(seed, view, samples, n):
 
 @compiled
 def _exp(x):
-    """exp(x) for |x| < 1 from + and * alone: the libraries' versions differ by an ulp between machines."""
+    """exp(x) for |x| < 1.5 from + and * alone: the libraries' versions differ by an ulp between machines."""
     term, total = 1.0, 1.0
-    for k in range(1, 20):
+    for k in range(1, 24):
         term = term * x / k
         total = total + term
     return total
 
 
 @compiled
+def _between(low, high, draw):
+    return low + (high - low) * draw
+
+
+@compiled
 def _crop_box(key, height, width, recipe):
     """Box (top, left, height, width) in pixels; random_resized_crop as torchvision's RandomResizedCrop.get_params."""
-    kind, scale_min, scale_max, ratio_min, ratio_max, log_min, log_max, padding, share, _ = recipe
-    if kind == _PAD_CROP:
-        top = int64(uniform(key, _TOP) * (2 * padding + 1)) - padding
-        left = int64(uniform(key, _LEFT) * (2 * padding + 1)) - padding
+    if recipe.kind == _PAD_CROP:
+        top = int64(uniform(key, _TOP) * (2 * recipe.padding + 1)) - recipe.padding
+        left = int64(uniform(key, _LEFT) * (2 * recipe.padding + 1)) - recipe.padding
         return top, left, height, width
-    if kind == _CENTER_CROP:
-        side = max(int64(share * min(height, width)), int64(1))
+    if recipe.kind == _CENTER_CROP:
+        side = max(int64(recipe.center_share * min(height, width)), int64(1))
         return (height - side) // 2, (width - side) // 2, side, side
     area = float(height) * float(width)
     n = 0
     for _ in range(10):
-        target = area * (scale_min + (scale_max - scale_min) * uniform(key, n))
-        ratio = _exp(log_min + (log_max - log_min) * uniform(key, n + 1))
+        target = area * _between(recipe.scale_min, recipe.scale_max, uniform(key, n))
+        ratio = _exp(_between(recipe.log_ratio_min, recipe.log_ratio_max, uniform(key, n + 1)))
         n += 2
         w = int64(math.floor(math.sqrt(target * ratio) + 0.5))
         h = int64(math.floor(math.sqrt(target / ratio) + 0.5))
@@ -136,10 +221,10 @@ def _crop_box(key, height, width, recipe):
             left = int64(uniform(key, _LEFT) * (width - w + 1))
             return top, left, h, w
     w, h = width, height
-    if width < height * ratio_min:
-        h = min(h, int64(math.floor(width / ratio_min + 0.5)))
-    elif width > height * ratio_max:
-        w = min(w, int64(math.floor(height * ratio_max + 0.5)))
+    if width < height * recipe.ratio_min:
+        h = min(h, int64(math.floor(width / recipe.ratio_min + 0.5)))
+    elif width > height * recipe.ratio_max:
+        w = min(w, int64(math.floor(height * recipe.ratio_max + 0.5)))
     return (height - h) // 2, (width - w) // 2, h, w
 
 
@@ -154,9 +239,38 @@ def view(
 
 
 @compiled
-def _view(seed, view_id, sample_id, height, width, recipe):
-    key = stream_key(seed, view_id, sample_id)
-    return _crop_box(key, height, width, recipe), uniform(key, _FLIP) < recipe[9]
+def _view(seed, view_id, sample_id, height, width, numbers):
+    key, recipe = stream_key(seed, view_id, sample_id), _Numbers(*numbers)
+    return _crop_box(key, height, width, recipe), uniform(key, _FLIP) < recipe.flip
+
+
+@compiled
+def _mix(seed, view_id, sample, count, numbers):
+    """(partner, weight of the image itself, box of the partner (top, left, bottom, right) in shares of the sides): of
+    mixup the box is empty, of cutmix the weight is what the box leaves."""
+    key, recipe = stream_key(seed, view_id, sample), _Numbers(*numbers)
+    partner = int64(uniform(key, _PARTNER) * count)
+    n = int64(uniform(key, _WEIGHT) * 4096)
+    if recipe.mixup and not (recipe.cutmix and uniform(key, _CHOICE) < 0.5):
+        return partner, recipe.mixup_weights[n] / 256.0, (0.0, 0.0, 0.0, 0.0)
+    half = 0.5 * math.sqrt(1 - recipe.cutmix_weights[n] / 256.0)
+    y, x = uniform(key, _CUT_Y), uniform(key, _CUT_X)
+    top, bottom, left, right = max(y - half, 0.0), min(y + half, 1.0), max(x - half, 0.0), min(x + half, 1.0)
+    return partner, 1 - (bottom - top) * (right - left), (top, left, bottom, right)
+
+
+def partners(recipe: ViewRecipe, seed: int, view_id: int, ids: np.ndarray, count: int) -> tuple[np.ndarray, np.ndarray]:
+    """With what each image of a view that mixes is mixed: partners among `count` samples, int64 [n], and the weight of
+    the image itself, float32 [n]; the partner has the rest."""
+    return _partners(recipe.numbers(), seed, view_id, ids.astype(np.int64), count)
+
+
+@compiled
+def _partners(numbers, seed, view_id, ids, count):
+    partners, weights = np.empty(len(ids), dtype=np.int64), np.empty(len(ids), dtype=np.float32)
+    for i in range(len(ids)):
+        partners[i], weights[i], _ = _mix(seed, view_id, ids[i], count, numbers)
+    return partners, weights
 
 
 @compiled
@@ -197,20 +311,86 @@ def _mirror(image):
 
 
 @compiled
-def _render(data, is_jpeg, height, width, seed, view_id, sample, recipe, decoded, padded, out):
-    """Fill `out`, uint8 [size, size, 3], with a view of the stored image `data`; the other two are room to work."""
-    if is_jpeg:
-        _imdecode(data.ctypes.data, data.size, height, width, decoded.ctypes.data, height, width, 0, 0, 1, 1, 0, 0)
-        image = decoded[: 3 * height * width].reshape(height, width, 3)
-        _render_image(image, seed, view_id, sample, recipe, padded, out)
-    else:
-        _render_image(data.reshape(height, width, 3), seed, view_id, sample, recipe, padded, out)
+def _jitter(image, brightness, contrast, saturation):
+    """Multiply each, rounding down and clipping in between, as torchvision's adjust_ functions do."""
+    height, width, _ = image.shape
+    total = 0.0
+    for y in range(height):
+        for x in range(width):
+            for c in range(3):
+                image[y, x, c] = min(brightness * image[y, x, c], 255.0)
+            total += _grey(image[y, x])
+    mean = math.floor(total / (height * width))
+    for y in range(height):
+        for x in range(width):
+            for c in range(3):
+                image[y, x, c] = min(max(_between(mean, image[y, x, c], contrast), 0.0), 255.0)
+            grey = _grey(image[y, x])
+            for c in range(3):
+                image[y, x, c] = min(max(_between(grey, image[y, x, c], saturation), 0.0), 255.0)
 
 
 @compiled
-def _render_image(image, seed, view_id, sample, recipe, padded, out):
+def _grey(pixel):
+    return math.floor(0.2989 * pixel[0] + 0.587 * pixel[1] + 0.114 * pixel[2])
+
+
+@compiled
+def _edge(share, size):
+    """The pixel boundary nearest to a share of a side."""
+    return int64(math.floor(share * size + 0.5))
+
+
+@compiled
+def _erase(image, key):
+    size = image.shape[0]
+    for n in range(_ERASE_SHAPES, _ERASE_SHAPES + 20, 2):
+        area = _between(0.02, 0.33, uniform(key, n))
+        ratio = _exp(_between(-1.2039728043259361, 1.1939224684724346, uniform(key, n + 1)))  # logs of 0.3 and 3.3
+        height, width = math.sqrt(area * ratio), math.sqrt(area / ratio)
+        if height < 1 and width < 1:
+            top, left = uniform(key, _ERASE_TOP) * (1 - height), uniform(key, _ERASE_LEFT) * (1 - width)
+            for c in range(3):
+                colour = np.uint8(256 * uniform(key, _ERASE_COLOUR + c))
+                image[
+                    _edge(top, size) : _edge(top + height, size), _edge(left, size) : _edge(left + width, size), c
+                ] = colour
+            return
+
+
+@compiled
+def _blend(image, partner, weight, box):
+    """Mix `partner` into `image`, both uint8 [size, size, 3], as `_mix` says."""
+    size = image.shape[0]
+    top, left, bottom, right = box
+    if bottom > top:
+        rows, columns = (_edge(top, size), _edge(bottom, size)), (_edge(left, size), _edge(right, size))
+        image[rows[0] : rows[1], columns[0] : columns[1]] = partner[rows[0] : rows[1], columns[0] : columns[1]]
+        return
+    ours = int64(256 * weight)
+    for y in range(size):
+        for x in range(size):
+            for c in range(3):
+                image[y, x, c] = (ours * image[y, x, c] + (256 - ours) * partner[y, x, c] + 128) >> 8
+
+
+@compiled
+def _render(data, field, seed, view_id, sample, numbers, decoded, padded, out):
+    """Fill `out`, uint8 [size, size, 3], with a view, not yet mixed, of the image that FFCV keeps as the bytes `data`
+    and the metadata `field`; `decoded` and `padded` are room to work."""
+    key, recipe = stream_key(seed, view_id, sample), _Numbers(*numbers)
+    height, width = int64(field["height"]), int64(field["width"])
+    image = data
+    if field["mode"] == _JPEG:
+        _imdecode(data.ctypes.data, data.size, height, width, decoded.ctypes.data, height, width, 0, 0, 1, 1, 0, 0)
+        image = decoded[: 3 * height * width]
+    _render_image(image.reshape(height, width, 3), key, recipe, padded, out)
+
+
+@compiled
+def _render_image(image, key, recipe, padded, out):
     height, width, _ = image.shape
-    (top, left, h, w), mirrored = _view(seed, view_id, sample, height, width, recipe)
+    top, left, h, w = _crop_box(key, height, width, recipe)
     if top >= 0 and left >= 0 and top + h <= height and left + w <= width:
         _resize_crop(image, top, left, h, w, out)
     elif h == out.shape[0] and w == out.shape[1]:
@@ -219,24 +399,45 @@ def _render_image(image, seed, view_id, sample, recipe, padded, out):
         crop = padded[: 3 * h * w].reshape(h, w, 3)
         _copy_padded(image, top, left, crop)
         _resize_crop(crop, 0, 0, h, w, out)
-    if mirrored:
+    if uniform(key, _FLIP) < recipe.flip:
         _mirror(out)
+    if recipe.color_jitter > 0:
+        low, high = max(0.0, 1 - recipe.color_jitter), 1 + recipe.color_jitter
+        brightness, contrast = (
+            _between(low, high, uniform(key, _BRIGHTNESS)),
+            _between(low, high, uniform(key, _CONTRAST)),
+        )
+        _jitter(out, brightness, contrast, _between(low, high, uniform(key, _SATURATION)))
+    if uniform(key, _ERASE) < recipe.erase:
+        _erase(out, key)
 
 
 def render(
-    stored: np.ndarray,
-    is_jpeg: bool,
-    height: int,
-    width: int,
+    read: Callable[[int], tuple[np.ndarray, np.void]],
+    count: int,
+    recipe: ViewRecipe,
     seed: int,
     view_id: int,
     sample_id: int,
-    recipe: ViewRecipe,
-    out: np.ndarray,
-) -> None:
-    """Fill `out`, uint8 [size, size, 3], with a view of one image, `stored` as FFCV keeps it (JPEG, or pixels)."""
-    decoded, padded = (np.empty(3 * height * width, dtype=np.uint8) for _ in range(2))
-    _render(stored, is_jpeg, height, width, seed, view_id, sample_id, recipe.numbers(), decoded, padded, out)
+    size: int,
+) -> np.ndarray:
+    """A view of one of `count` images as the decoder gives it, uint8 [size, size, 3]; `read` fetches an image as FFCV
+    keeps it: its bytes, uint8, and its metadata."""
+    numbers = recipe.numbers()
+
+    def unmixed(sample: int) -> np.ndarray:
+        data, field = read(sample)
+        pixels = 3 * int(field["height"]) * int(field["width"])
+        decoded, padded = (np.empty(pixels, dtype=np.uint8) for _ in range(2))
+        out = np.empty((size, size, 3), dtype=np.uint8)
+        _render(data, field, seed, view_id, sample, numbers, decoded, padded, out)
+        return out
+
+    image = unmixed(sample_id)
+    if recipe.mixes:
+        partner, weight, box = _mix(seed, view_id, sample_id, count, numbers)
+        _blend(image, unmixed(partner), weight, box)
+    return image
 
 
 def _channel(*values: int) -> tuple[AllocationQuery, ...]:
@@ -251,7 +452,7 @@ def _channel(*values: int) -> tuple[AllocationQuery, ...]:
 class ViewDecoder(SimpleRGBImageDecoder):
     """FFCV decoder of the field `image`: view `view` of every sample, uint8 [batch, size, size, 3].
 
-    `view` may be set between epochs; it is read when an epoch starts.
+    `view` and `size` may be set between epochs; they are read when an epoch starts.
     """
 
     def __init__(self, recipe: ViewRecipe, size: int, seed: int = 0, view: int = 0):
@@ -271,24 +472,31 @@ class ViewDecoder(SimpleRGBImageDecoder):
                 AllocationQuery(shape, byte),
                 AllocationQuery((largest if any_jpeg else 0,), byte),
                 AllocationQuery((largest if resized_padding else 0,), byte),
+                AllocationQuery(shape if self.recipe.mixes else (0, 0, 3), byte),
                 *_channel(self.seed >> 31, self.seed & 0x7FFFFFFF, self.view),
             ),
         )
 
     def generate_code(self):
-        jpeg, read, parallel_range = IMAGE_MODES["jpg"], self.memory_read, Compiler.get_iterator()
-        recipe = self.recipe.numbers()
+        read, parallel_range = self.memory_read, Compiler.get_iterator()
+        recipe, mixes = self.recipe.numbers(), self.recipe.mixes
+
+        mixes = self.recipe.mixes
 
         def decode(batch_indices, memory, metadata, storage_state):
-            out, decoded, padded, seed_high, seed_low, view_ = memory
-            seed, view_id = (seed_high.shape[2] << 31) | seed_low.shape[2], view_.shape[2]
+            out, decoded, padded, partners, seed_high, seed_low, view = memory
+            seed, view_id = (seed_high.shape[2] << 31) | seed_low.shape[2], view.shape[2]
             for b in parallel_range(len(batch_indices)):
-                sample = batch_indices[b]
+                sample = np.int64(batch_indices[b])
                 field = metadata[sample]
                 data = read(field["data_ptr"], storage_state)
-                height, width = np.int64(field["height"]), np.int64(field["width"])
-                is_jpeg = field["mode"] == jpeg
-                _render(data, is_jpeg, height, width, seed, view_id, sample, recipe, decoded[b], padded[b], out[b])
+                _render(data, field, seed, view_id, sample, recipe, decoded[b], padded[b], out[b])
+                if mixes:
+                    partner, weight, box = _mix(seed, view_id, sample, len(metadata), recipe)
+                    field = metadata[partner]
+                    data = read(field["data_ptr"], storage_state)
+                    _render(data, field, seed, view_id, partner, recipe, decoded[b], padded[b], partners[b])
+                    _blend(out[b], partners[b], weight, box)
             return out[: len(batch_indices)]
 
         decode.is_parallel = True  # type: ignore[attr-defined]

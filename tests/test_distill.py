@@ -51,6 +51,22 @@ def test_cached_and_online_teachers_give_the_same_student(fashion, teacher, stor
     assert teacher_top1 > summary(teacher)["top1"] - 10
 
 
+def test_cached_and_online_teachers_agree_on_mixed_images(fashion, teacher, tmp_path):
+    views = ["--data.mixup", 0.4, "--data.cutmix", 1, "--data.erase", 0.3, "--data.color_jitter", 0.3]
+    cache = ["--data.train", fashion["train"], "--teacher.run", teacher, "--teacher.checkpoints", "[3]"]
+    here(cache_logits, CacheConfig, *cache, "--store", tmp_path / "store", *views)
+    cached = ["--teacher.store", tmp_path / "store"]  # the views are the store's, unasked
+    online = ["--teacher.run", teacher, "--data.views", 1, *views]
+    for name, more in (("cached", cached), ("online", online)):
+        here(distill, DistillConfig, *options(fashion, tmp_path / name, *more, "--epochs", 1, "--kd.loss", "dkd"))
+    a, b = (metrics(tmp_path / name) for name in ("cached", "online"))
+    for key in ("loss", "ce", "kd", "top1", "teacher_top1"):
+        assert [line[key] for line in a] == pytest.approx([line[key] for line in b], abs=5e-3), key
+    assert 0 < a[0]["teacher_top1"] < 100 and a[0]["ce"] > 0
+    with pytest.raises(UserError, match=r"data\.mixup: the store holds views with mixup 0\.4, not 0\.0"):
+        here(distill, DistillConfig, *options(fashion, tmp_path / "none", *cached, "--data.mixup", 0))
+
+
 @pytest.mark.slow  # as test_training's, of the same loop
 def test_a_killed_distillation_ends_with_the_weights_of_one_that_never_was(fashion, store, tmp_path):
     whole, killed = tmp_path / "whole", tmp_path / "killed"
@@ -89,7 +105,7 @@ def test_a_plain_student_needs_no_teacher(fashion, tmp_path):
     [
         (["--data.view_seed", 3], r"data\.view_seed is 3, the store holds views of seed 0"),
         (["--data.views", 5], r"data\.views is 5, .* holds 2 views"),
-        (["--data.flip", "false"], r"data\.flip asks for views"),
+        (["--data.flip", "false"], r"data\.flip: the store holds views with flip 0\.5, not 0\.0: leave it out"),
         (["--teacher.checkpoints", "[4]"], r"teacher\.checkpoints: no checkpoint of epoch 4; there are 1, 2, 3"),
     ],
 )
@@ -106,6 +122,12 @@ def test_an_online_teacher_of_another_resolution_is_refused(fashion, teacher, tm
             DistillConfig,
             *options(fashion, tmp_path / "run", "--teacher.run", teacher, "--data.image_size", 40),
         )
+
+
+def test_an_online_teacher_is_not_shown_small_images(fashion, teacher, tmp_path):
+    more = ["--teacher.run", teacher, "--data.start_image_size", 20]
+    with pytest.raises(UserError, match=r"data\.start_image_size is not for an online teacher"):
+        here(distill, DistillConfig, *options(fashion, tmp_path / "run", *more))
 
 
 def test_photographs_of_different_sizes_work_from_teacher_to_student(photographs, tmp_path):
@@ -126,9 +148,13 @@ def test_photographs_of_different_sizes_work_from_teacher_to_student(photographs
     here(
         cache_logits, CacheConfig, "--data.train", photographs, "--teacher.run", run_dir, "--store", store, "--views", 2
     )
-    # The student trains at 48 px from what the teacher said of the same crops at 64 px.
-    more = ["--teacher.store", store, "--teacher.checkpoints", "[1,2]", "--data.image_size", 48, "--run_dir", student]
+    # The student trains at 32, then 48 px, from what the teacher said of the same crops at 64 px.
+    sizes = ["--data.start_image_size", 32, "--data.image_size", 48, "--data.val_image_size", 56]
+    more = ["--teacher.store", store, "--teacher.checkpoints", "[1,2]", *sizes, "--run_dir", student]
     here(distill, DistillConfig, *common, "--model.name", "mobilenet_v2", *more)
     assert summary(student)["steps"] == 12  # 101 images, batches of 16
+    last = student / "checkpoints" / "epoch_0002.pt"
+    assert checkpoint.load(last, "")["metadata"]["image_size"] == 56
+    run("ckd_dist.evaluate", "--data.val", photographs, "--checkpoint", last, "--amp", "off")
     assert all(torch.isfinite(torch.tensor(line["loss"])) for line in metrics(student))
     assert json.loads((store / "manifest.json").read_text())["recipe"]["kind"] == "random_resized_crop"

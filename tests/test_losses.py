@@ -33,6 +33,19 @@ def test_distillation_is_the_papers_loss(case, alpha, temperature):
     torch.testing.assert_close(found["loss"], alpha * found["ce"] + (1 - alpha) * found["kd"])
 
 
+@pytest.mark.parametrize("loss", ["kd", "dkd"])
+def test_a_mixed_image_has_the_loss_of_both_labels_by_their_weights(case, loss):
+    student, teacher, labels = case
+    mixed = losses.Mixed(labels.roll(1), torch.linspace(0, 1, 16, dtype=torch.float64))
+    config = KDConfig(loss=loss)
+    found, own, other = (
+        losses.distillation(student, teacher, each, config, 0.1, both)["loss"]
+        for each, both in ((labels, mixed), (labels, None), (mixed.labels, None))
+    )
+    torch.testing.assert_close(found, mixed.weights * own + (1 - mixed.weights) * other)
+    assert not torch.allclose(own, other)
+
+
 def test_alpha_weighs_the_label_and_the_gradient_keeps_its_size_over_temperature(case):
     student, teacher, labels = case
     only_label = losses.distillation(student, teacher, labels, KDConfig(alpha=1.0, temperature=4.0))["loss"]

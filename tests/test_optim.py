@@ -9,7 +9,7 @@ import torch
 
 from ckd_dist.config import OptimConfig, UserError
 from ckd_dist.models import build_model
-from ckd_dist.optim import build_optimizer, learning_rate, parameter_groups
+from ckd_dist.optim import build_optimizer, image_size, learning_rate, parameter_groups
 
 
 def rates(epochs=10, steps_per_epoch=10, **options):
@@ -62,3 +62,10 @@ def test_both_optimisers_step():
         model(torch.randn(4, 3, 28, 28)).sum().backward()
         optimizer.step()
         assert not torch.equal(before, model.fc.weight)
+
+
+def test_image_size_rises_in_the_middle_of_training():
+    sizes = [image_size(epoch, start=128, final=192, epochs=20) for epoch in range(20)]
+    assert sizes == [128] * 11 + [160] * 4 + [192] * 5
+    assert [image_size(epoch, start=20, final=28, epochs=10) for epoch in range(10)] == [20] * 6 + [24] * 2 + [28] * 2
+    assert image_size(3, start=None, final=224, epochs=4) == 224

@@ -6,6 +6,7 @@ import hashlib
 import itertools
 import json
 import threading
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -13,15 +14,17 @@ import pytest
 import torch
 from conftest import ROOT, run
 from numba.core import event
-from torchvision.transforms import RandomResizedCrop
+from torchvision.transforms import RandomErasing, RandomResizedCrop
+from torchvision.transforms.v2 import functional
 
 from ckd_dist import data
 from ckd_dist.config import LoaderConfig, UserError
-from ckd_dist.views import ViewRecipe, view
+from ckd_dist.views import _CONTRAST, _SATURATION, ViewRecipe, _beta_quantiles, partners, stream_key, uniform, view
 
 CPU = torch.device("cpu")
 RRC = ViewRecipe(kind="random_resized_crop")
 PAD = ViewRecipe(kind="pad_crop")
+EVERYTHING = {"color_jitter": 0.4, "erase": 0.5, "mixup": 0.4, "cutmix": 1.0}
 
 
 def loader(path, recipe, size, *, batch_size=32, seed=0, **options):
@@ -38,13 +41,21 @@ def digests(beton_loader, ids, view_id):
     }
 
 
-@pytest.mark.parametrize(("name", "recipe", "size"), [("photographs", RRC, 48), ("fashion", PAD, 40)])
+@pytest.mark.parametrize(
+    ("name", "recipe", "size"),
+    [
+        ("photographs", RRC, 48),
+        ("photographs", replace(RRC, **EVERYTHING), 48),
+        ("fashion", replace(PAD, mixup=1.0), 40),
+    ],
+)
 def test_bytes_do_not_depend_on_batch_size_workers_order_or_cache(name, recipe, size, request):
     path = request.getfixturevalue(name)
     path = path if isinstance(path, Path) else path["train"]
     count = data.read_info(path, "data.train").count
     first = None
     for batch_size, workers, os_cache in ((1, 2, True), (7, 1, False), (64, 2, False), (50, 1, True)):
+        os_cache = os_cache or recipe.mixes
         beton_loader = loader(path, recipe, size, batch_size=batch_size, workers=workers, os_cache=os_cache)
         for ids, view_id in itertools.product((np.arange(count), data.shuffled_ids(count, batch_size, 1)), (0, 5)):
             found = {(view_id, i): d for i, d in digests(beton_loader, ids, view_id).items()}
@@ -56,9 +67,11 @@ def test_bytes_do_not_depend_on_batch_size_workers_order_or_cache(name, recipe, 
 
 def test_bytes_do_not_depend_on_world_size(photographs, tmp_path):
     count = data.read_info(photographs, "data.train").count
-    alone = digests(loader(photographs, RRC, 48), np.arange(count), 2)
+    recipe = replace(RRC, **EVERYTHING)
+    alone = digests(loader(photographs, recipe, 48), np.arange(count), 2)
     for world in (2, 3):
-        run(str(ROOT / "tests/programs/view_digests.py"), photographs, 48, 2, tmp_path, nproc=world)
+        arguments = (photographs, 48, 2, tmp_path, json.dumps(recipe.to_dict()))
+        run(str(ROOT / "tests/programs/view_digests.py"), *arguments, nproc=world)
         ranks = [json.loads(path.read_text()) for path in sorted(tmp_path.glob(f"{world}_*.json"))]
         assert len(ranks) == world
         assert {int(i): d for part in ranks for i, d in part.items()} == alone
@@ -182,7 +195,8 @@ def test_ranks_share_every_global_batch(world, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("name", "recipe", "size"), [("photographs", RRC, 48), ("fashion", PAD, 28), ("fashion", PAD, 40)]
+    ("name", "recipe", "size"),
+    [("photographs", replace(RRC, **EVERYTHING), 48), ("fashion", PAD, 28), ("fashion", PAD, 40)],
 )
 def test_a_view_decoded_alone_is_that_of_the_loader(name, recipe, size, request):
     path = request.getfixturevalue(name)
@@ -192,3 +206,112 @@ def test_a_view_decoded_alone_is_that_of_the_loader(name, recipe, size, request)
     alone = torch.from_numpy(data.decode_view(info, recipe, 9, 4, ids, size))
     mean, std = (torch.tensor(values).view(1, 3, 1, 1) for values in (info.mean, info.std))
     torch.testing.assert_close(batch.images, (alone.permute(0, 3, 1, 2) / 255 - mean) / std, rtol=0, atol=1e-5)
+
+
+# ------------------------------------------------------------------------------------------- second edition
+
+
+def decoded(path, recipe, ids, size=48, view_id=1):
+    """Views of samples as int64 [n, size, size, 3]."""
+    return data.decode_view(data.read_info(path, ""), recipe, 3, view_id, np.asarray(ids), size).astype(np.int64)
+
+
+def bounds(mask):
+    """The smallest box around what is true, as slices."""
+    rows, columns = np.flatnonzero(mask.any(axis=1)), np.flatnonzero(mask.any(axis=0))
+    return (slice(rows[0], rows[-1] + 1), slice(columns[0], columns[-1] + 1)) if len(rows) else (slice(0), slice(0))
+
+
+@pytest.mark.parametrize(("kind", "alpha"), [("mixup", 0.2), ("mixup", 1.0), ("cutmix", 1.0)])
+def test_a_mixed_view_is_made_of_the_views_of_two_samples(photographs, kind, alpha):
+    info = data.read_info(photographs, "")
+    single = replace(RRC, color_jitter=0.4, erase=0.5)
+    recipe, ids = replace(single, **{kind: alpha}), np.arange(60)
+    others, weights = partners(recipe, 3, 1, ids, info.count)
+    assert len(set(others)) > 40 and others.min() >= 0 and others.max() < info.count
+    own, theirs, close = decoded(photographs, single, ids), decoded(photographs, single, others), []
+    for image, a, b, weight in zip(decoded(photographs, recipe, ids), own, theirs, weights, strict=True):
+        if kind == "mixup":
+            w = round(256 * weight)
+            np.testing.assert_array_equal(image, (w * a + (256 - w) * b + 128) >> 8)
+        else:
+            pasted = (image != a).any(axis=2)
+            box = bounds(pasted)
+            assert (image[box] == b[box]).all()
+            # Its edges are rounded to whole pixels, or may fall on some that are equal in both images.
+            assert pasted.sum() / 48**2 < 1 - weight + 0.05
+            if pasted.mean() > 0.02:
+                close.append(image[box].size / image.size > 1 - weight - 0.05)
+    assert kind == "mixup" or np.mean(close) > 0.9
+    (batch,) = loader(photographs, recipe, 48, seed=3, batch_size=64).batches(ids, 1)
+    np.testing.assert_array_equal(batch.mixed.labels, data.read_labels(info)[others])
+    np.testing.assert_array_equal(batch.mixed.weights, weights)
+    answers = data.torch.from_numpy(data.read_labels(info)[others])
+    expected = 100 * (1 - batch.mixed.weights + batch.mixed.weights * (answers == batch.labels))
+    torch.testing.assert_close(batch.top1(answers), expected)
+
+
+def test_weights_of_mixing_are_drawn_from_beta():
+    for alpha in (0.2, 1.0, 2.0):
+        quantiles, drawn = _beta_quantiles(alpha) / 256, torch.distributions.Beta(alpha, alpha).sample((100_000,))
+        at = np.linspace(0.05, 0.95, 19)
+        np.testing.assert_allclose(np.quantile(quantiles, at), np.quantile(drawn.numpy(), at), atol=0.01)
+    ids, both = np.arange(100_000), replace(RRC, mixup=1.0, cutmix=1.0)
+    others, weights = partners(both, 0, 0, ids, 1000)
+    assert np.bincount(others, minlength=1000).min() > 50
+    # A box of side r, its centre anywhere, covers r - r^2 / 4 of a side: the mean of its square, r^2 being uniform.
+    assert abs(np.mean(weights) - (0.5 + 1 - (0.5 - 0.2 + 1 / 48)) / 2) < 0.005
+
+
+def test_colours_change_as_torchvision_changes_them(photographs):
+    ids, jitter = np.arange(40), replace(RRC, color_jitter=0.6)
+    plain, changed = decoded(photographs, RRC, ids), decoded(photographs, jitter, ids)
+    for sample, before, after in zip(ids, plain, changed, strict=True):
+        key = stream_key(3, 1, int(sample))
+        b, c, s = (0.4 + 1.2 * uniform(np.uint64(key), n) for n in (_CONTRAST - 1, _CONTRAST, _SATURATION))
+        image = torch.from_numpy(before).byte().permute(2, 0, 1)
+        image = functional.adjust_saturation(functional.adjust_contrast(functional.adjust_brightness(image, b), c), s)
+        # Ours in float64, theirs in float32: a value that is nearly whole may be rounded down to another one.
+        assert np.abs(image.permute(1, 2, 0).numpy().astype(int) - after).max() <= 3
+    assert (plain != changed).mean() > 0.9
+
+
+def test_boxes_are_erased_as_torchvision_erases_them(photographs):
+    boxes = []
+    for view_id in range(8):
+        every = np.arange(101)
+        plain = decoded(photographs, RRC, every, view_id=view_id)
+        erased = decoded(photographs, replace(RRC, erase=0.75), every, view_id=view_id)
+        for before, after in zip(plain, erased, strict=True):
+            changed = (before != after).any(axis=2)
+            if changed.any():
+                box = bounds(changed)
+                assert (after[box] == after[box][0, 0]).all() and changed[box].mean() > 0.5
+                boxes.append(changed[box].shape)
+    assert abs(len(boxes) / (8 * 101) - 0.75) < 0.06
+    torch.manual_seed(0)
+    theirs = [
+        RandomErasing.get_params(torch.empty(3, 48, 48), (0.02, 0.33), (0.3, 3.3), [0.0])[2:4] for _ in range(5000)
+    ]
+    for ours, expected in ((np.array(boxes), np.array(theirs)),):
+        for figure in (lambda x: np.log(x.prod(axis=1)), lambda x: np.log(x[:, 0] / x[:, 1])):
+            assert abs(figure(ours).mean() - figure(expected).mean()) < 0.1
+            assert abs(figure(ours).std() - figure(expected).std()) < 0.1
+
+
+def test_a_view_is_the_same_at_every_size(photographs):
+    recipe = replace(RRC, **EVERYTHING)
+    ids = np.arange(101)
+    large, small = decoded(photographs, recipe, ids, 96), decoded(photographs, recipe, ids, 48)
+    pooled = large.reshape(101, 48, 2, 48, 2, 3).mean(axis=(2, 4))
+    other = decoded(photographs, recipe, ids, 48, view_id=2)
+    assert np.abs(pooled - small).mean() < 0.2 * np.abs(pooled - other).mean()
+    beton_loader = loader(photographs, recipe, 96, seed=3, batch_size=101)
+    (batch,) = beton_loader.batches(ids, 1, image_size=48)
+    (again,) = loader(photographs, recipe, 48, seed=3, batch_size=101).batches(ids, 1)
+    assert torch.equal(batch.images, again.images)
+
+
+def test_mixing_without_the_page_cache_is_refused(photographs):
+    with pytest.raises(UserError, match=r"data\.os_cache"):
+        loader(photographs, replace(RRC, mixup=0.2), 48, os_cache=False)

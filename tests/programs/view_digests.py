@@ -1,4 +1,4 @@
-"""Write the sha256 of every decoded image of a file, as one rank of many: BETON SIZE VIEW OUT_FOLDER."""
+"""Write the sha256 of every decoded image of a file, as one rank of many: BETON SIZE VIEW OUT_FOLDER RECIPE_JSON."""
 
 import hashlib
 import json
@@ -11,10 +11,10 @@ from ckd_dist import data, dist
 from ckd_dist.config import LoaderConfig
 from ckd_dist.views import ViewRecipe
 
-path, size, view, out = sys.argv[1:]
+path, size, view, out, recipe_json = sys.argv[1:]
 with dist.process_group() as device:
     info = data.read_info(path, "data.train")
-    recipe = ViewRecipe(kind="random_resized_crop")
+    recipe = ViewRecipe.from_dict(json.loads(recipe_json))
     loader = data.BetonLoader(info, LoaderConfig(), recipe, batch_size=16, image_size=int(size), device=device)
     ids = data.shuffled_ids(info.count, 3, dist.world_size())[dist.rank() :: dist.world_size()]
     digests = {
