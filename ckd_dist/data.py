@@ -135,11 +135,11 @@ def train_recipe(config: ViewDataConfig, info: DatasetInfo, cached: ViewRecipe |
     recipe = replace(default, **{name: value for name, value in asked.items() if value is not None})
     if cached is not None:
         wanted, held = recipe.to_dict(), cached.to_dict()
-        options = {"kind": "augment", "scale": "crop_scale_min"}
         for name, ours in wanted.items():
+            option = {"kind": "augment", "scale": "crop_scale_min"}.get(name, name)
             require(
                 ours == held[name],
-                f"data.{options.get(name, name)}: the store holds views with {name} {held[name]}, not {ours}: leave it out",
+                f"data.{option}: the store holds views with {name} {held[name]}, not {ours}: leave it out",
             )
     return recipe
 
