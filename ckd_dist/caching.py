@@ -8,7 +8,9 @@ import shutil
 import statistics
 import tempfile
 import time
-from collections.abc import Generator, Iterator
+from collections import deque
+from collections.abc import Callable, Generator, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -41,13 +43,67 @@ def image_digests(manifest: Manifest, info: DatasetInfo) -> dict[str, str]:
     return data.image_digests(info, recipe, manifest.view_seed, manifest.forward["image_size"])
 
 
-def encode(manifest: Manifest, shard: Shard, ids: np.ndarray, logits: torch.Tensor, labels: torch.Tensor) -> np.ndarray:
+def encode(
+    manifest: Manifest, shard: Shard, ids: np.ndarray, logits: torch.Tensor, labels: torch.Tensor
+) -> torch.Tensor:
     """Records uint8 [n, bytes] of samples `ids` [n] of a shard: logits float32 [n, classes], labels int64 [n]."""
     codec, draws = manifest.recorded, None
     if isinstance(codec, codecs.Sampled):
         counter = SAMPLED_CODEC + manifest.checkpoints[shard.checkpoint]["epoch"]
         draws = torch.from_numpy(uniforms(manifest.view_seed, shard.view, ids, counter)).to(logits.device)
-    return codec.encode(logits, labels, draws).cpu().numpy()  # type: ignore[arg-type]  # only sampled reads them
+    return codec.encode(logits, labels, draws)  # type: ignore[arg-type]  # only sampled reads them
+
+
+class Disk:
+    """A thread that brings records from the device to disk while the next batches are computed, in order; the device
+    is waited for there alone. An error of its work is raised by the next calls."""
+
+    def __init__(self) -> None:
+        self._thread = ThreadPoolExecutor(max_workers=1)
+        self._pending: deque[Future] = deque()
+
+    def append(self, writer: ShardWriter, records: torch.Tensor, logits: torch.Tensor) -> None:
+        """Write the `records` of `logits`, uint8 [n, bytes] and float32 [n, classes]."""
+        largest = logits.abs().amax()
+        arrived = None
+        if records.is_cuda:
+            records, largest = (_pinned(tensor) for tensor in (records, largest))
+            arrived = torch.cuda.Event()
+            arrived.record()
+
+        def write() -> None:
+            if arrived is not None:
+                arrived.synchronize()
+            if not largest.item() <= 65504:  # also where it is not a number
+                name = writer.shard.checkpoint
+                raise TrainingError(f"{name} gives logits that float16 cannot hold: is it a good checkpoint?")
+            writer.append(records.numpy())
+
+        self._submit(write, waiting=16)
+
+    def commit(self, writer: ShardWriter) -> None:
+        """Make a shard stand, once all of it is written."""
+        self._submit(writer.commit, waiting=16)
+
+    def finish(self) -> None:
+        """Wait until all is on disk."""
+        self._submit(lambda: None, waiting=0)
+
+    def __enter__(self) -> Disk:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._thread.shutdown(cancel_futures=True)
+
+    def _submit(self, work: Callable[[], None], waiting: int) -> None:
+        self._pending.append(self._thread.submit(work))
+        while len(self._pending) > waiting:
+            self._pending.popleft().result()
+
+
+def _pinned(tensor: torch.Tensor) -> torch.Tensor:
+    """The tensor in host memory, once the work that the current stream has by now is done."""
+    return torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True).copy_(tensor, non_blocking=True)
 
 
 class Recorder:
@@ -99,19 +155,20 @@ class Recorder:
         self, store: Path, teachers: dict[str, nn.Module], ranges: list[list[Shard]]
     ) -> Generator[int, None, None]:
         """Write shards, those of a range in one pass over its images; yields the number of records after each batch."""
-        for shards in ranges:
-            writers = {shard.checkpoint: ShardWriter(store, shard, self.manifest) for shard in shards}
-            view, first, last = shards[0].view, shards[0].first, shards[0].last
-            needed = {name: teachers[name] for name in writers}
-            for batch, answers in self.logits(needed, np.arange(first, last + 1), view):
-                for name, logits in answers.items():
-                    if not bool(logits.abs().amax() <= 65504):  # also where it is not a number
-                        raise TrainingError(f"{name} gives logits that float16 cannot hold: is it a good checkpoint?")
-                    shard = writers[name].shard
-                    writers[name].append(encode(self.manifest, shard, batch.ids.numpy(), logits, batch.labels))
-                yield len(batch.ids) * len(answers)
-            for writer in writers.values():
-                writer.commit()
+        with Disk() as disk:
+            for shards in ranges:
+                writers = {shard.checkpoint: ShardWriter(store, shard, self.manifest) for shard in shards}
+                view, first, last = shards[0].view, shards[0].first, shards[0].last
+                needed = {name: teachers[name] for name in writers}
+                for batch, answers in self.logits(needed, np.arange(first, last + 1), view):
+                    for name, logits in answers.items():
+                        shard = writers[name].shard
+                        records = encode(self.manifest, shard, batch.ids.numpy(), logits, batch.labels)
+                        disk.append(writers[name], records, logits)
+                    yield len(batch.ids) * len(answers)
+                for writer in writers.values():
+                    disk.commit(writer)
+            disk.finish()
 
 
 def describe(config: CacheConfig, device: torch.device) -> tuple[Manifest, Recorder]:

@@ -334,6 +334,8 @@ class TrainConfig:
     """Seed of the initial weights, the order of the images and dropout."""
     amp: Literal["bfloat16", "float16", "off"] = "bfloat16"
     """Mixed precision: autocast to this type (float16 with a gradient scaler), or float32 throughout."""
+    ema_decay: float | None = None
+    """Evaluate and keep an exponential moving average of the weights, as 0.9999, instead of the weights."""
     compile: bool = False
     """Compile the model with torch.compile."""
     save_every: int | None = None
@@ -347,6 +349,8 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         require(self.epochs >= 1, f"epochs is {self.epochs}: give 1 or more")
+        decay = self.ema_decay
+        require(decay is None or 0 < decay < 1, f"ema_decay is {decay}: give a number between 0 and 1")
         require(0 <= self.label_smoothing < 1, f"label_smoothing is {self.label_smoothing}: give [0, 1)")
         require_seed(self.seed, "seed")
         require(self.save_every is None or self.save_every >= 1, f"save_every is {self.save_every}: give 1 or more")

@@ -10,7 +10,7 @@ import inspect
 import resource
 import signal
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import NoReturn
@@ -19,6 +19,7 @@ import numpy as np
 import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from ckd_dist import checkpoint, dist, losses
 from ckd_dist.config import STOPPED, TrainConfig, TrainingError, require, to_dict
@@ -151,7 +152,12 @@ class Learner:
         self.step = 0
         self.seconds = self.seconds_waited = 0.0
         self.evaluation: dict[str, float] = {}
-        self._sums: dict[str, torch.Tensor] = {}
+        self._sums: list[torch.Tensor] = []
+        self._names: list[str] = []
+        self.averaged: AveragedModel | None = None
+        if config.ema_decay is not None:
+            average = get_ema_multi_avg_fn(config.ema_decay)
+            self.averaged = AveragedModel(self.model, multi_avg_fn=average, use_buffers=True)
         self._load_last()
         self.model.train()
         self._forward: Callable[[torch.Tensor], torch.Tensor] = self.model
@@ -167,6 +173,11 @@ class Learner:
             )
         if config.compile:
             self._forward = torch.compile(self._forward, dynamic=False)
+
+    @property
+    def result(self) -> nn.Module:
+        """The model to evaluate and to keep: the average of the weights, if one is asked for."""
+        return self.averaged.module if self.averaged is not None else self.model
 
     def train_step(self, batch: Batch) -> None:
         """One optimiser step on this rank's part of the global batch."""
@@ -188,35 +199,29 @@ class Learner:
         self.scaler.step(self.optimizer)
         self.scaler.update()
         self.optimizer.zero_grad(set_to_none=True)
-        self._count(logits.detach(), batch, {name: value.detach() for name, value in values.items()})
+        if self.averaged is not None:
+            self.averaged.update_parameters(self.model)
+        with torch.no_grad():
+            values["top1"] = batch.top1(logits.argmax(dim=1))
+            self._names = list(values)
+            # It stays on the device: the host waits for it only when a log line is due.
+            self._sums.append(torch.stack(list(values.values())).sum(dim=1))
         self.step += 1
-
-    def _count(self, logits: torch.Tensor, batch: Batch, values: dict[str, torch.Tensor]) -> None:
-        """Add to the sums of this log line, on the device: the host waits for them only when the line is due."""
-        values["top1"] = batch.top1(logits.argmax(dim=1))
-        if not self._sums:
-            zero = torch.zeros((), device=self.device)
-            self._sums = {**dict.fromkeys(values, zero), "_count": zero, "_bad_step": zero - 1}
-        for name, value in values.items():
-            self._sums[name] = self._sums[name] + value.sum()
-        self._sums["_count"] = self._sums["_count"] + len(logits)
-        finite = torch.isfinite(values["loss"]).all() | (self._sums["_bad_step"] >= 0)
-        self._sums["_bad_step"] = torch.where(finite, self._sums["_bad_step"], float(self.step))
 
     def log(self, seconds: float, waited: float) -> dict[str, float]:
         """Write the mean of every value over the steps since the last line, which took `seconds`, `waited` of them for
         data; collective. Raises `TrainingError` on every rank when the loss was not finite on any."""
-        bad_step = int(self._sums.pop("_bad_step"))
-        totals = dist.all_reduce_sum(torch.stack(list(self._sums.values())).double()).tolist()
-        sums = dict(zip(self._sums, totals, strict=True))
-        count = sums.pop("_count")
-        self._sums = {}
-        if not np.isfinite(sums["loss"]):
-            bad_steps = [step for step in dist.gather_objects(bad_step) if step >= 0]
-            self._stop(f"the loss is not finite at step {min(bad_steps, default=self.step)}")
+        sums = torch.stack(self._sums).double()  # [steps, values]
+        count = len(sums) * self.config.data.batch_size
+        totals = dist.all_reduce_sum(sums.sum(dim=0)).tolist()
+        self._sums = []
+        values = {name: total / count for name, total in zip(self._names, totals, strict=True)}
+        if not np.isfinite(values["loss"]):
+            bad = (~sums[:, self._names.index("loss")].isfinite()).nonzero().flatten().tolist()
+            first = min(found for found in dist.gather_objects(min(bad, default=len(sums))))
+            self._stop(f"the loss is not finite at step {self.step - len(sums) + first}")
         self.seconds += seconds
         self.seconds_waited += waited
-        values = {name: total / count for name, total in sums.items()}
         self.run.log(
             "train",
             self.step,
@@ -247,6 +252,7 @@ class Learner:
         if dist.rank() == 0:
             state = {
                 "weights": self.model.state_dict(),
+                "averaged": self.averaged.state_dict() if self.averaged is not None else None,
                 "optimizer": self.optimizer.state_dict(),
                 "scaler": self.scaler.state_dict(),
                 "step": self.step,
@@ -263,6 +269,8 @@ class Learner:
             return
         state = checkpoint.load(path, "run_dir")
         self.model.load_state_dict(state["weights"])
+        if self.averaged is not None:
+            self.averaged.load_state_dict(state["averaged"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.scaler.load_state_dict(state["scaler"])
         self.step, self.evaluation = state["step"], state["evaluation"]
@@ -274,7 +282,7 @@ class Learner:
         """Keep the weights after `epoch` epochs, with the metadata to use them alone."""
         if dist.rank() == 0:
             metadata = {**self.metadata, "epoch": epoch, "evaluation": self.evaluation}
-            state = {"weights": self.model.state_dict(), "metadata": metadata}
+            state = {"weights": self.result.state_dict(), "metadata": metadata}
             checkpoint.save(checkpoint.checkpoint_path(self.run.path, epoch), state)
 
     def write_summary(self, side_by_side: int) -> None:
@@ -299,6 +307,21 @@ class Learner:
                 "world_size": dist.world_size(),
             }
         )
+
+
+def train_steps(
+    learners: list[Learner], batches: Iterable[Batch], teacher: OnlineTeacher | None = None, done: int = 0
+) -> Iterator[tuple[int, list[Learner]]]:
+    """Each of the `batches`, after `done` steps, is a step of every learner that has not taken it yet; yields the
+    number of steps done and who took the last one."""
+    for batch in batches:
+        if teacher is not None:
+            batch.teacher_records = teacher(batch.images)
+        done += 1
+        active = [learner for learner in learners if learner.step < done]
+        for learner in active:
+            learner.train_step(batch)
+        yield done, active
 
 
 def fit(
@@ -328,12 +351,9 @@ def fit(
             now = source(epoch)
             size = image_size(epoch, start=config.data.start_image_size, final=loader.image_size, epochs=config.epochs)
             clock.restart()
-            for done, batch in enumerate(loader.batches(ids, now.view, now.rows, size), start=first + 1):
-                if now.teacher is not None:
-                    batch.teacher_records = now.teacher(batch.images)
-                active = [learner for learner in learners if learner.step < done]
-                for learner in active:
-                    learner.train_step(batch)
+            for done, active in train_steps(
+                learners, loader.batches(ids, now.view, now.rows, size), now.teacher, first
+            ):
                 epoch_ends = done % steps_per_epoch == 0
                 save = done % config.save_last_every == 0 and not epoch_ends
                 if done % config.log_every == 0 or epoch_ends or save:
@@ -364,7 +384,7 @@ def _end_epoch(
     for learner in learners:
         learner.check_weights()
     if val_loader is not None:
-        evaluations = evaluate([learner.model for learner in learners], val_loader, config.amp)
+        evaluations = evaluate([learner.result for learner in learners], val_loader, config.amp)
         for learner, evaluation in zip(learners, evaluations, strict=True):
             learner.evaluation = evaluation
             learner.run.log("val", learner.step, epoch - 1, **evaluation)

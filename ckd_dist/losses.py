@@ -130,27 +130,28 @@ def distillation(
     config: KDConfig,
     label_smoothing: float = 0.0,
     mixed: Mixed | None = None,
+    compared: torch.Tensor | None = None,
 ) -> dict[str, torch.Tensor]:
     """alpha * CE(label) + (1 - alpha) * the loss that `config.loss` names, as [n] under `loss`, and its parts under
     `ce` and `kd`; student and teacher are logits float [n, classes] (for standardized, the teacher's standardised),
-    labels int64 [n].
+    labels int64 [n]. `compared` are the student's logits over the classes of `teacher`, where these are not all.
 
     With `config.loss` kd it is the paper's loss: Wang et al., "Efficient Knowledge Distillation from Model Checkpoints"
     (arXiv 2210.06458), as its published code computes it: alpha weighs the label.
     """
-    temperature = config.temperature
+    temperature, ours = config.temperature, student if compared is None else compared
     if config.loss == "kd":
-        kd = soft_target_divergence(student, teacher, temperature)
+        kd = soft_target_divergence(ours, teacher, temperature)
     elif config.loss == "soft_target":
-        kd = soft_target_cross_entropy(student, teacher, temperature)
+        kd = soft_target_cross_entropy(ours, teacher, temperature)
     elif config.loss == "mse":
-        kd = logit_mse(student, teacher)
+        kd = logit_mse(ours, teacher)
     elif config.loss == "dkd":
-        kd = over_labels(lambda each: decoupled(student, teacher, each, temperature, config.beta), labels, mixed)
+        kd = over_labels(lambda each: decoupled(ours, teacher, each, temperature, config.beta), labels, mixed)
     elif config.loss == "dist":
-        kd = correlation(student, teacher, temperature)
+        kd = correlation(ours, teacher, temperature)
     else:
-        kd = standardized_divergence(student, teacher, temperature)
+        kd = standardized_divergence(ours, teacher, temperature)
     ce = cross_entropy(student, labels, label_smoothing, mixed)
     return {"loss": config.alpha * ce + (1 - config.alpha) * kd, "ce": ce, "kd": kd}
 

@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -46,11 +47,10 @@ class Lessons:
             return {"loss": losses.cross_entropy(logits, batch.labels, config.label_smoothing, batch.mixed)}
         assert batch.teacher_records is not None
         records, kd, combine = batch.teacher_records[:, columns(epoch)], config.kd, config.teacher.combine
-        ask = partial(codecs.teacher_logits, self._codec, records, kd, weights=self._weights, combine=combine)
-        teacher = ask(logits.detach())
-        values = losses.distillation(logits, teacher, batch.labels, kd, config.label_smoothing, batch.mixed)
-        # What top-k leaves out was filled in as the student has it: that is no answer of the teacher.
-        answers = (ask() if isinstance(self._codec, codecs.TopK) else teacher).argmax(dim=1)
+        ensemble: dict[str, Any] = {"weights": self._weights, "combine": combine}
+        ours, teacher = codecs.compared(self._codec, records, kd, logits, **ensemble)
+        values = losses.distillation(logits, teacher, batch.labels, kd, config.label_smoothing, batch.mixed, ours)
+        answers = codecs.answers(self._codec, records, kd, **ensemble)
         values["teacher_top1"] = batch.top1(answers)
         values["agreement"] = 100.0 * (answers == logits.argmax(dim=1))
         return values

@@ -13,7 +13,7 @@ import pytest
 import torch
 from conftest import ENVIRONMENT, ROOT, command_line, count_lines, kill_and_repeat, run
 
-from ckd_dist import checkpoint, train_teacher
+from ckd_dist import checkpoint, engine, train_teacher
 from ckd_dist.config import TrainingError, TrainTeacherConfig, UserError, load_config
 
 
@@ -61,7 +61,7 @@ def test_a_run_leaves_its_record(teacher):
 
 def test_a_killed_run_ends_with_the_weights_of_one_that_never_was(fashion, tmp_path):
     whole, killed = tmp_path / "whole", tmp_path / "killed"
-    more = ["--log_every", 1, "--save_last_every", 5]
+    more = ["--log_every", 1, "--save_last_every", 5, "--ema_decay", 0.9]
     run("ckd_dist.train_teacher", *options(fashion, whole, *more), nproc=2)
     command = command_line("ckd_dist.train_teacher", *options(fashion, killed, *more), nproc=2)
     record = killed / "metrics.jsonl"
@@ -71,6 +71,28 @@ def test_a_killed_run_ends_with_the_weights_of_one_that_never_was(fashion, tmp_p
     losses = [[(line["step"], line["loss"], line["lr"]) for line in metrics(path)] for path in (whole, killed)]
     assert losses[0] == losses[1] and len(losses[0]) == 36
     assert metrics(whole, "val") == metrics(killed, "val")
+
+
+def test_an_average_of_the_weights_is_what_is_evaluated_and_kept(fashion, tmp_path, monkeypatch):
+    seen, train_step = [], engine.Learner.train_step
+
+    def watched_step(self, batch):
+        train_step(self, batch)
+        seen.append({name: value.clone() for name, value in self.model.state_dict().items()})
+
+    monkeypatch.setattr(engine.Learner, "train_step", watched_step)
+    few = ["--data.train", fashion["holdout"], "--epochs", 1, "--amp", "off"]
+    train_here(*options(fashion, tmp_path / "run", *few, "--ema_decay", 0.75))
+    path = tmp_path / "run" / "checkpoints" / "epoch_0001.pt"
+    kept = checkpoint.load(path, "")["weights"]
+    assert len(seen) == 3
+    for name, value in kept.items():
+        if value.is_floating_point():
+            expected = 0.75 * (0.75 * seen[0][name] + 0.25 * seen[1][name]) + 0.25 * seen[2][name]
+            torch.testing.assert_close(value, expected)
+    done = run("ckd_dist.evaluate", "--data.val", fashion["holdout"], "--checkpoint", path, "--amp", "off")
+    found, logged = json.loads(done.stdout.splitlines()[-1]), metrics(tmp_path / "run", "val")[-1]
+    assert found["loss"] == pytest.approx(logged["loss"], rel=1e-5)
 
 
 def test_a_complete_run_is_left_alone_and_another_configuration_is_refused(fashion, tmp_path, capsys):

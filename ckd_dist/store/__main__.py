@@ -283,7 +283,7 @@ def convert(options: argparse.Namespace) -> int:
             writer = ShardWriter(options.new, shard, new)
             for ids in np.array_split(np.arange(shard.first, shard.last + 1), -(-shard.count // 1024)):
                 logits = source.decode(torch.from_numpy(reader.rows(ids, shard.view, [member])[:, 0]), 1.0)
-                writer.append(caching.encode(new, shard, ids, logits, labels[ids]))
+                writer.append(caching.encode(new, shard, ids, logits, labels[ids]).numpy())
                 done += len(ids)
                 progress.update(done, "converting")
             writer.commit()

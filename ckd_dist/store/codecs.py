@@ -45,6 +45,10 @@ class Dense:
         """Records uint8 [n, bytes] -> logits float32 [n, classes], whatever the temperature and the student."""
         return records.contiguous().view(getattr(torch, self.dtype)).float()
 
+    def answer(self, records: torch.Tensor) -> torch.Tensor:
+        """The class that the teacher gives the most, int64 [n]."""
+        return self.decode(records, 1.0).argmax(dim=1)
+
     def std(self, records: torch.Tensor) -> torch.Tensor:
         """Standard deviation of the logits over all classes, float32 [n]."""
         return self.decode(records, 1.0).std(dim=1)
@@ -101,10 +105,21 @@ class TopK:
         """Records uint8 [n, bytes] -> float32 [n, classes] whose softmax at `temperature` (a number, or [n, 1]) is the
         teacher's, as far as the record knows it: the rest's mass is spread as `student`, logits [n, classes], spreads
         it, or evenly."""
-        classes, kept, log_sum_exp, mean, std = self._fields(records)
-        logits, others = kept.double(), self.num_classes - self.k
-        if others == 0:
+        classes, kept, *_ = self._fields(records)
+        if self.k == self.num_classes:
             return torch.empty_like(kept).scatter(1, classes, kept)
+        s, mass = 1 / temperature, self._rest_mass(records, temperature)
+        if student is None:
+            rest = (mass - np.log(self.num_classes - self.k)) / s
+            return rest.float().repeat(1, self.num_classes).scatter(1, classes, kept)
+        shape = (student.detach().double() * s).scatter(1, classes, -torch.inf)
+        spread = (shape - shape.logsumexp(1, keepdim=True) + mass) / s
+        return spread.float().clamp(min=-1e4).scatter(1, classes, kept)
+
+    def _rest_mass(self, records: torch.Tensor, temperature: float | torch.Tensor) -> torch.Tensor:
+        """log of the sum of exp(logit / temperature) over the classes that are not kept, float64 [n, 1]."""
+        _, kept, log_sum_exp, mean, std = self._fields(records)
+        logits, others = kept.double(), self.num_classes - self.k
         total, squares = self.num_classes * mean, (self.num_classes - 1) * std**2 + self.num_classes * mean**2
         rest_mean = (total - logits.sum(1, keepdim=True)) / others
         rest_variance = ((squares - logits.square().sum(1, keepdim=True)) / others - rest_mean**2).clamp(min=0)
@@ -117,13 +132,22 @@ class TopK:
             return torch.maximum(rest_mean * s, torch.minimum(value, largest * s))
 
         third = within(at_one, 1) - rest_mean - rest_variance / 2
-        rest = within(rest_mean * s + rest_variance / 2 * s**2 + third * s**3, s) / s
-        if student is None:
-            return rest.float().repeat(1, self.num_classes).scatter(1, classes, kept)
-        shape = (student.detach().double() * s).scatter(1, classes, -torch.inf)
-        mass = rest * s + np.log(others)  # log of the sum of exp(s * logit) over the rest
-        spread = (shape - shape.logsumexp(1, keepdim=True) + mass) / s
-        return spread.float().clamp(min=-1e4).scatter(1, classes, kept)
+        return within(rest_mean * s + rest_variance / 2 * s**2 + third * s**3, s) + np.log(others)
+
+    def grouped(
+        self, records: torch.Tensor, temperature: float, student: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """(student, teacher): logits at `temperature` of the k classes and of one that stands for the rest, float32
+        [n, k + 1], from records uint8 [n, bytes] and the student's logits [n, classes]."""
+        classes, kept, *_ = self._fields(records)
+        if self.k == self.num_classes:
+            return student.gather(1, classes), kept
+        rest = (temperature * self._rest_mass(records, temperature)).float()
+        return _grouped(student, classes, temperature), torch.cat([kept, rest], dim=1)
+
+    def answer(self, records: torch.Tensor) -> torch.Tensor:
+        """The class that the teacher gives the most, int64 [n]."""
+        return self._fields(records)[0][:, 0]
 
     def std(self, records: torch.Tensor) -> torch.Tensor:
         """Standard deviation of the logits over all classes, float32 [n]."""
@@ -206,6 +230,22 @@ class Sampled:
         classes, weights = self._fields(records)
         nothing = torch.full((len(records), self.num_classes), _LOG_NOTHING, device=records.device)
         return temperature * nothing.scatter(1, classes, weights.log().clamp(min=_LOG_NOTHING))
+
+    def grouped(
+        self, records: torch.Tensor, temperature: float, student: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """(student, teacher): logits at `temperature` of the k classes and of one that stands for the rest, which the
+        target leaves out, float32 [n, k + 1]; from records uint8 [n, bytes] and the student's logits [n, classes]."""
+        classes, weights = self._fields(records)
+        if self.k == self.num_classes:
+            return student.gather(1, classes), temperature * weights.log().clamp(min=_LOG_NOTHING)
+        target = torch.cat([weights, torch.zeros_like(weights[:, :1])], dim=1)
+        return _grouped(student, classes, temperature), temperature * target.log().clamp(min=_LOG_NOTHING)
+
+    def answer(self, records: torch.Tensor) -> torch.Tensor:
+        """The class that the target gives the most, int64 [n]."""
+        classes, weights = self._fields(records)
+        return classes.gather(1, weights.argmax(dim=1, keepdim=True))[:, 0]
 
     def std(self, records: torch.Tensor) -> torch.Tensor:
         """Not known to this codec."""
@@ -304,6 +344,41 @@ def teacher_logits(
         return logits[0]
     average = losses.ensemble_logits(logits, weights, combine, kd.temperature)
     return losses.standardize(average) if standardized else average
+
+
+def compared(
+    codec: Codec,
+    records: torch.Tensor,
+    kd: KDConfig,
+    student: torch.Tensor,
+    *,
+    weights: list[float] | None = None,
+    combine: str = "logits",
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """(student, teacher): the logits that `losses.distillation` compares, of all classes, see `teacher_logits`.
+
+    For one checkpoint of a sparse codec and a loss that looks at no label (kd, soft_target), of the classes kept and of
+    the rest as one: the same loss, gradient included, but for a constant of soft_target, and no target of all classes.
+    """
+    if records.shape[1] == 1 and kd.loss in ("kd", "soft_target") and not isinstance(codec, Dense):
+        return codec.grouped(records[:, 0], kd.temperature, student)
+    return student, teacher_logits(codec, records, kd, student.detach(), weights=weights, combine=combine)
+
+
+def answers(
+    codec: Codec, records: torch.Tensor, kd: KDConfig, *, weights: list[float] | None = None, combine: str = "logits"
+) -> torch.Tensor:
+    """The class that the teacher, or the ensemble, gives the most: records uint8 [n, members, bytes] -> int64 [n]."""
+    if records.shape[1] == 1:
+        return codec.answer(records[:, 0])
+    return teacher_logits(codec, records, kd, weights=weights, combine=combine).argmax(dim=1)
+
+
+def _grouped(logits: torch.Tensor, classes: torch.Tensor, temperature: float) -> torch.Tensor:
+    """Logits [n, classes] -> [n, k + 1]: of `classes` int64 [n, k], and one with the mass, at `temperature`, of all
+    others."""
+    others = (logits / temperature).scatter(1, classes, -torch.inf).logsumexp(dim=1, keepdim=True)
+    return torch.cat([logits.gather(1, classes), temperature * others], dim=1)
 
 
 def _bytes(tensor: torch.Tensor) -> torch.Tensor:
