@@ -116,6 +116,11 @@ class TrainDataConfig(ViewDataConfig):
     new view every epoch."""
     view_seed: int | None = None
     """Seed of the views, apart from --seed; default: the store's, else 0."""
+    order: Literal["random", "quasi_random"] = "random"
+    """random: any image may come at any time. quasi_random, for files larger than memory: the file is read once an
+    epoch, its pages (mostly 8 MB) in random order, and images are shuffled within a window of them."""
+    window_pages: int = 128
+    """quasi_random: pages in a window; twice as many should fit into memory."""
     start_image_size: int | None = None
     """Train on images of this side at first, for speed: from 40 % to 85 % of the epochs it rises to image_size."""
     val_image_size: int | None = None
@@ -123,6 +128,7 @@ class TrainDataConfig(ViewDataConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        require(self.window_pages >= 1, f"data.window_pages is {self.window_pages}: give 1 or more")
         for name in ("start_image_size", "val_image_size"):
             size = getattr(self, name)
             require(size is None or size >= 8, f"data.{name} is {size}: give 8 or more")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
@@ -14,7 +15,7 @@ import numpy as np
 import torch
 
 from ckd_dist import dist
-from ckd_dist.config import LoaderConfig, UserError, ViewDataConfig, require
+from ckd_dist.config import LoaderConfig, TrainDataConfig, UserError, ViewDataConfig, require
 from ckd_dist.ffcv_mended import Epoch, IntDecoder, Loader, OrderOption, PipelineSpec, Reader, ToTensor
 from ckd_dist.losses import Mixed, over_labels
 from ckd_dist.views import SampleIdDecoder, ViewDecoder, ViewRecipe, partners, render
@@ -91,19 +92,26 @@ def read_labels(info: DatasetInfo) -> np.ndarray:
     return reader.metadata[f"f{reader.field_names.index('label')}"].astype(np.int64).reshape(-1)
 
 
+def stored_images(info: DatasetInfo) -> Callable[[int], tuple[np.ndarray, np.void]]:
+    """A function that reads an image, by its id, as FFCV keeps it: its bytes, uint8, and its metadata."""
+    reader = Reader(str(info.path))
+    fields = reader.metadata[f"f{reader.field_names.index('image')}"]
+    table = np.sort(reader.alloc_table, order="ptr")
+
+    def read(sample: int) -> tuple[np.ndarray, np.void]:
+        field = fields[sample]
+        size = table["size"][np.searchsorted(table["ptr"], field["data_ptr"])]
+        return np.fromfile(info.path, np.uint8, int(size), offset=int(field["data_ptr"])), field
+
+    return read
+
+
 def decode_view(
     info: DatasetInfo, recipe: ViewRecipe, seed: int, view: int, ids: np.ndarray, image_size: int
 ) -> np.ndarray:
     """A few samples as models see them under `view`, before normalisation, uint8 [n, size, size, 3]: what a loader
     gives, without the second that setting one up takes."""
-    reader = Reader(str(info.path))
-    fields = reader.metadata[f"f{reader.field_names.index('image')}"]
-
-    def read(sample: int) -> tuple[np.ndarray, np.void]:
-        field = fields[sample]
-        (size,) = reader.alloc_table["size"][reader.alloc_table["ptr"] == field["data_ptr"]]
-        return np.fromfile(info.path, np.uint8, int(size), offset=int(field["data_ptr"])), field
-
+    read = stored_images(info)
     return np.stack([render(read, info.count, recipe, seed, view, int(sample), image_size) for sample in ids])
 
 
@@ -157,6 +165,55 @@ def shuffled_ids(count: int, seed: int, epoch: int) -> np.ndarray:
     return np.random.default_rng([seed, epoch]).permutation(count)
 
 
+def sample_pages(info: DatasetInfo) -> tuple[np.ndarray, int]:
+    """The page of the file that each image is on, int64 [count], and the size of a page in bytes."""
+    reader = Reader(str(info.path))
+    pointers = reader.metadata[f"f{reader.field_names.index('image')}"]["data_ptr"]
+    return (pointers // reader.page_size).astype(np.int64), int(reader.page_size)
+
+
+def quasi_random_ids(pages: np.ndarray, window: int, seed: int, epoch: int) -> np.ndarray:
+    """The order of an epoch in which images of few pages come at a time, int64 [count], the same on every rank: pages
+    in random order, and the images, whose `pages` int64 [count] are given, shuffled within every `window` pages."""
+    shuffled = np.random.default_rng([seed, epoch, 1]).permutation(np.unique(pages))
+    place = np.empty(pages.max() + 1, dtype=np.int64)
+    place[shuffled] = np.arange(len(shuffled))
+    order = shuffled_ids(len(pages), seed, epoch)
+    return order[np.argsort(place[pages[order]] // window, kind="stable")]
+
+
+def epoch_ids(info: DatasetInfo, config: TrainDataConfig, seed: int, epoch: int) -> np.ndarray:
+    """The order that the options ask for, int64 [count], a function of (seed, epoch) alone."""
+    if config.order == "random":
+        return shuffled_ids(info.count, seed, epoch)
+    return quasi_random_ids(sample_pages(info)[0], config.window_pages, seed, epoch)
+
+
+class _Readahead:
+    """Has the system read the pages of images whose turn is near, whole and in the order of their first image."""
+
+    def __init__(self, info: DatasetInfo, ids: np.ndarray, pages_ahead: int):
+        pages, self._size = sample_pages(info)
+        found, first = np.unique(pages[ids], return_index=True)
+        order = np.argsort(first)
+        self._pages, self._first = found[order], first[order]
+        self._ahead, self._asked, self._done = pages_ahead, 0, 0
+        self._file = open(info.path, "rb")  # noqa: SIM115  closed when the epoch is over
+        self.advance(0)
+
+    def advance(self, count: int) -> None:
+        """The next `count` images have been read."""
+        self._done += count
+        wanted = np.searchsorted(self._first, self._done, side="right") + self._ahead
+        for page in self._pages[self._asked : wanted].tolist():
+            os.posix_fadvise(self._file.fileno(), page * self._size, self._size, os.POSIX_FADV_WILLNEED)
+        self._asked = max(self._asked, int(wanted))
+
+    def close(self) -> None:
+        """Forget the file."""
+        self._file.close()
+
+
 def rank_share(batch_size: int) -> slice:
     """The part of every global batch that this rank takes; parts differ by one image at most."""
     rank, world = dist.rank(), dist.world_size()
@@ -164,14 +221,14 @@ def rank_share(batch_size: int) -> slice:
     return slice(batch_size * rank // world, batch_size * (rank + 1) // world)
 
 
-def train_ids(count: int, batch_size: int, seed: int, epoch: int, first_step: int = 0) -> np.ndarray:
+def train_ids(order: np.ndarray, batch_size: int, first_step: int = 0) -> np.ndarray:
     """This rank's sample ids of an epoch, batch after batch, from step `first_step` of it; int64.
 
-    Step s trains on ids [s * batch_size, (s + 1) * batch_size) of the shuffled order, whatever the world size. What
+    Step s trains on ids [s * batch_size, (s + 1) * batch_size) of the epoch's `order`, whatever the world size. What
     remains after the last whole batch is left out.
     """
-    steps = count // batch_size
-    batches = shuffled_ids(count, seed, epoch)[: steps * batch_size].reshape(steps, batch_size)
+    steps = len(order) // batch_size
+    batches = order[: steps * batch_size].reshape(steps, batch_size)
     return batches[first_step:, rank_share(batch_size)].reshape(-1)
 
 
@@ -201,7 +258,7 @@ class Batch:
 class BetonLoader:
     """Batches of any sample ids of a .beton file, in any order, under any view.
 
-    `seconds_waited` adds up the time that the consumer waited for data.
+    `pipeline` is FFCV's loader; `seconds_waited` adds up the time that the consumer waited for data.
     """
 
     def __init__(
@@ -216,9 +273,12 @@ class BetonLoader:
         view_seed: int = 0,
         mean: tuple[float, float, float] | None = None,
         std: tuple[float, float, float] | None = None,
+        pages_ahead: int = 0,
     ):
+        """`pages_ahead`: so many pages of the file are read before their turn, for files larger than memory."""
         self.info, self.device, self.image_size = info, device, image_size
         self.seconds_waited = 0.0
+        self._pages_ahead = pages_ahead if config.os_cache else 0  # FFCV's own cache reads whole pages
         self._decoder = ViewDecoder(recipe, image_size, view_seed)
         require(
             config.os_cache or not recipe.mixes,
@@ -227,7 +287,7 @@ class BetonLoader:
         self._labels = read_labels(info) if recipe.mixes else None
         on_gpu = device.type == "cuda"
         try:
-            self._loader = Loader(
+            self.pipeline = Loader(
                 str(info.path),
                 batch_size=batch_size,
                 num_workers=config.workers or (dist.cores_per_rank() if on_gpu else 1),
@@ -274,7 +334,8 @@ class BetonLoader:
         if len(ids) == 0:
             return
         self._decoder.view, self._decoder.size = view, image_size or self.image_size
-        epoch = Epoch(self._loader, ids.astype(np.uint64), partial(self._extra, view, rows))
+        readahead = _Readahead(self.info, ids, self._pages_ahead) if self._pages_ahead else None
+        epoch = Epoch(self.pipeline, ids.astype(np.uint64), partial(self._extra, view, rows, readahead))
         try:
             ahead = None
             while True:
@@ -289,9 +350,15 @@ class BetonLoader:
                 ahead = copied
         finally:
             epoch.close()
+            if readahead:
+                readahead.close()
 
-    def _extra(self, view: int, rows: Rows | None, ids: np.ndarray) -> list[np.ndarray | None]:
+    def _extra(
+        self, view: int, rows: Rows | None, readahead: _Readahead | None, ids: np.ndarray
+    ) -> list[np.ndarray | None]:
         """What comes with the images of a batch: the other labels and the weights of mixed ones, and the rows."""
+        if readahead:
+            readahead.advance(len(ids))
         labels = weights = None
         if self._labels is not None:
             decoder = self._decoder

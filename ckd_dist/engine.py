@@ -23,7 +23,17 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from ckd_dist import checkpoint, dist, losses
 from ckd_dist.config import STOPPED, TrainConfig, TrainingError, require, to_dict
-from ckd_dist.data import Batch, BetonLoader, DatasetInfo, Rows, eval_recipe, rank_share, read_info, train_ids
+from ckd_dist.data import (
+    Batch,
+    BetonLoader,
+    DatasetInfo,
+    Rows,
+    epoch_ids,
+    eval_recipe,
+    rank_share,
+    read_info,
+    train_ids,
+)
 from ckd_dist.log import ProgressDisplay, RunFolder, format_seconds, say
 from ckd_dist.models import build_model, load_weights
 from ckd_dist.optim import build_optimizer, image_size, learning_rate
@@ -347,7 +357,8 @@ def fit(
     with ProgressDisplay(config.epochs * steps_per_epoch * batch_size, done=start * batch_size) as progress:
         for epoch in range(start // steps_per_epoch, config.epochs):
             first = max(start, epoch * steps_per_epoch)
-            ids = train_ids(loader.info.count, batch_size, config.seed, epoch, first - epoch * steps_per_epoch)
+            order = epoch_ids(loader.info, config.data, config.seed, epoch)
+            ids = train_ids(order, batch_size, first - epoch * steps_per_epoch)
             now = source(epoch)
             size = image_size(epoch, start=config.data.start_image_size, final=loader.image_size, epochs=config.epochs)
             clock.restart()
@@ -498,7 +509,8 @@ def train(
         mean=info.mean,
         std=info.std,
     )
-    loader = make_loader(info, recipe=recipe, view_seed=view_seed, image_size=size)
+    ahead = config.data.window_pages if config.data.order == "quasi_random" else 0
+    loader = make_loader(info, recipe=recipe, view_seed=view_seed, image_size=size, pages_ahead=ahead)
     val_loader = make_loader(val_info, recipe=eval_recipe(val_info), image_size=val_size) if val_info else None
     models = ", ".join(dict.fromkeys(learner.config.model.name for learner in learners))
     what = f"{learners[0].run.path}: {models}"

@@ -193,13 +193,13 @@ def curves(study: Study, best_first: list[Taught], base: Taught | None) -> Figur
 
 def time(bench: dict) -> Figure:
     """Epoch times over plain training's."""
-    cases = bench["rows"]
+    cases = [row for row in bench["rows"] if row["case"].startswith("epoch") and row["ratio"]]
     figure, axes = _axes(height=0.5 * len(cases) + 1.2)
     ax = axes[0, 0]
-    names = [case["case"] for case in cases][::-1]
-    ratios = [case["ratio_to_plain"] for case in cases][::-1]
-    middle = [ratio["median"] for ratio in ratios]
-    errors = [[r["median"] - r["min"] for r in ratios], [r["max"] - r["median"] for r in ratios]]
+    names = [case["what"] for case in cases][::-1]
+    times = [{key: 1 / rate for key, rate in case["ratio"].items()} for case in cases][::-1]
+    middle = [time["median"] for time in times]
+    errors = [[t["median"] - t["max"] for t in times], [t["min"] - t["median"] for t in times]]
     ax.barh(names, middle, xerr=errors, color=BLUE, height=0.6, capsize=3)
     ax.axvline(1, color="black", linewidth=0.8)
     ax.set_xlabel("time of an epoch over plain training's")

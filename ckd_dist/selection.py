@@ -133,7 +133,7 @@ class ProbeTraining:
         loader = _loader(config, self._trajectory, info, recipe, share.stop - share.start)
         epoch, first = divmod(self.step, info.count // batch_size)
         while True:
-            ids = data.train_ids(info.count, batch_size, config.seed, epoch, first)
+            ids = data.train_ids(data.shuffled_ids(info.count, config.seed, epoch), batch_size, first)
             yield from loader.batches(ids, FIRST_VIEW + epoch)
             epoch, first = epoch + 1, 0
 

@@ -4,7 +4,7 @@ read of the store. What `distill` and `search` do."""
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,7 @@ from ckd_dist.log import say
 from ckd_dist.store import codecs
 from ckd_dist.store.manifest import Manifest
 from ckd_dist.store.reader import StoreReader
+from ckd_dist.views import ViewRecipe
 
 
 class Lessons:
@@ -61,6 +62,34 @@ def train(configs: Sequence[DistillConfig], device: torch.device) -> None:
     loss, run folder and which of one teacher's checkpoints they hear, if any."""
     info = data.read_info(configs[0].data.train, "data.train")
     configs = [replace(each, teacher=resolved(each.teacher)) for each in configs]
+    taught = teaching(configs, info, device)
+    engine.train(
+        configs,
+        taught.losses,
+        device=device,
+        info=info,
+        recipe=taught.recipe,
+        view_seed=taught.view_seed,
+        source=taught.source,
+        save_every=configs[0].save_every or configs[0].epochs,
+    )
+
+
+@dataclass(frozen=True)
+class Teaching:
+    """What students on one loader are taught."""
+
+    losses: list[engine.Loss]
+    """Of each student."""
+    source: Callable[[int], engine.Source]
+    """The view of an epoch, and who teaches it."""
+    recipe: ViewRecipe
+    view_seed: int
+
+
+def teaching(configs: Sequence[DistillConfig], info: DatasetInfo, device: torch.device) -> Teaching:
+    """For configurations whose teachers are `resolved`; raises `UserError` where teachers, images and losses do not go
+    together."""
     config = next((each for each in configs if each.teacher.checkpoints), configs[0])
     dense = codecs.Dense(info.num_classes)
     reader = cached_teacher(configs, config.teacher.store, info) if config.teacher.store else None
@@ -77,7 +106,6 @@ def train(configs: Sequence[DistillConfig], device: torch.device) -> None:
         say(f"{views} views for {config.epochs} epochs: epoch {views + 1} sees the first view again, and so on")
 
     def source(epoch: int) -> engine.Source:
-        """The view of an epoch, and who teaches it."""
         members = [online[available[m]] for m in union[epoch]] if online else []
         return engine.Source(
             view=epoch % (views or config.epochs),
@@ -88,15 +116,11 @@ def train(configs: Sequence[DistillConfig], device: torch.device) -> None:
     def columns(each: Lessons, epoch: int) -> list[int]:
         return [union[epoch].index(m) for m in each.members[epoch]]
 
-    engine.train(
-        configs,
-        [partial(each.loss, partial(columns, each)) for each in lessons],
-        device=device,
-        info=info,
+    return Teaching(
+        losses=[partial(each.loss, partial(columns, each)) for each in lessons],
+        source=source,
         recipe=data.train_recipe(config.data, info, reader.recipe if reader else None),
         view_seed=seed or 0,
-        source=source,
-        save_every=config.save_every or config.epochs,
     )
 
 

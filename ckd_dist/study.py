@@ -50,7 +50,7 @@ def main() -> None:
         run(f"mutual information at {layer}", "select", "--layer", layer, "--run_dir", RUNS / f"selection_{layer}")
     run("the students", "search", processes=0)
     if not (RUNS / "bench" / "bench.json").exists():
-        stage("what cached logits save", "ckd_dist.bench", RUNS / "bench")
+        stage("what cached logits save", "ckd_dist.bench", RUNS / "bench", "--only", "epochs")
     stage("the report", "ckd_dist.report", RUNS)
     console.print(f"{time.perf_counter() - started:.0f} s in all")
 

@@ -18,7 +18,7 @@ from torchvision.transforms import RandomErasing, RandomResizedCrop
 from torchvision.transforms.v2 import functional
 
 from ckd_dist import data
-from ckd_dist.config import LoaderConfig, UserError
+from ckd_dist.config import LoaderConfig, TrainDataConfig, UserError
 from ckd_dist.views import _CONTRAST, _SATURATION, ViewRecipe, _beta_quantiles, partners, stream_key, uniform, view
 
 CPU = torch.device("cpu")
@@ -181,17 +181,56 @@ def test_a_batch_stays_as_it_is_when_later_ones_come(fashion):
 
 @pytest.mark.parametrize("world", [1, 2, 3, 7])
 def test_ranks_share_every_global_batch(world, monkeypatch):
-    count, batch_size, parts = 103, 10, []
+    batch_size, parts, order = 10, [], data.shuffled_ids(103, 5, 2)
     for rank in range(world):
         monkeypatch.setattr(data.dist, "rank", lambda rank=rank: rank)
         monkeypatch.setattr(data.dist, "world_size", lambda: world)
         share = data.rank_share(batch_size)
         assert share.stop - share.start in (batch_size // world, -(-batch_size // world))
-        parts.append(data.train_ids(count, batch_size, 5, 2).reshape(10, -1))
-        np.testing.assert_array_equal(
-            data.train_ids(count, batch_size, 5, 2, first_step=4).reshape(6, -1), parts[-1][4:]
-        )
-    np.testing.assert_array_equal(np.concatenate(parts, axis=1), data.shuffled_ids(count, 5, 2)[:100].reshape(10, 10))
+        parts.append(data.train_ids(order, batch_size).reshape(10, -1))
+        np.testing.assert_array_equal(data.train_ids(order, batch_size, first_step=4).reshape(6, -1), parts[-1][4:])
+    np.testing.assert_array_equal(np.concatenate(parts, axis=1), order[:100].reshape(10, 10))
+
+
+def test_quasi_random_order_takes_every_image_once_few_pages_at_a_time():
+    images, pages = 20_000, np.repeat(np.arange(400, 600), 100)  # 200 pages after 400 of something else
+    order, again, next_epoch, other_seed = (
+        data.quasi_random_ids(pages, 20, seed, epoch) for seed, epoch in ((0, 0), (0, 0), (0, 1), (1, 0))
+    )
+    np.testing.assert_array_equal(order, again)
+    windows = []
+    for ids in (order, next_epoch, other_seed):
+        np.testing.assert_array_equal(np.sort(ids), np.arange(images))
+        windows += [set(pages[part]) for part in ids.reshape(10, 2000)]
+        assert all(len(window) == 20 for window in windows[-10:])
+        # Within a window the order is random: of 256 images one expects all 20 pages, each 12.8 times.
+        for batch in ids[: 256 * 70].reshape(70, 256):
+            assert len(np.unique(pages[batch])) >= 20 and np.unique(pages[batch], return_counts=True)[1].max() < 40
+    assert not any(a == b for n, a in enumerate(windows) for b in windows[:n])  # nor are the windows those of before
+
+
+def test_pages_are_asked_for_once_before_their_images_turn(fashion, monkeypatch):
+    info = data.read_info(fashion["train"], "")
+    pages = np.arange(info.count) // 100
+    asked = []
+    monkeypatch.setattr(data, "sample_pages", lambda info: (pages, 4096))
+    monkeypatch.setattr(data.os, "posix_fadvise", lambda fd, start, size, advice: asked.append(start // size))
+    order = data.quasi_random_ids(pages, 3, 0, 0)
+    config = LoaderConfig()
+    ahead = data.BetonLoader(info, config, PAD, batch_size=50, image_size=28, device=CPU, pages_ahead=3)
+    seen = set()
+    for batch in ahead.batches(order):
+        seen |= set(pages[batch.ids.numpy()].tolist())
+        assert seen <= set(asked)
+    assert sorted(asked) == list(range(13)) and len(asked) == len(seen)
+
+
+def test_an_epoch_has_the_order_that_the_options_ask_for(fashion):
+    info = data.read_info(fashion["train"], "")
+    config = TrainDataConfig(train=str(info.path), order="quasi_random", window_pages=1)
+    pages, size = data.sample_pages(info)
+    assert size >= 2**20 and pages.min() >= 0 and len(pages) == info.count
+    np.testing.assert_array_equal(data.epoch_ids(info, config, 3, 2), data.quasi_random_ids(pages, 1, 3, 2))
 
 
 @pytest.mark.parametrize(

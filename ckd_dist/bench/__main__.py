@@ -1,0 +1,94 @@
+"""Measure what this machine reaches, and what it could: one table of rates, each beside its limit.
+
+  python -m ckd_dist.bench [RUN_DIR] [--only CASE ...]
+
+Everything is measured here and now, in turn with what it is compared with, medians of several rounds; nothing is
+estimated. RUN_DIR (default runs/bench) gets bench.json, and keeps images and teachers for the next time. Cases:
+
+  loader    our views, FFCV's stock decoder, torchvision v2 with DataLoader; JPEG, half JPEG, raw
+  order     a file larger than memory, in random and in quasi-random order (as root, to limit the memory)
+  step      the train step on data in memory against a bare loop
+  epochs    plain training, from the store (dense, top-k), online teachers, small and large
+  store     caching against the bare forward pass, 1 and 4 checkpoints; reading; what `store plan` foretells
+  students  four side by side against four commands
+  scaling   1 and 2 processes on the CPU, or 1 to 8 GPUs
+
+On a GPU: ResNet-18, ResNet-50 and MobileNetV2 at 224 and 160 px for the step, and larger models for the rest.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+from ckd_dist.config import Parser, run_process
+
+CASES = ("loader", "order", "step", "epochs", "store", "students", "scaling")
+
+
+def main() -> None:
+    """Measure the cases that are asked for, and show them."""
+    parser = Parser(prog="python -m ckd_dist.bench", description=__doc__)
+    parser.add_argument("run_dir", nargs="?", type=Path, default=Path("runs/bench"), metavar="RUN_DIR")
+    parser.add_argument("--only", nargs="+", choices=CASES, default=CASES, metavar="CASE")
+    options = parser.parse_args(sys.argv[1:])
+
+    from ckd_dist import dist, log
+    from ckd_dist.bench import loader, measure, order, storing, training
+
+    folder: Path = options.run_dir
+    folder.mkdir(parents=True, exist_ok=True)
+    with dist.process_group() as device:
+        limits = measure.machine_limits(device)
+        setup = training.Setup(folder, device)
+        setup.prepare()
+        cases = {
+            "loader": lambda: loader.measure(folder),
+            "order": lambda: order.measure(folder),
+            "step": lambda: training.measure_step(setup, limits),
+            "epochs": lambda: training.measure_epochs(setup),
+            "store": lambda: storing.measure(setup),
+            "students": lambda: training.measure_students(setup),
+            "scaling": lambda: training.measure_scaling(setup),
+        }
+        rows = []
+        for name in options.only:
+            rows += cases[name]()
+    result = {"environment": log.environment(), "machine": limits, "rows": [row.to_dict() for row in rows]}
+    (folder / "bench.json").write_text(json.dumps(result, indent=2) + "\n")
+    show(result)
+
+
+def show(result: dict) -> None:
+    """Print the result as a table."""
+    from rich.console import Console
+    from rich.table import Table
+
+    environment, machine = result["environment"], result["machine"]
+    versions = ", ".join(f"{name} {version}" for name, version in environment["versions"].items())
+    table = Table(
+        title=f"{environment['device']}, {environment['cores']} cores, {environment['threads']} threads; copies "
+        f"{machine['copied_bytes_per_s'] / 1e9:,.0f} GB/s, multiplies {machine['bfloat16_flop_per_s'] / 1e12:,.2f} "
+        f"Tflop/s in bfloat16\n{versions}\nmedian (least to most); ratios are of rates in the same round: above 1 is "
+        "faster",
+        title_justify="left",
+    )
+    for column in ("", "rate", "", "ratio to", "", "limit"):
+        table.add_column(column, justify="right" if column == "rate" else "left")
+    spread = "{median:.2f} ({min:.2f} to {max:.2f})".format
+    case = None
+    for row in result["rows"]:
+        if row["case"] != case:
+            case = row["case"]
+            table.add_section()
+            table.add_row(f"[bold]{case}")
+        ratio = spread(**row["ratio"]) if row["ratio"] else ""
+        rate = row["rate"]["median"]
+        shown = f"{rate:,.0f}" if rate >= 10 else f"{rate:.3g}"
+        table.add_row(f"  {row['what']}", shown, row["unit"], row["reference"] or "", ratio, row["limit"])
+    Console(width=200, highlight=False).print(table)
+
+
+if __name__ == "__main__":
+    run_process(main)

@@ -1,0 +1,184 @@
+"""The logit store: writing it against the bare forward pass, reading it against memory, and what `plan` foretells."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+
+from ckd_dist import caching, engine
+from ckd_dist.bench.loader import photographs
+from ckd_dist.bench.measure import Row, in_turn
+from ckd_dist.bench.training import Setup, output
+from ckd_dist.config import CacheConfig, load_config
+from ckd_dist.data import Batch, DatasetInfo
+from ckd_dist.stages import stage
+from ckd_dist.store import codecs
+from ckd_dist.store.check import faults
+from ckd_dist.store.manifest import Manifest
+from ckd_dist.store.reader import StoreReader
+from ckd_dist.store.writer import ShardWriter, open_store
+
+IMAGENET = 1_281_167
+
+
+class MemoryLoader:
+    """A loader whose batches are in memory: what is left of a caching when decoding costs nothing."""
+
+    def __init__(self, batches: list[Batch]):
+        self._batches = batches
+
+    def batches(self, ids: np.ndarray, view: int) -> Iterator[Batch]:
+        """All the batches: one range of ids covers them."""
+        return iter(self._batches)
+
+
+def measure_caching(setup: Setup, info: DatasetInfo, model: str, size: int) -> list[Row]:
+    """Caching checkpoints of a `model` at `size` px: one of them, from data in memory and from the images, against its
+    bare forward pass; four of them, in one pass over the images against four passes."""
+    run, device = setup.folder / f"trajectory_{info.path.stem}_{model}", setup.device
+    count = 4
+    options = ["--data.train", info.path, "--data.image_size", size, "--data.batch_size", 64]
+    train = [*options, "--model.name", model, "--epochs", count, "--save_every", 1, "--optim.lr", 0.01]
+    stage(f"a trajectory of {model}", "ckd_dist.train_teacher", *train, "--run_dir", run)
+    store = setup.folder / "scratch" / "cached"
+    config = load_config(CacheConfig, [str(word) for word in [*options, "--teacher.run", run, "--store", store]])
+    manifest, recorder = caching.describe(config, device)
+    teachers = recorder.load(list(manifest.checkpoints))
+    every = np.arange(info.count)
+    batches = list(recorder.loader.batches(every))
+    from_images, from_memory = recorder.loader, MemoryLoader(batches)
+    one = list(teachers)[:1]
+
+    def bare() -> float:
+        for batch in batches:
+            engine.forward_logits(teachers[one[0]], batch.images, config.amp)
+        return info.count
+
+    def cache(loader, groups: list[list[str]]) -> Callable[[], float]:
+        def work() -> float:
+            shutil.rmtree(store, ignore_errors=True)
+            recorder.loader = loader
+            for names in groups:
+                for _, ranges in caching.missing_work(store, manifest, names, 1, None):
+                    for _ in recorder.write(store, teachers, ranges):
+                        pass
+            return info.count * sum(map(len, groups))
+
+        return work
+
+    works = {
+        "bare forward pass, data in memory": bare,
+        "caching 1 checkpoint, data in memory": cache(from_memory, [one]),
+        "caching 4 checkpoints, data in memory": cache(from_memory, [list(teachers)]),
+        "caching 1 checkpoint": cache(from_images, [one]),
+        "caching 4 checkpoints, four passes": cache(from_images, [[name] for name in teachers]),
+        "caching 4 checkpoints, one pass": cache(from_images, [list(teachers)]),
+    }
+    references = {"caching 4 checkpoints, one pass": "caching 4 checkpoints, four passes"}
+    limits = {name: "arithmetic: the forward pass" for name in works if "memory" in name}
+    limits["caching 1 checkpoint"] = "decoding and the forward pass, on the same cores" if device.type == "cpu" else ""
+    case = f"caching, {model}, {size} px, {info.path.stem.replace('_', ' ')}"
+    rows = in_turn(case, "records/s", works, rounds=7, references=references, limits=limits)
+    shutil.rmtree(store)
+    return rows
+
+
+def measure_reading(
+    path: Path, count: int, classes: int = 1000, batch_size: int = 1024, batches: int = 100
+) -> list[Row]:
+    """Write, verify and read a dense store of `count` records of random logits; reading, in random order from the page
+    cache, in turn with numpy's own `take` of the same rows of an array in memory. Every row read is compared."""
+    shutil.rmtree(path, ignore_errors=True)
+    manifest = Manifest(
+        dataset={"name": "random", "content_hash": "none", "count": count, "num_classes": classes},
+        recipe={},
+        view_seed=0,
+        forward={},
+        codec=codecs.to_dict(codecs.Dense(classes)),
+        shard_size=65536,
+        views=1,
+        checkpoints={"epoch_0001": {"epoch": 1, "model": "none", "weights_sha256": "none"}},
+        images={},
+    )
+    open_store(path, manifest)
+    rng = np.random.default_rng(0)
+    every = np.empty((count, classes), dtype=np.float16)
+    block = rng.normal(size=(batch_size, classes)).astype(np.float16)
+    for first in range(0, count, batch_size):  # the same numbers in every block, but for a sample's own in front
+        every[first : first + batch_size] = block[: count - first]
+    every[:, 0], every[:, 1] = np.arange(count) % 2048, np.arange(count) // 2048
+
+    started = time.perf_counter()
+    for shard in manifest.shards("epoch_0001", 0):
+        writer = ShardWriter(path, shard, manifest)
+        for first in range(shard.first, shard.last + 1, batch_size):
+            writer.append(every[first : min(first + batch_size, shard.last + 1)].view(np.uint8))
+        writer.commit()
+    written = time.perf_counter() - started
+    started = time.perf_counter()
+    assert faults(path, manifest) == []
+    verified = time.perf_counter() - started
+
+    reader = StoreReader(str(path), [])
+    order = [rng.integers(0, count, batch_size) for _ in range(batches)]
+    for ids in order:
+        assert (reader.rows(ids, 0)[:, 0].view(np.float16) == every.take(ids, axis=0)).all()
+
+    def take() -> float:
+        for ids in order:
+            every.take(ids, axis=0)
+        return batches * batch_size
+
+    def rows() -> float:
+        for ids in order:
+            reader.rows(ids, 0)
+        return batches * batch_size
+
+    size = sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
+    case = f"store, dense, {count:,} records of {classes} classes, {caching.format_bytes(size)}"
+    works = {"numpy's take of the same rows in memory": take, "reading, random order, page cache": rows}
+    limits = {"reading, random order, page cache": "memory: rows of 2 kB from anywhere"}
+    found = in_turn(case, "records/s", works, rounds=15, warm_up=3, limits=limits)
+    shutil.rmtree(path)
+    rates = {"writing": count / written, "verifying": count / verified}
+    disk = "disk, and sha256 on one core"
+    return [*found, *(Row(case, what, "records/s", [rate], limit=disk) for what, rate in rates.items())]
+
+
+def measure_plan(setup: Setup, tries: int = 3) -> list[Row]:
+    """What `store plan` foretells against what caching then does, both as commands."""
+    store = setup.folder / "scratch" / "planned_store"
+    teacher = setup.teacher(setup.models.teachers[0])
+    options = [*setup.options, "--teacher.run", teacher, "--store", store, "--views", 4]
+    foretold, done = [], []
+    for _ in range(tries):
+        shutil.rmtree(store, ignore_errors=True)
+        planned = json.loads(output("ckd_dist.store", "plan", *options, "--json"))
+        found = re.search(r"written in ([\d.]+) s", output("ckd_dist.cache_logits", *options))
+        assert found and planned["bytes"] == sum(f.stat().st_size for f in store.rglob("*") if f.is_file())
+        records = 4 * setup.info.count
+        foretold.append(records / planned["seconds"])
+        done.append(records / float(found[1]))
+    shutil.rmtree(store)
+    ratios = [a / b for a, b in zip(done, foretold, strict=True)]
+    return [
+        Row("store plan", "foretold", "records/s", foretold),
+        Row("store plan", "done", "records/s", done, "foretold", ratios),
+    ]
+
+
+def measure(setup: Setup) -> list[Row]:
+    """All of this file."""
+    model, size = ("resnet50", 224) if setup.device.type == "cuda" else ("resnet18", 64)
+    return [
+        *measure_caching(setup, setup.info, setup.models.teachers[0], setup.models.image_size),
+        *measure_caching(setup, photographs(setup.folder, "jpg"), model, size),
+        *measure_reading(setup.folder / "scratch" / "imagenet_store", IMAGENET),
+        *measure_plan(setup),
+    ]

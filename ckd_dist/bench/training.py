@@ -1,0 +1,314 @@
+"""Training: a step against a bare loop, whole epochs with and without teachers, students side by side, and ranks."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import statistics
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import cached_property, partial
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch.utils.flop_counter import FlopCounterMode
+
+from ckd_dist import checkpoint, data, engine, losses, models, students
+from ckd_dist.bench.measure import Row, in_turn, spread
+from ckd_dist.config import DistillConfig, load_config, to_dict
+from ckd_dist.data import Batch, BetonLoader, DatasetInfo
+from ckd_dist.log import RunFolder
+from ckd_dist.stages import stage
+
+IMAGES, VIEWS, ROUNDS = 4096, 2, 7
+
+
+@dataclass(frozen=True)
+class Models:
+    """Models that keep a device busy."""
+
+    student: str
+    teachers: tuple[str, str]
+    """A small and a large one."""
+    image_size: int
+    batch_size: int
+
+
+ON_CPU = Models("resnet20", ("resnet20", "resnet56"), 28, 128)
+ON_GPU = Models("resnet18", ("resnet18", "resnet50"), 160, 512)
+
+
+@dataclass(frozen=True)
+class Setup:
+    """What the measurements of training and storing share."""
+
+    folder: Path
+    device: torch.device
+
+    @property
+    def models(self) -> Models:
+        """Those of the device."""
+        return ON_GPU if self.device.type == "cuda" else ON_CPU
+
+    @property
+    def images(self) -> Path:
+        """Small images of 1000 classes."""
+        return self.folder / "stacked.beton"
+
+    @property
+    def options(self) -> list[object]:
+        """Of every command on these images."""
+        sizes = ["--data.image_size", self.models.image_size, "--data.batch_size", self.models.batch_size]
+        return ["--data.train", self.images, *sizes]
+
+    @cached_property
+    def info(self) -> DatasetInfo:
+        """Of the images."""
+        return data.read_info(self.images, "RUN_DIR")
+
+    def teacher(self, name: str) -> Path:
+        """The run of a teacher."""
+        return self.folder / f"teacher_{name}"
+
+    def store(self, codec: str) -> Path:
+        """The logits of the small teacher."""
+        return self.folder / f"store_{codec}"
+
+    def prepare(self) -> None:
+        """Write images, teachers of one epoch and logits, by the commands that a user would type."""
+        if not self.images.exists():
+            images = ["--dataset", "stacked_fashion_mnist", "--split", "train", "--subset", IMAGES]
+            stage("images", "data_prep.write_beton", *images, "--out", self.images)
+        for name in dict.fromkeys(self.models.teachers):
+            model = ["--model.name", name, "--epochs", 1, "--run_dir", self.teacher(name)]
+            stage(f"a teacher, {name}", "ckd_dist.train_teacher", *self.options, *model)
+        small = ["--teacher.run", self.teacher(self.models.teachers[0]), "--views", VIEWS]
+        for codec, more in (("dense", []), ("topk", ["--codec", "topk", "--k", 8])):
+            store = ["--store", self.store(codec), *more]
+            stage(f"its logits, {codec}", "ckd_dist.cache_logits", *self.options, *small, *store)
+
+    def learner(self, name: str, model: str, loss: engine.Loss, batch_size: int) -> engine.Learner:
+        """A model ready to train, as `distill` makes it."""
+        run_dir = self.folder / "scratch" / name
+        shutil.rmtree(run_dir, ignore_errors=True)
+        options = ["--data.train", self.images, "--model.name", model, "--epochs", 1000, "--run_dir", run_dir]
+        config = load_config(DistillConfig, [str(word) for word in [*options, "--data.batch_size", batch_size]])
+        torch.manual_seed(0)
+        network = models.build_model(model, self.info.num_classes)
+        run = RunFolder(config.run_dir, to_dict(config))
+        return engine.Learner(network, config, loss, run, self.device, {}, self.info.count // batch_size)
+
+
+def memory_batch(count: int, size: int, classes: int, device: torch.device) -> Batch:
+    """Random numbers in place of `count` images and labels, on the device."""
+    images = torch.randn(count, 3, size, size, device=device).to(memory_format=torch.channels_last)
+    return Batch(images, torch.randint(classes, (count,), device=device), torch.arange(count))
+
+
+def plain_loss(logits: torch.Tensor, batch: Batch, epoch: int) -> dict[str, torch.Tensor]:
+    """The label's cross entropy."""
+    return {"loss": losses.cross_entropy(logits, batch.labels)}
+
+
+# ------------------------------------------------------------------------------------------- step
+
+
+def measure_step(setup: Setup, limits: dict[str, float]) -> list[Row]:
+    """Train steps on a batch that is in memory, against a loop of the fewest lines that do the same arithmetic."""
+    cases = [("resnet20", 32, 128), ("resnet18", 64, 64)]
+    if setup.device.type == "cuda":
+        cases = [(name, size, 512) for name in ("resnet18", "resnet50", "mobilenet_v2") for size in (224, 160)]
+    return [row for case in cases for row in _measure_step(setup, limits, *case)]
+
+
+def _measure_step(
+    setup: Setup, limits: dict[str, float], name: str, size: int, batch_size: int, steps: int = 4
+) -> list[Row]:
+    device, classes = setup.device, setup.info.num_classes
+    batch = memory_batch(batch_size, size, classes, device)
+    ours = setup.learner(f"step_{name}_{size}", name, plain_loss, batch_size)
+    torch.manual_seed(0)
+    model = models.build_model(name, classes).to(device).to(memory_format=torch.channels_last).train()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9, nesterov=True, weight_decay=5e-4, fused=True)
+
+    def bare_step() -> None:
+        with torch.autocast(device.type, torch.bfloat16):
+            logits = model(batch.images)
+        F.cross_entropy(logits.float(), batch.labels).backward()
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+
+    def bare() -> float:
+        for _ in range(steps):
+            bare_step()
+        return steps * batch_size
+
+    def step() -> float:
+        for _ in engine.train_steps([ours], [batch] * steps, done=ours.step):
+            pass
+        ours.log(1.0, 0.0)
+        return steps * batch_size
+
+    with FlopCounterMode(display=False) as counter:
+        bare_step()
+    case = f"step, {name}, {size} px, batch {batch_size}"
+    rows = in_turn(case, "images/s", {"bare loop": bare, "ckd_dist": step}, rounds=15, warm_up=3)
+    share = counter.get_total_flops() * rows[1].rate / batch_size / limits["bfloat16_flop_per_s"]
+    rows[1].limit = f"arithmetic: {100 * share:.0f} % of a large bfloat16 product's"
+    if device.type == "cuda":
+        rows[1].limit += f"; {torch.cuda.max_memory_allocated() / 1e9:.1f} GB"
+        torch.cuda.reset_peak_memory_stats()
+    return rows
+
+
+# ------------------------------------------------------------------------------------------- epochs
+
+
+def measure_epochs(setup: Setup) -> list[Row]:
+    """Whole epochs of one student, loader included: without a teacher, from stores, and with online teachers; and what
+    the student and the teachers reach on data in memory, which bounds what a store can gain."""
+    student, teachers = setup.models.student, setup.models.teachers
+    works: dict[str, Callable[[], float]] = {"plain training": _epochs(setup, "plain")}
+    for codec in ("dense", "topk"):
+        works[f"from the store, {codec}"] = _epochs(setup, codec, "--teacher.store", setup.store(codec))
+    for name in teachers:
+        options = ["--teacher.run", setup.teacher(name), "--data.views", VIEWS]
+        works[f"online teacher, {name}"] = _epochs(setup, f"online_{name}", *options)
+    shape = (setup.models.batch_size, setup.models.image_size, setup.info.num_classes)
+    batches = [memory_batch(*shape, setup.device)] * 8
+    images = sum(len(batch.images) for batch in batches)
+    one = setup.learner("in_memory", student, plain_loss, setup.models.batch_size)
+
+    def step() -> float:
+        for _ in engine.train_steps([one], batches, done=one.step):
+            pass
+        return images
+
+    def forward(network: torch.nn.Module) -> float:
+        for batch in batches:
+            engine.forward_logits(network, batch.images, "bfloat16")
+        return images
+
+    works["student's step, data in memory"] = step
+    for name in teachers:
+        network, _ = models.load_model(setup.teacher(name) / "checkpoints" / "epoch_0001.pt", "RUN_DIR")
+        works[f"forward of {name}, data in memory"] = partial(forward, engine.to_device(network, setup.device))
+    case = f"epoch, {student}, {setup.models.image_size} px, {setup.info.num_classes} classes"
+    alone = {name: name for name in works if name.endswith("in memory")}
+    rows = in_turn(case, "images/s", works, rounds=ROUNDS, references=alone)
+    found = {row.what: row.rates for row in rows}
+    for row in rows:
+        if row.what.startswith("online teacher"):
+            ahead = found[f"forward of {row.what.rpartition(' ')[2]}, data in memory"]
+            most = [1 + a / b for a, b in zip(found["student's step, data in memory"], ahead, strict=True)]
+            gain = [a / b for a, b in zip(found["from the store, dense"], row.rates, strict=True)]
+            share = spread([a / b for a, b in zip(gain, most, strict=True)])
+            row.limit = "the store gains {median:.2f} ({min:.2f} to {max:.2f})".format(**share)
+            row.limit += f" of student and teacher over student, {statistics.median(most):.2f}"
+    for row in rows[:3]:
+        row.limit = "arithmetic: the student's step"
+    return rows
+
+
+def _epochs(setup: Setup, name: str, *teacher: object) -> Callable[[], float]:
+    """A function that trains the student for an epoch of its own, as `distill` with these options of the teacher."""
+    student, batch_size = setup.models.student, setup.models.batch_size
+    options = [*setup.options, "--model.name", student, "--run_dir", "-", "--epochs", 1000, *teacher]
+    config = load_config(DistillConfig, [str(word) for word in options])
+    config = replace(config, teacher=students.resolved(config.teacher))
+    taught = students.teaching([config], setup.info, setup.device)
+    one = setup.learner(name, student, taught.losses[0], batch_size)
+    size = setup.models.image_size
+    loader = BetonLoader(
+        setup.info, config.data, taught.recipe, batch_size=batch_size, image_size=size, device=setup.device
+    )
+
+    def epoch() -> float:
+        number = one.step // one.steps_per_epoch
+        now = taught.source(number)
+        batches = loader.batches(
+            data.train_ids(data.shuffled_ids(setup.info.count, 0, number), batch_size), now.view, now.rows
+        )
+        for _ in engine.train_steps([one], batches, now.teacher, one.step):
+            pass
+        one.log(1.0, 0.0)
+        return one.steps_per_epoch * batch_size
+
+    return epoch
+
+
+# ------------------------------------------------------------------------------------------- commands
+
+
+def measure_students(setup: Setup, count: int = 4, tries: int = 3) -> list[Row]:
+    """`count` students trained side by side, and by as many separate commands, in turn, start-up included; each
+    student's weights must be those of its separate run."""
+    runs = setup.folder / "scratch" / "students"
+    options = [*setup.options, "--data.val", setup.images, "--model.name", "resnet8", "--epochs", 2]
+    options += ["--teacher.store", setup.store("dense")]
+    alphas = [round((1 + number) / (count + 1), 2) for number in range(count)]
+
+    def apart() -> float:
+        shutil.rmtree(runs, ignore_errors=True)
+        for alpha in alphas:
+            output("ckd_dist.distill", *options, "--kd.alpha", alpha, "--run_dir", runs / str(alpha))
+        return count
+
+    def together() -> float:
+        grid = ["--grid.alphas", alphas, "--grid.teachers", "[[1]]", "--run_dir", runs / "search"]
+        output("ckd_dist.search", *options, *grid)
+        for student, alpha in zip(sorted((runs / "search" / "students").iterdir()), alphas, strict=True):
+            mine, theirs = _weights(student), _weights(runs / str(alpha))
+            assert all(torch.equal(mine[name], theirs[name]) for name in mine), student
+        return count
+
+    rows = in_turn(
+        f"{count} students, resnet8", "students/s", {"separate runs": apart, "side by side": together},
+        rounds=tries, warm_up=0,
+    )  # fmt: skip
+    rows[1].limit = "start-up and decoding, which they share"
+    return rows
+
+
+def _weights(run: Path) -> dict:
+    return checkpoint.load(checkpoint.checkpoint_path(run, 2), "RUN_DIR")["weights"]
+
+
+def measure_scaling(setup: Setup, tries: int = 3) -> list[Row]:
+    """A training in one process, and in more: on GPUs one process each, on CPUs with as many threads in all. Epochs
+    after the first, as the run's own record has them."""
+    gpus = torch.cuda.device_count()
+    counts = [count for count in (1, 2, 4, 8) if count <= (gpus or 2)]
+    run, student = setup.folder / "scratch" / "scaling", setup.models.student
+
+    def train(processes: int) -> float:
+        shutil.rmtree(run, ignore_errors=True)
+        launcher = ["torch.distributed.run", "--standalone", f"--nproc_per_node={processes}", "-m"]
+        options = [*setup.options, "--model.name", student, "--epochs", 4, "--run_dir", run]
+        if gpus:  # as much for each
+            options += ["--data.batch_size", processes * setup.models.batch_size]
+        output(*(launcher if processes > 1 else []), "ckd_dist.train_teacher", *options)
+        lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+        later = [line for line in lines if line["epoch"]]
+        return sum(line["seconds"] * line["images_per_s"] for line in later) / sum(line["seconds"] for line in later)
+
+    rates: dict[int, list[float]] = {count: [] for count in counts}
+    for _ in range(tries):
+        for count in counts:
+            rates[count].append(train(count))
+    kind = "GPUs" if gpus else "processes"
+    rows = [Row(f"scaling, {student}", f"{count} {kind}", "images/s", rates[count]) for count in counts]
+    for row, count in zip(rows[1:], counts[1:], strict=True):
+        row.reference = f"1 {kind[:-1] if gpus else 'process, 2 threads'}"
+        row.ratios = [a / b / (count if gpus else 1) for a, b in zip(rates[count], rates[1], strict=True)]
+        row.limit = "the exchange of gradients" if gpus else "arithmetic: the same cores"
+    return rows
+
+
+def output(*words: object) -> str:
+    """What `python -m WORDS` prints."""
+    command = [sys.executable, "-m", *map(str, words)]
+    return subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
