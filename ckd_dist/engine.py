@@ -32,6 +32,7 @@ from ckd_dist.data import (
     eval_recipe,
     rank_share,
     read_info,
+    read_labels,
     train_ids,
 )
 from ckd_dist.log import ProgressDisplay, RunFolder, format_seconds, say
@@ -509,7 +510,11 @@ def train(
         mean=info.mean,
         std=info.std,
     )
-    ahead = config.data.window_pages if config.data.order == "quasi_random" else 0
+    ahead = 0
+    if config.data.order == "quasi_random":
+        ahead, labels = config.data.window_pages, read_labels(info)
+        if (labels[1:] == labels[:-1]).mean() > 0.5 and info.num_classes > 2:
+            say(f"warning: images of a class lie together in {info.path}, so batches have few: write it with --shuffle")
     loader = make_loader(info, recipe=recipe, view_seed=view_seed, image_size=size, pages_ahead=ahead)
     val_loader = make_loader(val_info, recipe=eval_recipe(val_info), image_size=val_size) if val_info else None
     models = ", ".join(dict.fromkeys(learner.config.model.name for learner in learners))

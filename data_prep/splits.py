@@ -9,6 +9,7 @@ from numpy.typing import NDArray
 
 HOLDOUT_SEED = 20221128
 SUBSET_SEED = 20221129
+SHUFFLE_SEED = 20221130
 
 
 def _first_of_each_class(labels: NDArray[np.int64], take: NDArray[np.int64], seed: int) -> NDArray[np.int64]:
@@ -65,3 +66,8 @@ def balanced_subset(labels: NDArray[np.int64], size: int, num_classes: int) -> N
         share = left // len(unfilled)
         take[unfilled] += np.minimum(counts[unfilled] - take[unfilled], share)
     return _first_of_each_class(labels, take, SUBSET_SEED)
+
+
+def shuffled(indices: NDArray[np.int64]) -> NDArray[np.int64]:
+    """The `indices`, int64 [N], in a random order that depends on their number only."""
+    return np.random.RandomState(SHUFFLE_SEED).permutation(indices)

@@ -32,7 +32,7 @@ examples, the three parts of one dataset first:
   %(prog)s --dataset cifar100 --root data --split train --out train.beton
   %(prog)s --dataset tiny_imagenet --root tiny-imagenet-200 --split test --out test.beton
   %(prog)s --dataset imagenet --root /imagenet --split train --out train.beton --max-resolution 500 \
---write-mode proportion
+--write-mode proportion --shuffle
   %(prog)s --dataset imagefolder --root photos --split train --out train.beton --write-mode jpg
   %(prog)s --dataset imagefolder --root photos --split test --out small.beton --subset 1000
 """
@@ -79,6 +79,12 @@ def parse_options(argv: Sequence[str] | None) -> argparse.Namespace:
         help="part of the training images that is held out, always the same ones (default: %(default)s)",
     )
     add("--subset", type=int, metavar="N", help="write only N images of the split, balanced over the classes")
+    add(
+        "--shuffle",
+        action="store_true",
+        help="write the images in random order, always the same: for training in quasi-random order, when the file is "
+        "larger than memory",
+    )
     add(
         "--max-resolution",
         type=int,
@@ -172,6 +178,8 @@ def _write(options: argparse.Namespace, path: Path) -> dict[str, Any]:
         if options.subset > len(indices):
             raise InputError(f"--subset {options.subset}: split {options.split} has {len(indices)} images only")
         indices = indices[splits.balanced_subset(source.labels[indices], options.subset, num_classes)]
+    if options.shuffle:
+        indices = splits.shuffled(indices)
     part = f"{len(indices):,} of {len(source):,} images, classes: {num_classes}"
     print(f"{options.dataset} {options.split}: {part}", file=sys.stderr)
 
@@ -201,6 +209,7 @@ def _write(options: argparse.Namespace, path: Path) -> dict[str, Any]:
             "holdout_seed": splits.HOLDOUT_SEED if in_training else None,
             "subset": options.subset,
             "subset_seed": splits.SUBSET_SEED if options.subset else None,
+            "shuffle_seed": splits.SHUFFLE_SEED if options.shuffle else None,
             "max_resolution": options.max_resolution,
             "write_mode": options.write_mode,
             "jpeg_quality": options.jpeg_quality if has_jpegs else None,

@@ -47,6 +47,12 @@ def write_folder(root: Path, out: Path, *argv: object, split: str = "test") -> d
     return json.loads(Path(f"{out}.json").read_text())
 
 
+def read_written(root: Path, out: Path, *argv: object) -> SimpleNamespace:
+    """Writes an image folder and reads it."""
+    write_folder(root, out, *argv)
+    return read(out)
+
+
 def read(path: Path) -> SimpleNamespace:
     """A .beton's images (list of uint8 arrays), labels and JPEG flags, by FFCV's Reader and PIL."""
     from ffcv.reader import Reader
@@ -141,6 +147,7 @@ def test_the_json_has_the_agreed_keys_and_true_values(tmp_path):
         "holdout_seed": splits.HOLDOUT_SEED,
         "subset": 100,
         "subset_seed": splits.SUBSET_SEED,
+        "shuffle_seed": None,
         "max_resolution": None,
         "write_mode": "raw",
         "jpeg_quality": None,
@@ -312,6 +319,18 @@ def test_holdout_is_stratified_to_within_one_image_and_leaves_every_class_one(fr
     taken = np.bincount(labels[splits.holdout_indices(labels, fraction, 6)], minlength=6)
     assert (np.abs(taken - counts * fraction) <= 1).all()
     assert (taken < counts).all()
+
+
+def test_a_shuffled_file_has_the_same_images_in_an_order_of_its_own(tmp_path, photos):
+    plain, shuffled = (
+        read_written(photos, tmp_path / f"{n}.beton", *more) for n, more in enumerate(([], ["--shuffle"]))
+    )
+    again = read_written(photos, tmp_path / "again.beton", "--shuffle", "--workers", 3)
+    assert (np.diff(plain.labels) >= 0).all() and (np.diff(shuffled.labels) < 0).sum() > 20
+    pairs = [sorted((image.tobytes(), label) for image, label in zip(file.images, file.labels, strict=True))
+             for file in (plain, shuffled)]  # fmt: skip
+    assert pairs[0] == pairs[1]
+    assert [image.tobytes() for image in again.images] == [image.tobytes() for image in shuffled.images]
 
 
 def test_a_subset_is_balanced_as_far_as_the_classes_reach_and_grows_by_addition(tmp_path, photos):

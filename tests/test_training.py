@@ -95,6 +95,14 @@ def test_an_average_of_the_weights_is_what_is_evaluated_and_kept(fashion, tmp_pa
     assert found["loss"] == pytest.approx(logged["loss"], rel=1e-5)
 
 
+def test_quasi_random_order_trains_and_warns_of_classes_that_lie_together(photographs, fashion, tmp_path, capsys):
+    few = ["--epochs", 1, "--log_every", 1, "--data.order", "quasi_random", "--data.image_size", 28]
+    train_here(*options({"train": photographs, "holdout": photographs}, tmp_path / "sorted", *few))
+    assert "images of a class lie together" in capsys.readouterr().out
+    train_here(*options(fashion, tmp_path / "run", *few))
+    assert "lie together" not in capsys.readouterr().out and len(metrics(tmp_path / "run")) == 12
+
+
 def test_a_complete_run_is_left_alone_and_another_configuration_is_refused(fashion, tmp_path, capsys):
     arguments = options(fashion, tmp_path / "run", "--epochs", 1)
     train_here(*arguments)
