@@ -23,6 +23,7 @@ import sys
 from pathlib import Path
 
 from ckd_dist.config import Parser, run_process
+from ckd_dist.stages import console
 
 CASES = ("loader", "order", "step", "epochs", "store", "students", "scaling")
 
@@ -54,6 +55,7 @@ def main() -> None:
         }
         rows = []
         for name in options.only:
+            console.rule(f"[bold]measuring: {name}", align="left")
             rows += cases[name]()
     result = {"environment": log.environment(), "machine": limits, "rows": [row.to_dict() for row in rows]}
     (folder / "bench.json").write_text(json.dumps(result, indent=2) + "\n")

@@ -111,6 +111,6 @@ def _measure_mode(info: DatasetInfo, mode: str) -> list[Row]:
     }
     case = f"loader, {MODES[mode]}, {SIZE} px"
     limits = {"ckd_dist": "arithmetic: decoding, resizing" if mode != "raw" else "arithmetic: resizing"}
-    rows = in_turn(case, "images/s a core", works, rounds=7, limits=limits)
+    rows = in_turn(case, "images/s a core", works, rounds=5, limits=limits)
     torch.set_num_threads(cores)
     return rows

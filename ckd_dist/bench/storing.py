@@ -84,7 +84,7 @@ def measure_caching(setup: Setup, info: DatasetInfo, model: str, size: int) -> l
     limits = {name: "arithmetic: the forward pass" for name in works if "memory" in name}
     limits["caching 1 checkpoint"] = "decoding and the forward pass, on the same cores" if device.type == "cpu" else ""
     case = f"caching, {model}, {size} px, {info.path.stem.replace('_', ' ')}"
-    rows = in_turn(case, "records/s", works, rounds=7, references=references, limits=limits)
+    rows = in_turn(case, "records/s", works, rounds=5, references=references, limits=limits)
     shutil.rmtree(store)
     return rows
 

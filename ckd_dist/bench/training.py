@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import statistics
 import subprocess
@@ -311,4 +312,5 @@ def measure_scaling(setup: Setup, tries: int = 3) -> list[Row]:
 def output(*words: object) -> str:
     """What `python -m WORDS` prints."""
     command = [sys.executable, "-m", *map(str, words)]
-    return subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"} if words[0] == "torch.distributed.run" else None
+    return subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, env=environment).stdout
