@@ -24,7 +24,7 @@ from ckd_dist.data import BetonLoader
 from ckd_dist.stages import console, stage
 from ckd_dist.views import ViewRecipe
 
-COPIES, MEMORY, WINDOW, BATCH_SIZE = 12, 10**9, 24, 256
+COPIES, MEMORY, WINDOW, BATCH_SIZE = 12, 10**9, 12, 256
 LIMITS = {
     "random": "disk: {:,.0f} MB/s, an image here and an image there",
     "quasi_random": "disk: {:,.0f} MB/s, in pages of 8 MB",
