@@ -181,7 +181,8 @@ def assign(values, key, value):
 
 FIELDS = [
     "format", "dataset.name", "dataset.content_hash", "dataset.count", "dataset.num_classes", "recipe.kind",
-    "recipe.scale", "recipe.ratio", "recipe.padding", "recipe.center_share", "recipe.flip", "view_seed",
+    "recipe.scale", "recipe.ratio", "recipe.padding", "recipe.center_share", "recipe.flip", "recipe.color_jitter",
+    "recipe.erase", "recipe.mixup", "recipe.cutmix", "view_seed",
     "forward.image_size", "forward.mean", "forward.std", "forward.amp", "codec.name", "codec.dtype", "shard_size",
     "views", "checkpoints.epoch_0003.epoch", "checkpoints.epoch_0003.model", "checkpoints.epoch_0003.weights_sha256",
     "images.0", "checksum",
