@@ -21,6 +21,7 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
+from typing import Any
 
 from ckd_dist.config import Parser, run_process
 from ckd_dist.stages import console
@@ -53,12 +54,11 @@ def main() -> None:
             "students": lambda: training.measure_students(setup),
             "scaling": lambda: training.measure_scaling(setup),
         }
-        rows = []
+        result: dict[str, Any] = {"environment": log.environment(), "machine": limits, "rows": []}
         for name in options.only:
             console.rule(f"[bold]measuring: {name}", align="left")
-            rows += cases[name]()
-    result = {"environment": log.environment(), "machine": limits, "rows": [row.to_dict() for row in rows]}
-    (folder / "bench.json").write_text(json.dumps(result, indent=2) + "\n")
+            result["rows"] += [row.to_dict() for row in cases[name]()]
+            (folder / "bench.json").write_text(json.dumps(result, indent=2) + "\n")
     show(result)
 
 
