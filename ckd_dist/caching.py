@@ -79,11 +79,11 @@ class Disk:
                 raise TrainingError(f"{name} gives logits that float16 cannot hold: is it a good checkpoint?")
             writer.append(records.numpy())
 
-        self._submit(write, waiting=16)
+        self._submit(write)
 
     def commit(self, writer: ShardWriter) -> None:
         """Make a shard stand, once all of it is written."""
-        self._submit(writer.commit, waiting=16)
+        self._submit(writer.commit)
 
     def finish(self) -> None:
         """Wait until all is on disk."""
@@ -95,7 +95,7 @@ class Disk:
     def __exit__(self, *_: object) -> None:
         self._thread.shutdown(cancel_futures=True)
 
-    def _submit(self, work: Callable[[], None], waiting: int) -> None:
+    def _submit(self, work: Callable[[], None], waiting: int = 16) -> None:
         self._pending.append(self._thread.submit(work))
         while len(self._pending) > waiting:
             self._pending.popleft().result()

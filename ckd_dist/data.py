@@ -8,7 +8,7 @@ import os
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import lru_cache, partial
 from pathlib import Path
 
 import numpy as np
@@ -89,13 +89,18 @@ def read_info(path: str | Path, option: str) -> DatasetInfo:
 def read_labels(info: DatasetInfo) -> np.ndarray:
     """Class index of every sample, int64 [count], without decoding an image."""
     reader = Reader(str(info.path))
-    return reader.metadata[f"f{reader.field_names.index('label')}"].astype(np.int64).reshape(-1)
+    return _metadata(reader, "label").astype(np.int64).reshape(-1)
+
+
+def _metadata(reader: Reader, field: str) -> np.ndarray:
+    """What FFCV's reader knows of a field of every sample."""
+    return reader.metadata[f"f{reader.field_names.index(field)}"]
 
 
 def stored_images(info: DatasetInfo) -> Callable[[int], tuple[np.ndarray, np.void]]:
     """A function that reads an image, by its id, as FFCV keeps it: its bytes, uint8, and its metadata."""
     reader = Reader(str(info.path))
-    fields = reader.metadata[f"f{reader.field_names.index('image')}"]
+    fields = _metadata(reader, "image")
     table = np.sort(reader.alloc_table, order="ptr")
 
     def read(sample: int) -> tuple[np.ndarray, np.void]:
@@ -135,7 +140,7 @@ def train_recipe(config: ViewDataConfig, info: DatasetInfo, cached: ViewRecipe |
     )
     default = cached or ViewRecipe(kind=kind)
     asked = {
-        "kind": config.augment,
+        "kind": kind,
         "scale": config.crop_scale_min and (config.crop_scale_min, 1.0),
         "flip": None if config.flip is None else 0.5 * config.flip,
         **{name: getattr(config, name) for name in ("color_jitter", "erase", "mixup", "cutmix")},
@@ -165,10 +170,11 @@ def shuffled_ids(count: int, seed: int, epoch: int) -> np.ndarray:
     return np.random.default_rng([seed, epoch]).permutation(count)
 
 
+@lru_cache(maxsize=1)  # every epoch asks for it, of one file
 def sample_pages(info: DatasetInfo) -> tuple[np.ndarray, int]:
     """The page of the file that each image is on, int64 [count], and the size of a page in bytes."""
     reader = Reader(str(info.path))
-    pointers = reader.metadata[f"f{reader.field_names.index('image')}"]["data_ptr"]
+    pointers = _metadata(reader, "image")["data_ptr"]
     return (pointers // reader.page_size).astype(np.int64), int(reader.page_size)
 
 

@@ -56,7 +56,7 @@ def process_group() -> Iterator[torch.device]:
 
 def _keep_freed_memory() -> None:
     """Have the C library keep what tensors free, for the next ones: by default it gives large blocks back to the system
-    and has every page cleared and mapped anew, which took a forward pass up to a fifth of its time."""
+    and has every page cleared and mapped anew, which took a forward pass up to a third of its time."""
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)  # glibc's; another C library may have none
     if mallopt:
         trim_threshold, mmap_threshold = -1, -3

@@ -229,7 +229,7 @@ class Learner:
         values = {name: total / count for name, total in zip(self._names, totals, strict=True)}
         if not np.isfinite(values["loss"]):
             bad = (~sums[:, self._names.index("loss")].isfinite()).nonzero().flatten().tolist()
-            first = min(found for found in dist.gather_objects(min(bad, default=len(sums))))
+            first = min(dist.gather_objects(min(bad, default=len(sums))))
             self._stop(f"the loss is not finite at step {self.step - len(sums) + first}")
         self.seconds += seconds
         self.seconds_waited += waited

@@ -51,7 +51,7 @@ class Lessons:
         ensemble: dict[str, Any] = {"weights": self._weights, "combine": combine}
         ours, teacher = codecs.compared(self._codec, records, kd, logits, **ensemble)
         values = losses.distillation(logits, teacher, batch.labels, kd, config.label_smoothing, batch.mixed, ours)
-        answers = codecs.answers(self._codec, records, kd, **ensemble)
+        answers = codecs.answers(self._codec, records, kd, teacher, **ensemble)
         values["teacher_top1"] = batch.top1(answers)
         values["agreement"] = 100.0 * (answers == logits.argmax(dim=1))
         return values

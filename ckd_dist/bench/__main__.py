@@ -44,7 +44,8 @@ def main() -> None:
     with dist.process_group() as device:
         limits = measure.machine_limits(device)
         setup = training.Setup(folder, device)
-        setup.prepare()
+        if set(options.only) - {"loader", "order"}:
+            setup.prepare()
         cases = {
             "loader": lambda: loader.measure(folder),
             "order": lambda: order.measure(folder),

@@ -25,10 +25,13 @@ SIZE, BATCH_SIZE, PHOTOGRAPHS, PASSES = 224, 64, 512, 4
 MODES = {"jpg": "JPEG", "proportion": "half JPEG, half raw", "raw": "raw"}
 
 
-def write_photographs(root: Path) -> None:
-    """Images of 500 x 375 px with detail at every scale, JPEG files of about 100 kB as ImageNet's."""
+def photograph_files(folder: Path) -> Path:
+    """A folder of images of 500 x 375 px with detail at every scale, JPEG files of about 100 kB as ImageNet's."""
     from PIL import Image
 
+    root = folder / "photographs"
+    if root.exists():
+        return root
     rng = np.random.default_rng(0)
     (root / "all").mkdir(parents=True)
     for number in range(PHOTOGRAPHS):
@@ -39,15 +42,14 @@ def write_photographs(root: Path) -> None:
             image += np.stack([np.asarray(channel) for channel in channels], axis=2)
         pixels = (128 + 50 * image / image.std()).clip(0, 255).astype(np.uint8)
         Image.fromarray(pixels).save(root / "all" / f"{number:04d}.jpg", quality=92)
+    return root
 
 
 def photographs(folder: Path, mode: str) -> DatasetInfo:
     """The .beton file of a storage mode: raw ones of 256 px, as raw ones of ImageNet would be."""
     path = folder / f"photographs_{mode}.beton"
     if not path.exists():
-        root = folder / "photographs"
-        if not root.exists():
-            write_photographs(root)
+        root = photograph_files(folder)
         options = ["--dataset", "imagefolder", "--root", root, "--split", "test", "--write-mode", mode, "--out", path]
         if mode != "jpg":
             options += ["--max-resolution", 341]

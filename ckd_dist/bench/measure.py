@@ -29,11 +29,6 @@ class Row:
         """The median."""
         return statistics.median(self.rates)
 
-    @property
-    def ratio(self) -> float:
-        """The median."""
-        return statistics.median(self.ratios)
-
     def to_dict(self) -> dict:
         """As bench.json has it."""
         ratio = spread(self.ratios) if self.ratios else None

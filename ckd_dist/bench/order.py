@@ -17,7 +17,7 @@ import numpy as np
 import torch
 
 from ckd_dist import data
-from ckd_dist.bench.loader import PHOTOGRAPHS, write_photographs
+from ckd_dist.bench.loader import PHOTOGRAPHS, photograph_files
 from ckd_dist.bench.measure import Row
 from ckd_dist.config import LoaderConfig, TrainDataConfig
 from ckd_dist.data import BetonLoader
@@ -36,12 +36,11 @@ def measure(folder: Path, tries: int = 3) -> list[Row]:
     """Epochs of a process whose memory is limited below the size of the file, in turn; none where it cannot be."""
     path = folder / "photographs_many.beton"
     if not path.exists():
-        if not (folder / "photographs").exists():
-            write_photographs(folder / "photographs")
+        photographs = photograph_files(folder)
         root = folder / "photographs_many"
         for copy in range(COPIES):
             (root / "all").mkdir(parents=True, exist_ok=True)
-            for image in (folder / "photographs" / "all").iterdir():
+            for image in (photographs / "all").iterdir():
                 (root / "all" / f"{copy:02d}_{image.name}").symlink_to(image.absolute())
         options = ["--dataset", "imagefolder", "--root", root, "--split", "test", "--max-resolution", 341]
         stage(f"{COPIES * PHOTOGRAPHS} photographs, raw", "data_prep.write_beton", *options, "--out", path)

@@ -45,10 +45,6 @@ class Dense:
         """Records uint8 [n, bytes] -> logits float32 [n, classes], whatever the temperature and the student."""
         return records.contiguous().view(getattr(torch, self.dtype)).float()
 
-    def answer(self, records: torch.Tensor) -> torch.Tensor:
-        """The class that the teacher gives the most, int64 [n]."""
-        return self.decode(records, 1.0).argmax(dim=1)
-
     def std(self, records: torch.Tensor) -> torch.Tensor:
         """Standard deviation of the logits over all classes, float32 [n]."""
         return self.decode(records, 1.0).std(dim=1)
@@ -105,10 +101,10 @@ class TopK:
         """Records uint8 [n, bytes] -> float32 [n, classes] whose softmax at `temperature` (a number, or [n, 1]) is the
         teacher's, as far as the record knows it: the rest's mass is spread as `student`, logits [n, classes], spreads
         it, or evenly."""
-        classes, kept, *_ = self._fields(records)
+        classes, kept, *statistics = self._fields(records)
         if self.k == self.num_classes:
             return torch.empty_like(kept).scatter(1, classes, kept)
-        s, mass = 1 / temperature, self._rest_mass(records, temperature)
+        s, mass = 1 / temperature, self._rest_mass(temperature, kept, *statistics)
         if student is None:
             rest = (mass - np.log(self.num_classes - self.k)) / s
             return rest.float().repeat(1, self.num_classes).scatter(1, classes, kept)
@@ -116,9 +112,16 @@ class TopK:
         spread = (shape - shape.logsumexp(1, keepdim=True) + mass) / s
         return spread.float().clamp(min=-1e4).scatter(1, classes, kept)
 
-    def _rest_mass(self, records: torch.Tensor, temperature: float | torch.Tensor) -> torch.Tensor:
-        """log of the sum of exp(logit / temperature) over the classes that are not kept, float64 [n, 1]."""
-        _, kept, log_sum_exp, mean, std = self._fields(records)
+    def _rest_mass(
+        self,
+        temperature: float | torch.Tensor,
+        kept: torch.Tensor,
+        log_sum_exp: torch.Tensor,
+        mean: torch.Tensor,
+        std: torch.Tensor,
+    ) -> torch.Tensor:
+        """log of the sum of exp(logit / temperature) over the classes that are not kept, float64 [n, 1]; from a
+        record's logits and statistics, see `_fields`."""
         logits, others = kept.double(), self.num_classes - self.k
         total, squares = self.num_classes * mean, (self.num_classes - 1) * std**2 + self.num_classes * mean**2
         rest_mean = (total - logits.sum(1, keepdim=True)) / others
@@ -139,10 +142,10 @@ class TopK:
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """(student, teacher): logits at `temperature` of the k classes and of one that stands for the rest, float32
         [n, k + 1], from records uint8 [n, bytes] and the student's logits [n, classes]."""
-        classes, kept, *_ = self._fields(records)
+        classes, kept, *statistics = self._fields(records)
         if self.k == self.num_classes:
             return student.gather(1, classes), kept
-        rest = (temperature * self._rest_mass(records, temperature)).float()
+        rest = (temperature * self._rest_mass(temperature, kept, *statistics)).float()
         return _grouped(student, classes, temperature), torch.cat([kept, rest], dim=1)
 
     def answer(self, records: torch.Tensor) -> torch.Tensor:
@@ -366,9 +369,18 @@ def compared(
 
 
 def answers(
-    codec: Codec, records: torch.Tensor, kd: KDConfig, *, weights: list[float] | None = None, combine: str = "logits"
+    codec: Codec,
+    records: torch.Tensor,
+    kd: KDConfig,
+    teacher: torch.Tensor,
+    *,
+    weights: list[float] | None = None,
+    combine: str = "logits",
 ) -> torch.Tensor:
-    """The class that the teacher, or the ensemble, gives the most: records uint8 [n, members, bytes] -> int64 [n]."""
+    """The class that the teacher, or the ensemble, gives the most: records uint8 [n, members, bytes] -> int64 [n].
+    `teacher` is what `compared` gave, which of a sparse codec may be of other classes or filled in as the student."""
+    if isinstance(codec, Dense):
+        return teacher.argmax(dim=1)
     if records.shape[1] == 1:
         return codec.answer(records[:, 0])
     return teacher_logits(codec, records, kd, weights=weights, combine=combine).argmax(dim=1)
