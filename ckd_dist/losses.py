@@ -44,16 +44,17 @@ def soft_target_divergence(student: torch.Tensor, teacher: torch.Tensor, tempera
     Hinton, Vinyals, Dean, "Distilling the Knowledge in a Neural Network" (arXiv 1503.02531): T^2 keeps the size of the
     gradient when T changes.
     """
-    log_student = F.log_softmax(student / temperature, dim=1)
-    log_teacher = F.log_softmax(teacher / temperature, dim=1)
-    return temperature**2 * F.kl_div(log_student, log_teacher, reduction="none", log_target=True).sum(dim=1)
+    teacher = teacher / temperature
+    shares = F.softmax(teacher, dim=1)
+    entropy = -(shares * F.log_softmax(teacher, dim=1)).sum(dim=1)
+    return temperature**2 * (F.cross_entropy(student / temperature, shares, reduction="none") - entropy)
 
 
 def soft_target_cross_entropy(student: torch.Tensor, teacher: torch.Tensor, temperature: float) -> torch.Tensor:
     """T^2 * cross entropy of softmax(student / T) under softmax(teacher / T), in nats: logits float [n, classes] twice
     -> [n]. It differs from `soft_target_divergence` by the teacher's entropy, which has no gradient."""
-    log_student = F.log_softmax(student / temperature, dim=1)
-    return -(temperature**2) * (F.softmax(teacher / temperature, dim=1) * log_student).sum(dim=1)
+    shares = F.softmax(teacher / temperature, dim=1)
+    return temperature**2 * F.cross_entropy(student / temperature, shares, reduction="none")
 
 
 def logit_mse(student: torch.Tensor, teacher: torch.Tensor) -> torch.Tensor:

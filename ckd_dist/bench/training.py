@@ -172,9 +172,14 @@ def measure_epochs(setup: Setup) -> list[Row]:
     """Whole epochs of one student, loader included: without a teacher, from stores, and with online teachers; and what
     the student and the teachers reach on data in memory, which bounds what a store can gain."""
     student, teachers = setup.models.student, setup.models.teachers
+    case = f"epoch, {student}, {setup.models.image_size} px, {setup.info.num_classes} classes"
     works: dict[str, Callable[[], float]] = {"plain training": _epochs(setup, "plain")}
     for codec in ("dense", "topk"):
         works[f"from the store, {codec}"] = _epochs(setup, codec, "--teacher.store", setup.store(codec))
+    limits = dict.fromkeys(works, "arithmetic: the student's step")
+    rows = in_turn(case, "images/s", works, rounds=21, limits=limits)
+
+    works = {"from the store, dense": works["from the store, dense"]}
     for name in teachers:
         options = ["--teacher.run", setup.teacher(name), "--data.views", VIEWS]
         works[f"online teacher, {name}"] = _epochs(setup, f"online_{name}", *options)
@@ -197,21 +202,18 @@ def measure_epochs(setup: Setup) -> list[Row]:
     for name in teachers:
         network, _ = models.load_model(setup.teacher(name) / "checkpoints" / "epoch_0001.pt", "RUN_DIR")
         works[f"forward of {name}, data in memory"] = partial(forward, engine.to_device(network, setup.device))
-    case = f"epoch, {student}, {setup.models.image_size} px, {setup.info.num_classes} classes"
     alone = {name: name for name in works if name.endswith("in memory")}
-    rows = in_turn(case, "images/s", works, rounds=ROUNDS, references=alone)
-    found = {row.what: row.rates for row in rows}
-    for row in rows:
+    taught, *others = in_turn(case, "images/s", works, rounds=ROUNDS, references=alone)
+    found = {row.what: row.rates for row in others}
+    for row in others:
         if row.what.startswith("online teacher"):
             ahead = found[f"forward of {row.what.rpartition(' ')[2]}, data in memory"]
             most = [1 + a / b for a, b in zip(found["student's step, data in memory"], ahead, strict=True)]
-            gain = [a / b for a, b in zip(found["from the store, dense"], row.rates, strict=True)]
+            gain = [a / b for a, b in zip(taught.rates, row.rates, strict=True)]
             share = spread([a / b for a, b in zip(gain, most, strict=True)])
             row.limit = "the store gains {median:.2f} ({min:.2f} to {max:.2f})".format(**share)
             row.limit += f" of student and teacher over student, {statistics.median(most):.2f}"
-    for row in rows[:3]:
-        row.limit = "arithmetic: the student's step"
-    return rows
+    return rows + others
 
 
 def _epochs(setup: Setup, name: str, *teacher: object) -> Callable[[], float]:
