@@ -18,9 +18,10 @@ import numpy as np
 import torch
 from torch import nn
 
-from ckd_dist import checkpoint, data, dist, engine, models
+from ckd_dist import checkpoint, dist, engine, loader, models
 from ckd_dist.config import CacheConfig, LoaderConfig, PlanConfig, TrainingError, require
-from ckd_dist.data import Batch, BetonLoader, DatasetInfo, read_info, train_recipe
+from ckd_dist.data import Batch, DatasetInfo, read_info, train_recipe
+from ckd_dist.loader import BetonLoader
 from ckd_dist.log import ProgressDisplay, say
 from ckd_dist.store import codecs
 from ckd_dist.store.manifest import Manifest, Shard, member_name
@@ -38,9 +39,9 @@ write. The ranges are what ranks share out."""
 
 
 def image_digests(manifest: Manifest, info: DatasetInfo) -> dict[str, str]:
-    """`data.image_digests` of the images as the teacher of a store saw them."""
+    """`loader.image_digests` of the images as the teacher of a store saw them."""
     recipe = ViewRecipe.from_dict(manifest.recipe)
-    return data.image_digests(info, recipe, manifest.view_seed, manifest.forward["image_size"])
+    return loader.image_digests(info, recipe, manifest.view_seed, manifest.forward["image_size"])
 
 
 def encode(

@@ -14,12 +14,13 @@ from ckd_dist.config import EvaluateConfig, run_command
 def main(config: EvaluateConfig) -> None:
     # Imported here because torch takes seconds: only once the options are known to be good.
     from ckd_dist import data, dist, engine, log, models
+    from ckd_dist.loader import BetonLoader
 
     with dist.process_group() as device:
         model, metadata = models.load_model(config.checkpoint, "checkpoint")
         info = data.read_info(config.data.val, "data.val")
         models.require_classes(metadata, info.num_classes, "checkpoint")
-        loader = data.BetonLoader.for_evaluation(info, config.data, metadata, device)
+        loader = BetonLoader.for_evaluation(info, config.data, metadata, device)
         (result,) = engine.evaluate([engine.to_device(model, device)], loader, config.amp)
         log.say(json.dumps({**result, "images": info.count}))
 

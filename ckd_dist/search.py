@@ -290,6 +290,7 @@ def choose(trials: list[Trial]) -> list[dict]:
 def test(config: SearchConfig, trials: list[Trial], rows: list[dict], device: torch.device) -> None:
     """Add the test figures of the chosen students to their rows; collective."""
     from ckd_dist import checkpoint, data, engine, models
+    from ckd_dist.loader import BetonLoader
 
     assert config.data.test is not None
     info = data.read_info(config.data.test, "data.test")
@@ -303,7 +304,7 @@ def test(config: SearchConfig, trials: list[Trial], rows: list[dict], device: to
             networks.append(engine.to_device(model, device))
         if loader is None:
             models.require_classes(metadata, info.num_classes, "data.test")
-            loader = data.BetonLoader.for_evaluation(info, config.data, metadata, device)
+            loader = BetonLoader.for_evaluation(info, config.data, metadata, device)
         for (_, row), figures in zip(group, engine.evaluate(networks, loader, config.amp), strict=True):
             row.update({f"test_{key}": value for key, value in figures.items()})
 

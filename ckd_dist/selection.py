@@ -16,7 +16,8 @@ from torch import nn
 
 from ckd_dist import checkpoint, data, dist, engine, mi, models
 from ckd_dist.config import LoaderConfig, SelectConfig, UserError, require
-from ckd_dist.data import Batch, BetonLoader, DatasetInfo
+from ckd_dist.data import Batch, DatasetInfo
+from ckd_dist.loader import BetonLoader
 from ckd_dist.log import ProgressDisplay, say
 
 FIRST_VIEW = 1 << 21

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from ckd_dist import caching, checkpoint, data, dist, engine, losses, models, selection
+from ckd_dist import caching, checkpoint, data, dist, engine, losses, models, selection, training
 from ckd_dist.config import DistillConfig, TeacherConfig, require
 from ckd_dist.data import Batch, DatasetInfo
 from ckd_dist.log import say
@@ -63,7 +63,7 @@ def train(configs: Sequence[DistillConfig], device: torch.device) -> None:
     info = data.read_info(configs[0].data.train, "data.train")
     configs = [replace(each, teacher=resolved(each.teacher)) for each in configs]
     taught = teaching(configs, info, device)
-    engine.train(
+    training.train(
         configs,
         taught.losses,
         device=device,

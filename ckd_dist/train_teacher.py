@@ -14,14 +14,14 @@ FIRST_VIEW = 1 << 20
 
 def main(config: TrainTeacherConfig) -> None:
     # Imported here because torch takes seconds: only once the options are known to be good.
-    from ckd_dist import data, dist, engine, losses
+    from ckd_dist import data, dist, engine, losses, training
 
     def loss(logits, batch, epoch):
         return {"loss": losses.cross_entropy(logits, batch.labels, config.label_smoothing)}
 
     with dist.process_group() as device:
         info = data.read_info(config.data.train, "data.train")
-        engine.train(
+        training.train(
             [config],
             [loss],
             device=device,

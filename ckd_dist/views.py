@@ -1,8 +1,8 @@
-"""A view is a pure function: view(seed, view id, sample id) -> crop box, flip, colours, what it is mixed with.
+"""A view is a pure function: view(seed, view id, sample id) -> crop box, flip, colours, erased box, partner.
 
-Every draw comes from a counter-based generator keyed by those three integers, inside the FFCV decoder: it does not
-depend on thread, rank, batch size, world size or order. So a teacher pass and a student pass see byte-identical
-images, and cached logits are addressed by (view, sample). No draw depends on the output's resolution.
+Every draw comes from a counter-based generator keyed by those three integers, and is made where pixels are (`decoder`):
+it does not depend on thread, rank, batch size, world size or order. So a teacher pass and a student pass see
+byte-identical images, and cached logits are addressed by (view, sample). No draw depends on the output's resolution.
 
 The generator is splitmix64 (Steele, Lea, Flood, "Fast splittable pseudorandom number generators", OOPSLA 2014) used
 as a hash: draw n of a stream is the finalised value of key + n * golden gamma.
@@ -11,24 +11,15 @@ as a hash: draw n of a stream is the finalised value of key + n * golden gamma.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
-from llvmlite import binding
-from numba import int64, njit, types, uint64
-
-from ckd_dist.ffcv_mended import IMAGE_MODES, AllocationQuery, Compiler, IntDecoder, SimpleRGBImageDecoder, libffcv
+from numba import int64, njit, uint8, uint64
 
 # fastmath stays off: reassociated sums differ between machines, and one ulp moves a crop by a pixel. The disk cache
-# saves every process seconds of compilation; for it, FFCV's C functions are named symbols, not addresses.
+# saves every process seconds of compilation.
 compiled = njit(nogil=True, error_model="numpy", fastmath=False, cache=True)
-binding.load_library_permanently(libffcv.lib._name)
-_resize: Any = types.ExternalFunction("resize", types.void(*[int64] * 11))
-_imdecode: Any = types.ExternalFunction(
-    "imdecode", types.void(types.uintp, types.uint64, *[types.uint32] * 2, types.uintp, *[types.uint32] * 8)
-)
 
 # Counters of the draws within a stream. The ten attempts at a crop take the first twenty.
 _TOP, _LEFT, _FLIP = 100, 101, 102
@@ -42,10 +33,7 @@ _RANDOM_RESIZED_CROP, _PAD_CROP, _CENTER_CROP = 0, 1, 2
 _KINDS = {"random_resized_crop": _RANDOM_RESIZED_CROP, "pad_crop": _PAD_CROP, "center_crop": _CENTER_CROP}
 
 
-_JPEG = IMAGE_MODES["jpg"]
-
-
-class _Numbers(NamedTuple):
+class Numbers(NamedTuple):
     """A `ViewRecipe` for compiled code."""
 
     kind: int
@@ -109,9 +97,9 @@ class ViewRecipe:
         return {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(self).items()}
 
     def numbers(self) -> tuple:
-        """As compiled code takes it: the fields of `_Numbers` (numba refuses named tuples in parallel loops)."""
+        """As compiled code takes it: the fields of `Numbers` (numba refuses named tuples in parallel loops)."""
         return tuple(
-            _Numbers(
+            Numbers(
                 _KINDS[self.kind],
                 *self.scale,
                 *self.ratio,
@@ -194,7 +182,7 @@ def _exp(x):
 
 
 @compiled
-def _between(low, high, draw):
+def between(low, high, draw):
     return low + (high - low) * draw
 
 
@@ -211,8 +199,8 @@ def _crop_box(key, height, width, recipe):
     area = float(height) * float(width)
     n = 0
     for _ in range(10):
-        target = area * _between(recipe.scale_min, recipe.scale_max, uniform(key, n))
-        ratio = _exp(_between(recipe.log_ratio_min, recipe.log_ratio_max, uniform(key, n + 1)))
+        target = area * between(recipe.scale_min, recipe.scale_max, uniform(key, n))
+        ratio = _exp(between(recipe.log_ratio_min, recipe.log_ratio_max, uniform(key, n + 1)))
         n += 2
         w = int64(math.floor(math.sqrt(target * ratio) + 0.5))
         h = int64(math.floor(math.sqrt(target / ratio) + 0.5))
@@ -228,6 +216,12 @@ def _crop_box(key, height, width, recipe):
     return (height - h) // 2, (width - w) // 2, h, w
 
 
+@compiled
+def box_and_flip(key, height, width, recipe):
+    """Crop box of an image of height x width pixels, and whether it is mirrored."""
+    return _crop_box(key, height, width, recipe), uniform(key, _FLIP) < recipe.flip
+
+
 def view(
     recipe: ViewRecipe, seed: int, view_id: int, sample_id: int, height: int, width: int
 ) -> tuple[tuple[int, int, int, int], bool]:
@@ -240,15 +234,47 @@ def view(
 
 @compiled
 def _view(seed, view_id, sample_id, height, width, numbers):
-    key, recipe = stream_key(seed, view_id, sample_id), _Numbers(*numbers)
-    return _crop_box(key, height, width, recipe), uniform(key, _FLIP) < recipe.flip
+    return box_and_flip(stream_key(seed, view_id, sample_id), height, width, Numbers(*numbers))
 
 
 @compiled
-def _mix(seed, view_id, sample, count, numbers):
+def colour_factors(key, recipe):
+    """Of brightness, contrast and saturation."""
+    low, high = max(0.0, 1 - recipe.color_jitter), 1 + recipe.color_jitter
+    return (
+        between(low, high, uniform(key, _BRIGHTNESS)),
+        between(low, high, uniform(key, _CONTRAST)),
+        between(low, high, uniform(key, _SATURATION)),
+    )
+
+
+@compiled
+def erased_box(key, recipe):
+    """Box (top, left, bottom, right) in shares of the sides, empty where nothing is erased, and the colour of it."""
+    box, colour = (0.0, 0.0, 0.0, 0.0), (uint8(0), uint8(0), uint8(0))
+    if uniform(key, _ERASE) >= recipe.erase:
+        return box, colour
+    for n in range(_ERASE_SHAPES, _ERASE_SHAPES + 20, 2):
+        area = between(0.02, 0.33, uniform(key, n))
+        ratio = _exp(between(-1.2039728043259361, 1.1939224684724346, uniform(key, n + 1)))  # logs of 0.3 and 3.3
+        height, width = math.sqrt(area * ratio), math.sqrt(area / ratio)
+        if height < 1 and width < 1:
+            top, left = uniform(key, _ERASE_TOP) * (1 - height), uniform(key, _ERASE_LEFT) * (1 - width)
+            box = (top, left, top + height, left + width)
+            colour = (
+                uint8(256 * uniform(key, _ERASE_COLOUR)),
+                uint8(256 * uniform(key, _ERASE_COLOUR + 1)),
+                uint8(256 * uniform(key, _ERASE_COLOUR + 2)),
+            )
+            break
+    return box, colour
+
+
+@compiled
+def mix(seed, view_id, sample, count, numbers):
     """(partner, weight of the image itself, box of the partner (top, left, bottom, right) in shares of the sides): of
     mixup the box is empty, of cutmix the weight is what the box leaves."""
-    key, recipe = stream_key(seed, view_id, sample), _Numbers(*numbers)
+    key, recipe = stream_key(seed, view_id, sample), Numbers(*numbers)
     partner = int64(uniform(key, _PARTNER) * count)
     n = int64(uniform(key, _WEIGHT) * 4096)
     if recipe.mixup and not (recipe.cutmix and uniform(key, _CHOICE) < 0.5):
@@ -269,247 +295,5 @@ def partners(recipe: ViewRecipe, seed: int, view_id: int, ids: np.ndarray, count
 def _partners(numbers, seed, view_id, ids, count):
     partners, weights = np.empty(len(ids), dtype=np.int64), np.empty(len(ids), dtype=np.float32)
     for i in range(len(ids)):
-        partners[i], weights[i], _ = _mix(seed, view_id, ids[i], count, numbers)
+        partners[i], weights[i], _ = mix(seed, view_id, ids[i], count, numbers)
     return partners, weights
-
-
-@compiled
-def _resize_crop(image, top, left, height, width, out):
-    _resize(
-        0,
-        image.ctypes.data,
-        image.shape[0],
-        image.shape[1],
-        top,
-        top + height,
-        left,
-        left + width,
-        out.ctypes.data,
-        out.shape[0],
-        out.shape[1],
-    )
-
-
-@compiled
-def _copy_padded(image, top, left, out):
-    """out[y, x] = image[top + y, left + x], black where that lies outside."""
-    height, width, _ = image.shape
-    out[:] = 0
-    for y in range(max(0, -top), min(out.shape[0], height - top)):
-        for x in range(max(0, -left), min(out.shape[1], width - left)):
-            for c in range(3):
-                out[y, x, c] = image[top + y, left + x, c]
-
-
-@compiled
-def _mirror(image):
-    height, width, channels = image.shape
-    for y in range(height):
-        for x in range(width // 2):
-            for c in range(channels):
-                image[y, x, c], image[y, width - 1 - x, c] = image[y, width - 1 - x, c], image[y, x, c]
-
-
-@compiled
-def _jitter(image, brightness, contrast, saturation):
-    """Multiply each, rounding down and clipping in between, as torchvision's adjust_ functions do."""
-    height, width, _ = image.shape
-    total = 0.0
-    for y in range(height):
-        for x in range(width):
-            for c in range(3):
-                image[y, x, c] = min(brightness * image[y, x, c], 255.0)
-            total += _grey(image[y, x])
-    mean = math.floor(total / (height * width))
-    for y in range(height):
-        for x in range(width):
-            for c in range(3):
-                image[y, x, c] = min(max(_between(mean, image[y, x, c], contrast), 0.0), 255.0)
-            grey = _grey(image[y, x])
-            for c in range(3):
-                image[y, x, c] = min(max(_between(grey, image[y, x, c], saturation), 0.0), 255.0)
-
-
-@compiled
-def _grey(pixel):
-    return math.floor(0.2989 * pixel[0] + 0.587 * pixel[1] + 0.114 * pixel[2])
-
-
-@compiled
-def _edge(share, size):
-    """The pixel boundary nearest to a share of a side."""
-    return int64(math.floor(share * size + 0.5))
-
-
-@compiled
-def _erase(image, key):
-    size = image.shape[0]
-    for n in range(_ERASE_SHAPES, _ERASE_SHAPES + 20, 2):
-        area = _between(0.02, 0.33, uniform(key, n))
-        ratio = _exp(_between(-1.2039728043259361, 1.1939224684724346, uniform(key, n + 1)))  # logs of 0.3 and 3.3
-        height, width = math.sqrt(area * ratio), math.sqrt(area / ratio)
-        if height < 1 and width < 1:
-            top, left = uniform(key, _ERASE_TOP) * (1 - height), uniform(key, _ERASE_LEFT) * (1 - width)
-            for c in range(3):
-                colour = np.uint8(256 * uniform(key, _ERASE_COLOUR + c))
-                image[
-                    _edge(top, size) : _edge(top + height, size), _edge(left, size) : _edge(left + width, size), c
-                ] = colour
-            return
-
-
-@compiled
-def _blend(image, partner, weight, box):
-    """Mix `partner` into `image`, both uint8 [size, size, 3], as `_mix` says."""
-    size = image.shape[0]
-    top, left, bottom, right = box
-    if bottom > top:
-        rows, columns = (_edge(top, size), _edge(bottom, size)), (_edge(left, size), _edge(right, size))
-        image[rows[0] : rows[1], columns[0] : columns[1]] = partner[rows[0] : rows[1], columns[0] : columns[1]]
-        return
-    ours = int64(256 * weight)
-    for y in range(size):
-        for x in range(size):
-            for c in range(3):
-                image[y, x, c] = (ours * image[y, x, c] + (256 - ours) * partner[y, x, c] + 128) >> 8
-
-
-@compiled
-def _render(data, field, seed, view_id, sample, numbers, decoded, padded, out):
-    """Fill `out`, uint8 [size, size, 3], with a view, not yet mixed, of the image that FFCV keeps as the bytes `data`
-    and the metadata `field`; `decoded` and `padded` are room to work."""
-    key, recipe = stream_key(seed, view_id, sample), _Numbers(*numbers)
-    height, width = int64(field["height"]), int64(field["width"])
-    image = data
-    if field["mode"] == _JPEG:
-        _imdecode(data.ctypes.data, data.size, height, width, decoded.ctypes.data, height, width, 0, 0, 1, 1, 0, 0)
-        image = decoded[: 3 * height * width]
-    _render_image(image.reshape(height, width, 3), key, recipe, padded, out)
-
-
-@compiled
-def _render_image(image, key, recipe, padded, out):
-    height, width, _ = image.shape
-    top, left, h, w = _crop_box(key, height, width, recipe)
-    if top >= 0 and left >= 0 and top + h <= height and left + w <= width:
-        _resize_crop(image, top, left, h, w, out)
-    elif h == out.shape[0] and w == out.shape[1]:
-        _copy_padded(image, top, left, out)
-    else:
-        crop = padded[: 3 * h * w].reshape(h, w, 3)
-        _copy_padded(image, top, left, crop)
-        _resize_crop(crop, 0, 0, h, w, out)
-    if uniform(key, _FLIP) < recipe.flip:
-        _mirror(out)
-    if recipe.color_jitter > 0:
-        low, high = max(0.0, 1 - recipe.color_jitter), 1 + recipe.color_jitter
-        brightness, contrast = (
-            _between(low, high, uniform(key, _BRIGHTNESS)),
-            _between(low, high, uniform(key, _CONTRAST)),
-        )
-        _jitter(out, brightness, contrast, _between(low, high, uniform(key, _SATURATION)))
-    if uniform(key, _ERASE) < recipe.erase:
-        _erase(out, key)
-
-
-def render(
-    read: Callable[[int], tuple[np.ndarray, np.void]],
-    count: int,
-    recipe: ViewRecipe,
-    seed: int,
-    view_id: int,
-    sample_id: int,
-    size: int,
-) -> np.ndarray:
-    """A view of one of `count` images as the decoder gives it, uint8 [size, size, 3]; `read` fetches an image as FFCV
-    keeps it: its bytes, uint8, and its metadata."""
-    numbers = recipe.numbers()
-
-    def unmixed(sample: int) -> np.ndarray:
-        data, field = read(sample)
-        pixels = 3 * int(field["height"]) * int(field["width"])
-        decoded, padded = (np.empty(pixels, dtype=np.uint8) for _ in range(2))
-        out = np.empty((size, size, 3), dtype=np.uint8)
-        _render(data, field, seed, view_id, sample, numbers, decoded, padded, out)
-        return out
-
-    image = unmixed(sample_id)
-    if recipe.mixes:
-        partner, weight, box = _mix(seed, view_id, sample_id, count, numbers)
-        _blend(image, unmixed(partner), weight, box)
-    return image
-
-
-def _channel(*values: int) -> tuple[AllocationQuery, ...]:
-    """Buffers that carry integers in [0, 2**31) into compiled code as their shape, and hold no bytes.
-
-    FFCV asks an operation for its buffers anew at each epoch and hands them to the compiled function as arguments:
-    so a value that changes between epochs needs no recompilation, and belongs to that epoch's iterator alone.
-    """
-    return tuple(AllocationQuery((0, value), np.dtype("u1")) for value in values)
-
-
-class ViewDecoder(SimpleRGBImageDecoder):
-    """FFCV decoder of the field `image`: view `view` of every sample, uint8 [batch, size, size, 3].
-
-    `view` and `size` may be set between epochs; they are read when an epoch starts.
-    """
-
-    def __init__(self, recipe: ViewRecipe, size: int, seed: int = 0, view: int = 0):
-        super().__init__()
-        self.recipe, self.size, self.seed, self.view = recipe, size, seed, view
-
-    def declare_state_and_memory(self, previous_state):
-        byte = np.dtype("u1")
-        height, width = self.metadata["height"], self.metadata["width"]
-        largest = int((height.astype("u8") * width).max()) * 3
-        any_jpeg = bool((self.metadata["mode"] == IMAGE_MODES["jpg"]).any())
-        shape = (self.size, self.size, 3)
-        resized_padding = self.recipe.kind == "pad_crop" and (self.size, self.size) != (height[0], width[0])
-        return (
-            replace(previous_state, jit_mode=True, shape=shape, dtype=byte),
-            (
-                AllocationQuery(shape, byte),
-                AllocationQuery((largest if any_jpeg else 0,), byte),
-                AllocationQuery((largest if resized_padding else 0,), byte),
-                AllocationQuery(shape if self.recipe.mixes else (0, 0, 3), byte),
-                *_channel(self.seed >> 31, self.seed & 0x7FFFFFFF, self.view),
-            ),
-        )
-
-    def generate_code(self):
-        read, parallel_range = self.memory_read, Compiler.get_iterator()
-        recipe, mixes = self.recipe.numbers(), self.recipe.mixes
-
-        mixes = self.recipe.mixes
-
-        def decode(batch_indices, memory, metadata, storage_state):
-            out, decoded, padded, partners, seed_high, seed_low, view = memory
-            seed, view_id = (seed_high.shape[2] << 31) | seed_low.shape[2], view.shape[2]
-            for b in parallel_range(len(batch_indices)):
-                sample = np.int64(batch_indices[b])
-                field = metadata[sample]
-                data = read(field["data_ptr"], storage_state)
-                _render(data, field, seed, view_id, sample, recipe, decoded[b], padded[b], out[b])
-                if mixes:
-                    partner, weight, box = _mix(seed, view_id, sample, len(metadata), recipe)
-                    field = metadata[partner]
-                    data = read(field["data_ptr"], storage_state)
-                    _render(data, field, seed, view_id, partner, recipe, decoded[b], padded[b], partners[b])
-                    _blend(out[b], partners[b], weight, box)
-            return out[: len(batch_indices)]
-
-        decode.is_parallel = True  # type: ignore[attr-defined]
-        return decode
-
-
-class SampleIdDecoder(IntDecoder):
-    """FFCV decoder that yields each sample's id, int64 [batch, 1], from any field."""
-
-    def generate_code(self):
-        def decode(batch_indices, out, metadata, storage_state):
-            for b in range(len(batch_indices)):
-                out[b, 0] = batch_indices[b]
-            return out[: len(batch_indices)]
-
-        return decode

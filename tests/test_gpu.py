@@ -13,6 +13,7 @@ from test_views import EVERYTHING, RRC
 
 from ckd_dist import data, engine, models
 from ckd_dist.config import LoaderConfig
+from ckd_dist.loader import BetonLoader
 
 pytestmark = [
     pytest.mark.gpu,
@@ -23,7 +24,7 @@ pytestmark = [
 def batches(path, device, ids):
     """The batches of a mixing loader with rows, as lists of tensors on the CPU."""
     info = data.read_info(path, "")
-    loader = data.BetonLoader(
+    loader = BetonLoader(
         info, LoaderConfig(), replace(RRC, **EVERYTHING), batch_size=16, image_size=48, device=torch.device(device)
     )
 

@@ -22,6 +22,7 @@ from conftest import ENVIRONMENT, ROOT, VIEWS, cache_options, command_line, cont
 from ckd_dist import cache_logits, data, engine, models
 from ckd_dist.bench import storing
 from ckd_dist.config import CacheConfig, KDConfig, UserError, load_config
+from ckd_dist.loader import BetonLoader
 from ckd_dist.store import codecs
 from ckd_dist.store.manifest import Manifest
 from ckd_dist.store.reader import StoreReader
@@ -63,7 +64,7 @@ def test_records_are_the_teachers_answers_to_the_students_images(store, fashion,
     ids = np.random.default_rng(0).permutation(info.count)[:333]
     from ckd_dist.config import LoaderConfig
 
-    loader = data.BetonLoader(info, LoaderConfig(), recipe, batch_size=50, image_size=28, device=CPU)
+    loader = BetonLoader(info, LoaderConfig(), recipe, batch_size=50, image_size=28, device=CPU)
     for view in range(VIEWS):
         for batch in loader.batches(ids, view, lambda ids, view: records(store, fashion, [2], ids, view)):
             answers = engine.forward_logits(engine.to_device(model, CPU), batch.images, "bfloat16")

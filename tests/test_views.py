@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
+import os
 import threading
 from dataclasses import replace
 from pathlib import Path
@@ -19,6 +20,7 @@ from torchvision.transforms.v2 import functional
 
 from ckd_dist import data
 from ckd_dist.config import LoaderConfig, TrainDataConfig, UserError
+from ckd_dist.loader import BetonLoader, decode_view, read_labels, sample_pages
 from ckd_dist.views import _CONTRAST, _SATURATION, ViewRecipe, _beta_quantiles, partners, stream_key, uniform, view
 
 CPU = torch.device("cpu")
@@ -30,7 +32,7 @@ EVERYTHING = {"color_jitter": 0.4, "erase": 0.5, "mixup": 0.4, "cutmix": 1.0}
 def loader(path, recipe, size, *, batch_size=32, seed=0, **options):
     info = data.read_info(path, "data.train")
     config = LoaderConfig(**options)
-    return data.BetonLoader(info, config, recipe, batch_size=batch_size, image_size=size, device=CPU, view_seed=seed)
+    return BetonLoader(info, config, recipe, batch_size=batch_size, image_size=size, device=CPU, view_seed=seed)
 
 
 def digests(beton_loader, ids, view_id):
@@ -213,11 +215,11 @@ def test_pages_are_asked_for_once_before_their_images_turn(fashion, monkeypatch)
     info = data.read_info(fashion["train"], "")
     pages = np.arange(info.count) // 100
     asked = []
-    monkeypatch.setattr(data, "sample_pages", lambda info: (pages, 4096))
-    monkeypatch.setattr(data.os, "posix_fadvise", lambda fd, start, size, advice: asked.append(start // size))
+    monkeypatch.setattr("ckd_dist.loader.sample_pages", lambda info: (pages, 4096))
+    monkeypatch.setattr(os, "posix_fadvise", lambda fd, start, size, advice: asked.append(start // size))
     order = data.quasi_random_ids(pages, 3, 0, 0)
     config = LoaderConfig()
-    ahead = data.BetonLoader(info, config, PAD, batch_size=50, image_size=28, device=CPU, pages_ahead=3)
+    ahead = BetonLoader(info, config, PAD, batch_size=50, image_size=28, device=CPU, pages_ahead=3)
     seen = set()
     for batch in ahead.batches(order):
         seen |= set(pages[batch.ids.numpy()].tolist())
@@ -228,9 +230,10 @@ def test_pages_are_asked_for_once_before_their_images_turn(fashion, monkeypatch)
 def test_an_epoch_has_the_order_that_the_options_ask_for(fashion):
     info = data.read_info(fashion["train"], "")
     config = TrainDataConfig(train=str(info.path), order="quasi_random", window_pages=1)
-    pages, size = data.sample_pages(info)
+    pages, size = sample_pages(info)
     assert size >= 2**20 and pages.min() >= 0 and len(pages) == info.count
-    np.testing.assert_array_equal(data.epoch_ids(info, config, 3, 2), data.quasi_random_ids(pages, 1, 3, 2))
+    images = BetonLoader(info, config, PAD, batch_size=50, image_size=28, device=CPU)
+    np.testing.assert_array_equal(images.epoch_ids(config, 3, 2), data.quasi_random_ids(pages, 1, 3, 2))
 
 
 @pytest.mark.parametrize(
@@ -242,7 +245,7 @@ def test_a_view_decoded_alone_is_that_of_the_loader(name, recipe, size, request)
     info = data.read_info(path if isinstance(path, Path) else path["train"], "")
     ids = np.array([5, 0, 77, 3])
     (batch,) = loader(info.path, recipe, size, seed=9).batches(ids, 4)
-    alone = torch.from_numpy(data.decode_view(info, recipe, 9, 4, ids, size))
+    alone = torch.from_numpy(decode_view(info, recipe, 9, 4, ids, size))
     mean, std = (torch.tensor(values).view(1, 3, 1, 1) for values in (info.mean, info.std))
     torch.testing.assert_close(batch.images, (alone.permute(0, 3, 1, 2) / 255 - mean) / std, rtol=0, atol=1e-5)
 
@@ -252,7 +255,7 @@ def test_a_view_decoded_alone_is_that_of_the_loader(name, recipe, size, request)
 
 def decoded(path, recipe, ids, size=48, view_id=1):
     """Views of samples as int64 [n, size, size, 3]."""
-    return data.decode_view(data.read_info(path, ""), recipe, 3, view_id, np.asarray(ids), size).astype(np.int64)
+    return decode_view(data.read_info(path, ""), recipe, 3, view_id, np.asarray(ids), size).astype(np.int64)
 
 
 def bounds(mask):
@@ -283,9 +286,9 @@ def test_a_mixed_view_is_made_of_the_views_of_two_samples(photographs, kind, alp
                 close.append(image[box].size / image.size > 1 - weight - 0.05)
     assert kind == "mixup" or np.mean(close) > 0.9
     (batch,) = loader(photographs, recipe, 48, seed=3, batch_size=64).batches(ids, 1)
-    np.testing.assert_array_equal(batch.mixed.labels, data.read_labels(info)[others])
+    np.testing.assert_array_equal(batch.mixed.labels, read_labels(info)[others])
     np.testing.assert_array_equal(batch.mixed.weights, weights)
-    answers = data.torch.from_numpy(data.read_labels(info)[others])
+    answers = data.torch.from_numpy(read_labels(info)[others])
     expected = 100 * (1 - batch.mixed.weights + batch.mixed.weights * (answers == batch.labels))
     torch.testing.assert_close(batch.top1(answers), expected)
 

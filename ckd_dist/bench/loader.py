@@ -16,8 +16,9 @@ from torchvision.transforms import v2
 from ckd_dist import data, dist
 from ckd_dist.bench.measure import Row, in_turn
 from ckd_dist.config import LoaderConfig
-from ckd_dist.data import BetonLoader, DatasetInfo
+from ckd_dist.data import DatasetInfo
 from ckd_dist.ffcv_mended import IMAGE_MODES, Epoch, IntDecoder, Loader, OrderOption, ToTensor
+from ckd_dist.loader import BetonLoader, read_labels, stored_images
 from ckd_dist.stages import stage
 from ckd_dist.views import ViewRecipe
 
@@ -61,7 +62,7 @@ class StoredImages(Dataset):
     """The images as they lie in the .beton file, decoded and transformed by torchvision."""
 
     def __init__(self, info: DatasetInfo):
-        self._count, self._read, self._labels = info.count, data.stored_images(info), data.read_labels(info)
+        self._count, self._read, self._labels = info.count, stored_images(info), read_labels(info)
         self._transform = v2.Compose([v2.RandomResizedCrop(SIZE, antialias=True), v2.RandomHorizontalFlip()])
 
     def __len__(self) -> int:

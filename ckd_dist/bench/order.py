@@ -20,7 +20,7 @@ from ckd_dist import data
 from ckd_dist.bench.loader import PHOTOGRAPHS, photograph_files
 from ckd_dist.bench.measure import Row
 from ckd_dist.config import LoaderConfig, TrainDataConfig
-from ckd_dist.data import BetonLoader
+from ckd_dist.loader import BetonLoader
 from ckd_dist.stages import console, stage
 from ckd_dist.views import ViewRecipe
 
@@ -104,7 +104,7 @@ def main(path: str, order: str) -> None:
     ids = np.arange(info.count)
     if order != "sequential":
         config = TrainDataConfig(train=path, order=order, window_pages=WINDOW)  # type: ignore[arg-type]
-        ids = data.epoch_ids(info, config, 0, 0)
+        ids = loader.epoch_ids(config, 0, 0)
     list(loader.batches(ids[:1]))  # compiles
     started = time.perf_counter()
     seen = sum(len(batch.ids) for batch in loader.batches(ids))

@@ -20,7 +20,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from ckd_dist import checkpoint, data, engine, losses, models, students
 from ckd_dist.bench.measure import Row, in_turn, spread
 from ckd_dist.config import DistillConfig, load_config, to_dict
-from ckd_dist.data import Batch, BetonLoader, DatasetInfo
+from ckd_dist.data import Batch, DatasetInfo
+from ckd_dist.loader import BetonLoader
 from ckd_dist.log import RunFolder
 from ckd_dist.stages import stage
 

@@ -255,6 +255,7 @@ def convert(options: argparse.Namespace) -> int:
     import torch
 
     from ckd_dist import caching, data
+    from ckd_dist.loader import read_labels
     from ckd_dist.log import ProgressDisplay, say
     from ckd_dist.store import codecs
     from ckd_dist.store.manifest import Manifest
@@ -269,7 +270,7 @@ def convert(options: argparse.Namespace) -> int:
     codec = codecs.from_config(asked, source.num_classes)
     require(codec != source, f"convert: {options.store} is {manifest.codec} already: choose another codec")
     images = data.read_info(options.train, "data.train")
-    labels = torch.from_numpy(data.read_labels(images))
+    labels = torch.from_numpy(read_labels(images))
     members = manifest.members
     reader = StoreReader(str(options.store), list(members), images)
     reader.check_shards()

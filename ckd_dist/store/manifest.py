@@ -53,7 +53,7 @@ class Manifest:
     checkpoints: dict[str, dict]
     """Member name (`member_name`) -> `epoch`, `model`, `weights_sha256`."""
     images: dict[str, str]
-    """Sample id -> sha256 of a decoded image, for a few (`data.image_digests`)."""
+    """Sample id -> sha256 of a decoded image, for a few (`loader.image_digests`)."""
 
     @property
     def identity(self) -> dict:

@@ -1,0 +1,91 @@
+"""A training set up from its configuration: images, loaders, models and run folders, handed to the train loop."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import partial
+
+import torch
+
+from ckd_dist import dist
+from ckd_dist.config import TrainConfig, require, to_dict
+from ckd_dist.data import DatasetInfo, eval_recipe, rank_share, read_info
+from ckd_dist.engine import Learner, Loss, Source, fit
+from ckd_dist.loader import BetonLoader, read_labels
+from ckd_dist.log import RunFolder, say
+from ckd_dist.models import build_model, load_weights
+from ckd_dist.views import ViewRecipe
+
+
+def train(
+    configs: Sequence[TrainConfig],
+    loss: Sequence[Loss],
+    *,
+    device: torch.device,
+    info: DatasetInfo,
+    recipe: ViewRecipe,
+    view_seed: int,
+    source: Callable[[int], Source],
+    save_every: int,
+) -> None:
+    """Train the models that `configs` describe, each with its loss and in its run folder, side by side on views of
+    `info`'s images; collective. The configurations agree in all that concerns data, seed, epochs and saving."""
+    config = configs[0]
+    batch_size, size = config.data.batch_size, info.image_size(config.data.image_size)
+    val_size = config.data.val_image_size or size
+    require(
+        batch_size <= info.count,
+        f"data.batch_size {batch_size} is larger than the {info.count} images of {info.path}",
+    )
+    share = rank_share(batch_size)
+    val_info = read_info(config.data.val, "data.val") if config.data.val else None
+    require(
+        val_info is None or val_info.num_classes == info.num_classes,
+        f"data.val has {val_info and val_info.num_classes} classes, data.train {info.num_classes}",
+    )
+    metadata = {
+        "num_classes": info.num_classes,
+        "image_size": val_size,
+        "mean": list(info.mean),
+        "std": list(info.std),
+        "dataset": {"name": info.dataset, "content_hash": info.content_hash, "count": info.count},
+    }
+    learners = []
+    for each, its_loss in zip(configs, loss, strict=True):
+        torch.manual_seed(config.seed)
+        model = build_model(each.model.name, info.num_classes)
+        if each.model.weights:
+            load_weights(model, each.model.weights)
+        run = RunFolder(each.run_dir, to_dict(each), tensorboard=each.tensorboard)
+        its_metadata = {"model": each.model.name, **metadata}
+        learner = Learner(model, each, its_loss, run, device, its_metadata, info.count // batch_size)
+        if run.summary is not None and learner.step == config.epochs * learner.steps_per_epoch:
+            say(f"{run.path}: complete already, top1 {run.summary.get('top1', float('nan')):.2f}")
+        else:
+            learners.append(learner)
+    if not learners:
+        return
+    make_loader = partial(
+        BetonLoader,
+        config=config.data,
+        batch_size=share.stop - share.start,
+        device=device,
+        mean=info.mean,
+        std=info.std,
+    )
+    ahead = 0
+    if config.data.order == "quasi_random":
+        ahead, labels = config.data.window_pages, read_labels(info)
+        if (labels[1:] == labels[:-1]).mean() > 0.5 and info.num_classes > 2:
+            say(f"warning: images of a class lie together in {info.path}, so batches have few: write it with --shuffle")
+    loader = make_loader(info, recipe=recipe, view_seed=view_seed, image_size=size, pages_ahead=ahead)
+    val_loader = make_loader(val_info, recipe=eval_recipe(val_info), image_size=val_size) if val_info else None
+    models = ", ".join(dict.fromkeys(learner.config.model.name for learner in learners))
+    what = f"{learners[0].run.path}: {models}"
+    if len(learners) > 1:
+        what = f"{len(learners)} students side by side, {models}"
+    say(
+        f"{what} at {size} px on {info.count} images of {info.dataset}, {config.epochs} epochs of "
+        f"{learners[0].steps_per_epoch} steps, {dist.world_size()} processes on {device.type}"
+    )
+    fit(learners, loader, val_loader, config, save_every=save_every, source=source)
