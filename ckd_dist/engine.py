@@ -21,7 +21,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from ckd_dist import checkpoint, dist, losses
-from ckd_dist.config import STOPPED, TrainConfig, TrainingError, require
+from ckd_dist.config import STOPPED, TrainConfig, TrainingError
 from ckd_dist.data import Batch, Rows, train_ids
 from ckd_dist.log import ProgressDisplay, RunFolder, format_seconds, say
 from ckd_dist.optim import build_optimizer, image_size, learning_rate
@@ -46,20 +46,6 @@ class Source:
     """Fetches records from a store."""
     teacher: OnlineTeacher | None = None
     """Makes them at every step."""
-
-
-def turns(shares: list[float], epochs: int) -> list[int]:
-    """Which of several teachers has each of the student's epochs, one after another, given their shares of 1.
-
-    Raises `UserError` when one of them would have none.
-    """
-    ends = np.round(np.cumsum(shares) * epochs).astype(int)
-    counts = np.diff(ends, prepend=0)
-    require(
-        bool((counts > 0).all()),
-        f"teacher.combine sequence: {len(shares)} checkpoints cannot all have a share of {epochs} epochs",
-    )
-    return np.repeat(np.arange(len(shares)), counts).tolist()
 
 
 def autocast(device: torch.device, amp: str) -> torch.autocast:

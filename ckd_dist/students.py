@@ -7,54 +7,20 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 from torch import nn
 
-from ckd_dist import caching, checkpoint, data, dist, engine, losses, models, selection, training
+from ckd_dist import caching, checkpoint, data, dist, engine, models, selection, training
 from ckd_dist.config import DistillConfig, TeacherConfig, require
-from ckd_dist.data import Batch, DatasetInfo
+from ckd_dist.data import DatasetInfo
+from ckd_dist.lessons import Lessons
 from ckd_dist.log import say
 from ckd_dist.store import codecs
 from ckd_dist.store.manifest import Manifest
 from ckd_dist.store.reader import StoreReader
 from ckd_dist.views import ViewRecipe
-
-
-class Lessons:
-    """Which of the teacher's checkpoints a student hears in each epoch, and the loss that it minimises."""
-
-    def __init__(self, config: DistillConfig, available: list[int | str], codec: codecs.Codec):
-        """`available` are all checkpoints at hand, of which `config.teacher` names some; none for a plain student."""
-        self._config, self._codec = config, codec
-        asked = config.teacher
-        members = [available.index(name) for name in asked.checkpoints]
-        self._weights = [weight / sum(asked.weights) for weight in asked.weights] or [1 / len(members) for _ in members]
-        self.members = [members] * config.epochs
-        """For each epoch, positions among `available`."""
-        if asked.combine == "sequence":
-            self.members = [[members[turn]] for turn in engine.turns(self._weights, config.epochs)]
-            self._weights = [1.0]
-            say(f"teachers in sequence: epochs {', '.join(str(available[turn]) for (turn,) in self.members)}")
-
-    def loss(
-        self, columns: Callable[[int], list[int]], logits: torch.Tensor, batch: Batch, epoch: int
-    ) -> dict[str, torch.Tensor]:
-        """An `engine.Loss`, once `columns` is given: where in `batch.teacher_records` the members of an epoch are."""
-        config = self._config
-        if not self.members[epoch]:
-            return {"loss": losses.cross_entropy(logits, batch.labels, config.label_smoothing, batch.mixed)}
-        assert batch.teacher_records is not None
-        records, kd, combine = batch.teacher_records[:, columns(epoch)], config.kd, config.teacher.combine
-        ensemble: dict[str, Any] = {"weights": self._weights, "combine": combine}
-        ours, teacher = codecs.compared(self._codec, records, kd, logits, **ensemble)
-        values = losses.distillation(logits, teacher, batch.labels, kd, config.label_smoothing, batch.mixed, ours)
-        answers = codecs.answers(self._codec, records, kd, teacher, **ensemble)
-        values["teacher_top1"] = batch.top1(answers)
-        values["agreement"] = 100.0 * (answers == logits.argmax(dim=1))
-        return values
 
 
 def train(configs: Sequence[DistillConfig], device: torch.device) -> None:

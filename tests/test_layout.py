@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import ast
+import subprocess
+import sys
 
 import pytest
 from conftest import ROOT
@@ -15,7 +17,7 @@ FLOORS = [
     {"data", "models", "store"},
     {"decoder"},
     {"loader"},
-    {"engine"},
+    {"engine", "lessons"},
     {"training"},
     {"caching", "selection", "findings"},
     {"students", "figures"},
@@ -75,3 +77,8 @@ def test_launch_imports_the_configuration_only():
 def test_data_prep_imports_nothing_of_ckd_dist():
     for path in (ROOT / "data_prep").glob("*.py"):
         assert all(package != "ckd_dist" for _, package in imported(path)), path
+
+
+def test_the_train_loop_needs_no_ffcv():
+    code = "import sys, ckd_dist.bench.step; sys.exit('ffcv' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0

@@ -8,25 +8,30 @@ estimated. RUN_DIR (default runs/bench) gets bench.json, and keeps images and te
   loader    our views, FFCV's stock decoder, torchvision v2 with DataLoader; JPEG, half JPEG, raw
   order     a file larger than memory, in random and in quasi-random order (as root, to limit the memory)
   step      the train step on data in memory against a bare loop
+  teaching  the same with cached records and with online teachers
   epochs    plain training, from the store (dense, top-k), online teachers, small and large
   store     caching against the bare forward pass, 1 and 4 checkpoints; reading; what `store plan` foretells
   students  four side by side against four commands
   scaling   1 and 2 processes on the CPU, or 1 to 8 GPUs
 
-On a GPU: ResNet-18, ResNet-50 and MobileNetV2 at 224 and 160 px for the step, and larger models for the rest.
+On a GPU: ResNet-18, ResNet-50 and MobileNetV2 at 224 and 160 px for the step, and larger models for the rest. Without
+FFCV: step and teaching, on random numbers in memory.
 """
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from ckd_dist.config import Parser, run_process
 from ckd_dist.stages import console
 
-CASES = ("loader", "order", "step", "epochs", "store", "students", "scaling")
+IN_MEMORY = ("step", "teaching")
+CASES = ("loader", "order", *IN_MEMORY, "epochs", "store", "students", "scaling")
 
 
 def main() -> None:
@@ -37,26 +42,37 @@ def main() -> None:
     options = parser.parse_args(sys.argv[1:])
 
     from ckd_dist import dist, log
-    from ckd_dist.bench import loader, measure, order, storing, training
+    from ckd_dist.bench import measure, step
 
+    with_ffcv = importlib.util.find_spec("ffcv") is not None
+    if not with_ffcv:
+        console.print(f"FFCV is not installed: only {' and '.join(IN_MEMORY)} are measured, on random data in memory")
+    names = [name for name in options.only if with_ffcv or name in IN_MEMORY]
     folder: Path = options.run_dir
     folder.mkdir(parents=True, exist_ok=True)
     with dist.process_group() as device:
         limits = measure.machine_limits(device)
-        setup = training.Setup(folder, device)
-        if set(options.only) - {"loader", "order"}:
-            setup.prepare()
-        cases = {
-            "loader": lambda: loader.measure(folder),
-            "order": lambda: order.measure(folder),
-            "step": lambda: training.measure_step(setup, limits),
-            "epochs": lambda: training.measure_epochs(setup),
-            "store": lambda: storing.measure(setup),
-            "students": lambda: training.measure_students(setup),
-            "scaling": lambda: training.measure_scaling(setup),
+        scratch = folder / "scratch"
+        cases: dict[str, Callable[[], list[measure.Row]]] = {
+            "step": lambda: step.measure(scratch, device, limits),
+            "teaching": lambda: step.measure_teaching(scratch, device),
         }
+        if set(names) - set(IN_MEMORY):
+            from ckd_dist.bench import loader, order, storing, training
+
+            setup = training.Setup(folder, device)
+            cases |= {
+                "loader": lambda: loader.measure(folder),
+                "order": lambda: order.measure(folder),
+                "epochs": lambda: training.measure_epochs(setup),
+                "store": lambda: storing.measure(setup),
+                "students": lambda: training.measure_students(setup),
+                "scaling": lambda: training.measure_scaling(setup),
+            }
+            if set(names) - {"loader", "order", *IN_MEMORY}:
+                setup.prepare()
         result: dict[str, Any] = {"environment": log.environment(), "machine": limits, "rows": []}
-        for name in options.only:
+        for name in names:
             console.rule(f"[bold]measuring: {name}", align="left")
             result["rows"] += [row.to_dict() for row in cases[name]()]
             (folder / "bench.json").write_text(json.dumps(result, indent=2) + "\n")
@@ -67,6 +83,8 @@ def show(result: dict) -> None:
     """Print the result as a table."""
     from rich.console import Console
     from rich.table import Table
+
+    from ckd_dist.bench.measure import format_spread
 
     environment, machine = result["environment"], result["machine"]
     versions = ", ".join(f"{name} {version}" for name, version in environment["versions"].items())
@@ -79,14 +97,13 @@ def show(result: dict) -> None:
     )
     for column in ("", "rate", "", "ratio to", "", "limit"):
         table.add_column(column, justify="right" if column == "rate" else "left")
-    spread = "{median:.2f} ({min:.2f} to {max:.2f})".format
     case = None
     for row in result["rows"]:
         if row["case"] != case:
             case = row["case"]
             table.add_section()
             table.add_row(f"[bold]{case}")
-        ratio = spread(**row["ratio"]) if row["ratio"] else ""
+        ratio = format_spread(row["ratio"]) if row["ratio"] else ""
         rate = row["rate"]["median"]
         shown = f"{rate:,.0f}" if rate >= 10 else f"{rate:.3g}"
         table.add_row(f"  {row['what']}", shown, row["unit"], row["reference"] or "", ratio, row["limit"])

@@ -48,6 +48,11 @@ def spread(values: Sequence[float]) -> dict[str, float]:
     return {"median": statistics.median(values), "min": min(values), "max": max(values)}
 
 
+def format_spread(values: dict[str, float]) -> str:
+    """A `spread` as text."""
+    return "{median:.2f} ({min:.2f} to {max:.2f})".format(**values)
+
+
 def synchronize() -> None:
     """Wait until the device has done what it was given."""
     if torch.cuda.is_available():
@@ -64,14 +69,15 @@ def in_turn(
     references: dict[str, str] | None = None,
     limits: dict[str, str] | None = None,
 ) -> list[Row]:
-    """Do all `works` one after another, `rounds` times, after some that do not count. A work returns how much it did,
-    in units; a row has its rate and the ratio to its reference's in the same round: by default, the first work's."""
+    """Do all `works` one after another, forwards and backwards in turn, `rounds` times, after some that do not count. A
+    work returns how much it did, in units; a row has its rate and the ratio to its reference's in the same round: by
+    default, the first work's."""
     rates: dict[str, list[float]] = {name: [] for name in works}
     for number in range(-warm_up, rounds):
-        for name, work in works.items():
+        for name in list(works)[:: -1 if number % 2 else 1]:
             synchronize()
             started = time.perf_counter()
-            done = work()
+            done = works[name]()
             synchronize()
             if number >= 0:
                 rates[name].append(done / (time.perf_counter() - started))

@@ -1,4 +1,4 @@
-"""Training: a step against a bare loop, whole epochs with and without teachers, students side by side, and ranks."""
+"""Training: whole epochs with and without teachers, students side by side, and ranks."""
 
 from __future__ import annotations
 
@@ -14,33 +14,16 @@ from functools import cached_property, partial
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
-from torch.utils.flop_counter import FlopCounterMode
 
-from ckd_dist import checkpoint, data, engine, losses, models, students
-from ckd_dist.bench.measure import Row, in_turn, spread
-from ckd_dist.config import DistillConfig, load_config, to_dict
-from ckd_dist.data import Batch, DatasetInfo
+from ckd_dist import checkpoint, data, engine, models, students
+from ckd_dist.bench.measure import Row, format_spread, in_turn, spread
+from ckd_dist.bench.step import Models, learner, memory_batch, models_of, plain_loss
+from ckd_dist.config import DistillConfig, load_config
+from ckd_dist.data import DatasetInfo
 from ckd_dist.loader import BetonLoader
-from ckd_dist.log import RunFolder
 from ckd_dist.stages import stage
 
 IMAGES, VIEWS, ROUNDS = 4096, 2, 7
-
-
-@dataclass(frozen=True)
-class Models:
-    """Models that keep a device busy."""
-
-    student: str
-    teachers: tuple[str, str]
-    """A small and a large one."""
-    image_size: int
-    batch_size: int
-
-
-ON_CPU = Models("resnet20", ("resnet20", "resnet56"), 28, 128)
-ON_GPU = Models("resnet18", ("resnet18", "resnet50"), 160, 512)
 
 
 @dataclass(frozen=True)
@@ -53,7 +36,7 @@ class Setup:
     @property
     def models(self) -> Models:
         """Those of the device."""
-        return ON_GPU if self.device.type == "cuda" else ON_CPU
+        return models_of(self.device)
 
     @property
     def images(self) -> Path:
@@ -92,79 +75,6 @@ class Setup:
             store = ["--store", self.store(codec), *more]
             stage(f"its logits, {codec}", "ckd_dist.cache_logits", *self.options, *small, *store)
 
-    def learner(self, name: str, model: str, loss: engine.Loss, batch_size: int) -> engine.Learner:
-        """A model ready to train, as `distill` makes it."""
-        run_dir = self.folder / "scratch" / name
-        shutil.rmtree(run_dir, ignore_errors=True)
-        options = ["--data.train", self.images, "--model.name", model, "--epochs", 1000, "--run_dir", run_dir]
-        config = load_config(DistillConfig, [str(word) for word in [*options, "--data.batch_size", batch_size]])
-        torch.manual_seed(0)
-        network = models.build_model(model, self.info.num_classes)
-        run = RunFolder(config.run_dir, to_dict(config))
-        return engine.Learner(network, config, loss, run, self.device, {}, self.info.count // batch_size)
-
-
-def memory_batch(count: int, size: int, classes: int, device: torch.device) -> Batch:
-    """Random numbers in place of `count` images and labels, on the device."""
-    images = torch.randn(count, 3, size, size, device=device).to(memory_format=torch.channels_last)
-    return Batch(images, torch.randint(classes, (count,), device=device), torch.arange(count))
-
-
-def plain_loss(logits: torch.Tensor, batch: Batch, epoch: int) -> dict[str, torch.Tensor]:
-    """The label's cross entropy."""
-    return {"loss": losses.cross_entropy(logits, batch.labels)}
-
-
-# ------------------------------------------------------------------------------------------- step
-
-
-def measure_step(setup: Setup, limits: dict[str, float]) -> list[Row]:
-    """Train steps on a batch that is in memory, against a loop of the fewest lines that do the same arithmetic."""
-    cases = [("resnet20", 32, 128), ("resnet18", 64, 64)]
-    if setup.device.type == "cuda":
-        cases = [(name, size, 512) for name in ("resnet18", "resnet50", "mobilenet_v2") for size in (224, 160)]
-    return [row for case in cases for row in _measure_step(setup, limits, *case)]
-
-
-def _measure_step(
-    setup: Setup, limits: dict[str, float], name: str, size: int, batch_size: int, steps: int = 4
-) -> list[Row]:
-    device, classes = setup.device, setup.info.num_classes
-    batch = memory_batch(batch_size, size, classes, device)
-    ours = setup.learner(f"step_{name}_{size}", name, plain_loss, batch_size)
-    torch.manual_seed(0)
-    model = models.build_model(name, classes).to(device).to(memory_format=torch.channels_last).train()
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9, nesterov=True, weight_decay=5e-4, fused=True)
-
-    def bare_step() -> None:
-        with torch.autocast(device.type, torch.bfloat16):
-            logits = model(batch.images)
-        F.cross_entropy(logits.float(), batch.labels).backward()
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-
-    def bare() -> float:
-        for _ in range(steps):
-            bare_step()
-        return steps * batch_size
-
-    def step() -> float:
-        for _ in engine.train_steps([ours], [batch] * steps, done=ours.step):
-            pass
-        ours.log(1.0, 0.0)
-        return steps * batch_size
-
-    with FlopCounterMode(display=False) as counter:
-        bare_step()
-    case = f"step, {name}, {size} px, batch {batch_size}"
-    rows = in_turn(case, "images/s", {"bare loop": bare, "ckd_dist": step}, rounds=15, warm_up=3)
-    share = counter.get_total_flops() * rows[1].rate / batch_size / limits["bfloat16_flop_per_s"]
-    rows[1].limit = f"arithmetic: {100 * share:.0f} % of a large bfloat16 product's"
-    if device.type == "cuda":
-        rows[1].limit += f"; {torch.cuda.max_memory_allocated() / 1e9:.1f} GB"
-        torch.cuda.reset_peak_memory_stats()
-    return rows
-
 
 # ------------------------------------------------------------------------------------------- epochs
 
@@ -184,10 +94,11 @@ def measure_epochs(setup: Setup) -> list[Row]:
     for name in teachers:
         options = ["--teacher.run", setup.teacher(name), "--data.views", VIEWS]
         works[f"online teacher, {name}"] = _epochs(setup, f"online_{name}", *options)
-    shape = (setup.models.batch_size, setup.models.image_size, setup.info.num_classes)
+    shape = (setup.models.batch_size, setup.models.image_size)
     batches = [memory_batch(*shape, setup.device)] * 8
     images = sum(len(batch.images) for batch in batches)
-    one = setup.learner("in_memory", student, plain_loss, setup.models.batch_size)
+    scratch = setup.folder / "scratch"
+    one = learner(scratch / "in_memory", student, plain_loss, setup.device, setup.models.batch_size)
 
     def step() -> float:
         for _ in engine.train_steps([one], batches, done=one.step):
@@ -212,7 +123,7 @@ def measure_epochs(setup: Setup) -> list[Row]:
             most = [1 + a / b for a, b in zip(found["student's step, data in memory"], ahead, strict=True)]
             gain = [a / b for a, b in zip(taught.rates, row.rates, strict=True)]
             share = spread([a / b for a, b in zip(gain, most, strict=True)])
-            row.limit = "the store gains {median:.2f} ({min:.2f} to {max:.2f})".format(**share)
+            row.limit = f"the store gains {format_spread(share)}"
             row.limit += f" of student and teacher over student, {statistics.median(most):.2f}"
     return rows + others
 
@@ -224,7 +135,10 @@ def _epochs(setup: Setup, name: str, *teacher: object) -> Callable[[], float]:
     config = load_config(DistillConfig, [str(word) for word in options])
     config = replace(config, teacher=students.resolved(config.teacher))
     taught = students.teaching([config], setup.info, setup.device)
-    one = setup.learner(name, student, taught.losses[0], batch_size)
+    one = learner(
+        setup.folder / "scratch" / name, student, taught.losses[0], setup.device, batch_size,
+        steps_per_epoch=setup.info.count // batch_size,
+    )  # fmt: skip
     size = setup.models.image_size
     loader = BetonLoader(
         setup.info, config.data, taught.recipe, batch_size=batch_size, image_size=size, device=setup.device
