@@ -259,8 +259,7 @@ def write_work(store: Path, recorder: Recorder, work: Work) -> None:
 def space(store: Path, manifest: Manifest) -> tuple[int, int]:
     """(bytes still to be written, bytes free on the disk)."""
     folder = next(path for path in (store, *store.absolute().parents) if path.exists())
-    there = sum(path.stat().st_size for path in store.rglob("*") if path.is_file())
-    return store_size(manifest)[0] - there, shutil.disk_usage(folder).free
+    return store_size(manifest)[0] - bytes_below(store), shutil.disk_usage(folder).free
 
 
 def require_space(store: Path, manifest: Manifest) -> None:
@@ -271,6 +270,11 @@ def require_space(store: Path, manifest: Manifest) -> None:
         f"store: {store} needs {format_bytes(needed)} more, the disk has {format_bytes(free)} free: make room, choose "
         "another disk, fewer --views, or --codec topk",
     )
+
+
+def bytes_below(folder: Path) -> int:
+    """Bytes of all files in `folder`; 0 where there is none."""
+    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
 
 
 def format_bytes(count: float) -> str:

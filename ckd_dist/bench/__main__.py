@@ -48,6 +48,10 @@ def main() -> None:
     if not with_ffcv:
         console.print(f"FFCV is not installed: only {' and '.join(IN_MEMORY)} are measured, on random data in memory")
     names = [name for name in options.only if with_ffcv or name in IN_MEMORY]
+    needs_files = set(names) - set(IN_MEMORY)
+    if needs_files:
+        from ckd_dist.bench import loader, order, storing, training
+
     folder: Path = options.run_dir
     folder.mkdir(parents=True, exist_ok=True)
     with dist.process_group() as device:
@@ -57,9 +61,7 @@ def main() -> None:
             "step": lambda: step.measure(scratch, device, limits),
             "teaching": lambda: step.measure_teaching(scratch, device),
         }
-        if set(names) - set(IN_MEMORY):
-            from ckd_dist.bench import loader, order, storing, training
-
+        if needs_files:
             setup = training.Setup(folder, device)
             cases |= {
                 "loader": lambda: loader.measure(folder),
@@ -69,7 +71,7 @@ def main() -> None:
                 "students": lambda: training.measure_students(setup),
                 "scaling": lambda: training.measure_scaling(setup),
             }
-            if set(names) - {"loader", "order", *IN_MEMORY}:
+            if needs_files - {"loader", "order"}:
                 setup.prepare()
         result: dict[str, Any] = {"environment": log.environment(), "machine": limits, "rows": []}
         for name in names:

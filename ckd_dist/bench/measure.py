@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -62,7 +62,7 @@ def synchronize() -> None:
 def in_turn(
     case: str,
     unit: str,
-    works: dict[str, Callable[[], float]],
+    works: Mapping[str, Callable[[], float]],
     *,
     rounds: int,
     warm_up: int = 1,

@@ -146,8 +146,7 @@ def measure_reading(
             reader.rows(ids, 0)
         return batches * batch_size
 
-    size = sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
-    case = f"store, dense, {count:,} records of {classes} classes, {caching.format_bytes(size)}"
+    case = f"store, dense, {count:,} records of {classes} classes, {caching.format_bytes(caching.bytes_below(path))}"
     works = {"numpy's take of the same rows in memory": take, "reading, random order, page cache": rows}
     limits = {"reading, random order, page cache": "memory: rows of 2 kB from anywhere"}
     found = in_turn(case, "records/s", works, rounds=15, warm_up=3, limits=limits)
@@ -167,7 +166,7 @@ def measure_plan(setup: Setup, tries: int = 3) -> list[Row]:
         shutil.rmtree(store, ignore_errors=True)
         planned = json.loads(output("ckd_dist.store", "plan", *options, "--json"))
         found = re.search(r"written in ([\d.]+) s", output("ckd_dist.cache_logits", *options))
-        assert found and planned["bytes"] == sum(f.stat().st_size for f in store.rglob("*") if f.is_file())
+        assert found and planned["bytes"] == caching.bytes_below(store)
         records = 4 * setup.info.count
         foretold.append(records / planned["seconds"])
         done.append(records / float(found[1]))

@@ -8,6 +8,7 @@ import shutil
 import statistics
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
@@ -23,7 +24,8 @@ from ckd_dist.data import DatasetInfo
 from ckd_dist.loader import BetonLoader
 from ckd_dist.stages import stage
 
-IMAGES, VIEWS, ROUNDS = 4096, 2, 7
+IMAGES, VIEWS = 4096, 2
+CODECS = {"dense": [], "topk": ["--codec", "topk", "--k", 8]}
 
 
 @dataclass(frozen=True)
@@ -71,7 +73,7 @@ class Setup:
             model = ["--model.name", name, "--epochs", 1, "--run_dir", self.teacher(name)]
             stage(f"a teacher, {name}", "ckd_dist.train_teacher", *self.options, *model)
         small = ["--teacher.run", self.teacher(self.models.teachers[0]), "--views", VIEWS]
-        for codec, more in (("dense", []), ("topk", ["--codec", "topk", "--k", 8])):
+        for codec, more in CODECS.items():
             store = ["--store", self.store(codec), *more]
             stage(f"its logits, {codec}", "ckd_dist.cache_logits", *self.options, *small, *store)
 
@@ -84,16 +86,18 @@ def measure_epochs(setup: Setup) -> list[Row]:
     the student and the teachers reach on data in memory, which bounds what a store can gain."""
     student, teachers = setup.models.student, setup.models.teachers
     case = f"epoch, {student}, {setup.models.image_size} px, {setup.info.num_classes} classes"
-    works: dict[str, Callable[[], float]] = {"plain training": _epochs(setup, "plain")}
-    for codec in ("dense", "topk"):
-        works[f"from the store, {codec}"] = _epochs(setup, codec, "--teacher.store", setup.store(codec))
-    limits = dict.fromkeys(works, "arithmetic: the student's step")
-    rows = in_turn(case, "images/s", works, rounds=21, limits=limits)
+    epochs = {"plain training": _Epochs(setup, "plain")}
+    for codec in CODECS:
+        epochs[f"from the store, {codec}"] = _Epochs(setup, codec, "--teacher.store", setup.store(codec))
+    epochs["plain training, again"] = _Epochs(setup, "again")  # how far the same differs from itself
+    rows = in_turn(case, "images/s", epochs, rounds=11)
+    for row in rows:
+        row.limit = f"arithmetic: the student's step; {100 * statistics.median(epochs[row.what].waited):.1f} % for data"
 
-    works = {"from the store, dense": works["from the store, dense"]}
+    works: dict[str, Callable[[], float]] = {"from the store, dense": epochs["from the store, dense"]}
     for name in teachers:
         options = ["--teacher.run", setup.teacher(name), "--data.views", VIEWS]
-        works[f"online teacher, {name}"] = _epochs(setup, f"online_{name}", *options)
+        works[f"online teacher, {name}"] = _Epochs(setup, f"online_{name}", *options)
     shape = (setup.models.batch_size, setup.models.image_size)
     batches = [memory_batch(*shape, setup.device)] * 8
     images = sum(len(batch.images) for batch in batches)
@@ -115,7 +119,7 @@ def measure_epochs(setup: Setup) -> list[Row]:
         network, _ = models.load_model(setup.teacher(name) / "checkpoints" / "epoch_0001.pt", "RUN_DIR")
         works[f"forward of {name}, data in memory"] = partial(forward, engine.to_device(network, setup.device))
     alone = {name: name for name in works if name.endswith("in memory")}
-    taught, *others = in_turn(case, "images/s", works, rounds=ROUNDS, references=alone)
+    taught, *others = in_turn(case, "images/s", works, rounds=7, references=alone)
     found = {row.what: row.rates for row in others}
     for row in others:
         if row.what.startswith("online teacher"):
@@ -128,34 +132,44 @@ def measure_epochs(setup: Setup) -> list[Row]:
     return rows + others
 
 
-def _epochs(setup: Setup, name: str, *teacher: object) -> Callable[[], float]:
-    """A function that trains the student for an epoch of its own, as `distill` with these options of the teacher."""
-    student, batch_size = setup.models.student, setup.models.batch_size
-    options = [*setup.options, "--model.name", student, "--run_dir", "-", "--epochs", 1000, *teacher]
-    config = load_config(DistillConfig, [str(word) for word in options])
-    config = replace(config, teacher=students.resolved(config.teacher))
-    taught = students.teaching([config], setup.info, setup.device)
-    one = learner(
-        setup.folder / "scratch" / name, student, taught.losses[0], setup.device, batch_size,
-        steps_per_epoch=setup.info.count // batch_size,
-    )  # fmt: skip
-    size = setup.models.image_size
-    loader = BetonLoader(
-        setup.info, config.data, taught.recipe, batch_size=batch_size, image_size=size, device=setup.device
-    )
+class _Epochs:
+    """Trains the student for an epoch at every call, as `distill` does with these options of the teacher."""
 
-    def epoch() -> float:
-        number = one.step // one.steps_per_epoch
-        now = taught.source(number)
-        batches = loader.batches(
-            data.train_ids(data.shuffled_ids(setup.info.count, 0, number), batch_size), now.view, now.rows
+    def __init__(self, setup: Setup, name: str, *teacher: object):
+        student, self._batch_size = setup.models.student, setup.models.batch_size
+        options = [*setup.options, "--model.name", student, "--run_dir", "-", "--epochs", 1000, *teacher]
+        config = load_config(DistillConfig, [str(word) for word in options])
+        config = replace(config, teacher=students.resolved(config.teacher))
+        self._taught = students.teaching([config], setup.info, setup.device)
+        self._learner = learner(
+            setup.folder / "scratch" / name,
+            student,
+            self._taught.losses[0],
+            setup.device,
+            self._batch_size,
+            steps_per_epoch=setup.info.count // self._batch_size,
         )
+        self._loader = BetonLoader(
+            setup.info,
+            config.data,
+            self._taught.recipe,
+            batch_size=self._batch_size,
+            image_size=setup.models.image_size,
+            device=setup.device,
+        )
+        self.waited: list[float] = []
+        """Share of each epoch's time that the step waited for data."""
+
+    def __call__(self) -> float:
+        one, loader, started, waited = self._learner, self._loader, time.perf_counter(), self._loader.seconds_waited
+        epoch = one.step // one.steps_per_epoch
+        now, order = self._taught.source(epoch), data.shuffled_ids(loader.info.count, 0, epoch)
+        batches = loader.batches(data.train_ids(order, self._batch_size), now.view, now.rows)
         for _ in engine.train_steps([one], batches, now.teacher, one.step):
             pass
         one.log(1.0, 0.0)
-        return one.steps_per_epoch * batch_size
-
-    return epoch
+        self.waited.append((loader.seconds_waited - waited) / (time.perf_counter() - started))
+        return one.steps_per_epoch * self._batch_size
 
 
 # ------------------------------------------------------------------------------------------- commands
