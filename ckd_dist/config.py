@@ -122,7 +122,7 @@ class TrainDataConfig(ViewDataConfig):
     window_pages: int = 128
     """quasi_random: pages in a window; twice as many should fit into memory."""
     start_image_size: int | None = None
-    """Train on images of this side at first, for speed: from 40 % to 85 % of the epochs it rises to image_size."""
+    """Train on images of this side at first, for speed: from 73 % to 85 % of the epochs it rises to image_size."""
     val_image_size: int | None = None
     """Evaluate on images of this side, and have the checkpoints used at it; default: image_size."""
 

@@ -31,14 +31,14 @@ def parameter_groups(model: nn.Module, weight_decay: float, decay_norm_and_bias:
 
 
 def image_size(epoch: int, *, start: int | None, final: int, epochs: int) -> int:
-    """Side of the training images in an epoch, in pixels: `final`, or, given `start`, that until 40 % of the epochs are
+    """Side of the training images in an epoch, in pixels: `final`, or, given `start`, that until 73 % of the epochs are
     over, then linearly more up to `final` from 85 % on, in multiples of 32 (of 4, up to 64).
 
     The idea is progressive resizing as in FFCV's ImageNet recipes, with their proportions.
     """
     if start is None:
         return final
-    progress = min(1.0, max(0.0, (epoch / epochs - 0.40) / 0.45))
+    progress = min(1.0, max(0.0, (epoch / epochs - 0.73) / 0.12))
     multiple = 32 if final > 64 else 4
     size = round((start + (final - start) * progress) / multiple) * multiple
     return min(max(size, start), final)

@@ -64,8 +64,9 @@ def test_both_optimisers_step():
         assert not torch.equal(before, model.fc.weight)
 
 
-def test_image_size_rises_in_the_middle_of_training():
+def test_image_size_rises_towards_the_end_of_training():
     sizes = [image_size(epoch, start=128, final=192, epochs=20) for epoch in range(20)]
-    assert sizes == [128] * 11 + [160] * 4 + [192] * 5
-    assert [image_size(epoch, start=20, final=28, epochs=10) for epoch in range(10)] == [20] * 6 + [24] * 2 + [28] * 2
+    assert sizes == [128] * 16 + [160] + [192] * 3
+    assert [image_size(epoch, start=20, final=28, epochs=10) for epoch in range(10)] == [20] * 8 + [24] + [28]
+    assert [image_size(epoch, start=160, final=192, epochs=40) for epoch in range(40)] == [160] * 32 + [192] * 8
     assert image_size(3, start=None, final=224, epochs=4) == 224
