@@ -23,11 +23,12 @@ from ckd_dist.config import CacheConfig, LoaderConfig, PlanConfig, TrainingError
 from ckd_dist.data import Batch, DatasetInfo, read_info, train_recipe
 from ckd_dist.loader import BetonLoader
 from ckd_dist.log import ProgressDisplay, say
+from ckd_dist.recipe import ViewRecipe
 from ckd_dist.store import codecs
 from ckd_dist.store.manifest import Manifest, Shard, member_name
 from ckd_dist.store.reader import StoreReader, require_images
 from ckd_dist.store.writer import ShardWriter, is_written, merged, shard_size, store_size
-from ckd_dist.views import SAMPLED_CODEC, ViewRecipe, uniforms
+from ckd_dist.views import SAMPLED_CODEC, uniforms
 
 TOLERANCE = 0.1
 """Largest `Codec.deviation` of a record from its recomputation that `verify` calls equal. A float32 forward pass of a

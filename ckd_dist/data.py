@@ -13,7 +13,7 @@ import torch
 from ckd_dist import dist
 from ckd_dist.config import UserError, ViewDataConfig, require
 from ckd_dist.losses import Mixed, over_labels
-from ckd_dist.views import ViewRecipe
+from ckd_dist.recipe import ViewRecipe
 
 Rows = Callable[[np.ndarray, int], np.ndarray]
 """(sample ids [n], view) -> a store's records, uint8 [n, members, bytes]; called in the loader's thread."""

@@ -46,20 +46,31 @@ __all__ = [
     "SimpleRGBImageDecoder",
     "ToTensor",
     "libffcv",
+    "ready",
 ]
+
+
+_compile = Compiler.compile.__func__
+
+
+def ready(code: Callable) -> Callable:
+    """A decoder's code as it is to run: FFCV would compile it, anew for every loader."""
+    code.is_ready = True  # type: ignore[attr-defined]
+    return code
+
+
+def _compile_others(cls, code, signature=None):
+    return code if getattr(code, "is_ready", False) else _compile(cls, code, signature)
 
 
 def _compile_reader(self):
     # FFCV's version marks numba's interned uint8 array type immutable, which breaks every function compiled for that
-    # type from the second loader of a process on.
-    read_only = numba.types.Array(numba.types.uint8, 1, "C", readonly=True)
-    index = numba.types.uint64[::1]
-
+    # type from the second loader of a process on. This one is compiled when a decoder of FFCV's calls it.
     def read(address, state):
         size = state[2][np.searchsorted(state[1], address)]
         return state[0][address : address + size]
 
-    return Compiler.compile(read, read_only(numba.types.uint64, numba.types.Tuple([read_only, index, index])))
+    return Compiler.compile(read)
 
 
 def _set_num_threads(cls, count):
@@ -70,6 +81,7 @@ def _set_num_threads(cls, count):
 
 OSCacheManager.compile_reader = _compile_reader
 Compiler.set_num_threads = classmethod(_set_num_threads)
+Compiler.compile = classmethod(_compile_others)
 
 
 class Epoch(EpochIterator):

@@ -14,10 +14,10 @@ import torch
 from ckd_dist import dist
 from ckd_dist.config import LoaderConfig, TrainDataConfig, UserError, require
 from ckd_dist.data import Batch, DatasetInfo, Rows, eval_recipe, quasi_random_ids, shuffled_ids
-from ckd_dist.decoder import SampleIdDecoder, ViewDecoder, render
-from ckd_dist.ffcv_mended import Epoch, IntDecoder, Loader, OrderOption, PipelineSpec, Reader, ToTensor
+from ckd_dist.ffcv_mended import Epoch, Loader, OrderOption, PipelineSpec, Reader, ToTensor
 from ckd_dist.losses import Mixed
-from ckd_dist.views import ViewRecipe, partners
+from ckd_dist.recipe import ViewRecipe
+from ckd_dist.views import LabelDecoder, SampleIdDecoder, ViewDecoder, partners, render
 
 
 def read_labels(info: DatasetInfo) -> np.ndarray:
@@ -136,7 +136,7 @@ class BetonLoader:
                 drop_last=False,
                 pipelines={
                     "image": [self._decoder, ToTensor()],
-                    "label": [IntDecoder(), ToTensor()],
+                    "label": [LabelDecoder(), ToTensor()],
                     "id": PipelineSpec("label", decoder=SampleIdDecoder(), transforms=[ToTensor()]),
                 },
             )

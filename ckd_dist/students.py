@@ -17,10 +17,10 @@ from ckd_dist.config import DistillConfig, TeacherConfig, require
 from ckd_dist.data import DatasetInfo
 from ckd_dist.lessons import Lessons
 from ckd_dist.log import say
+from ckd_dist.recipe import ViewRecipe
 from ckd_dist.store import codecs
 from ckd_dist.store.manifest import Manifest
 from ckd_dist.store.reader import StoreReader
-from ckd_dist.views import ViewRecipe
 
 
 def train(configs: Sequence[DistillConfig], device: torch.device) -> None:

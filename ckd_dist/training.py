@@ -14,7 +14,7 @@ from ckd_dist.engine import Learner, Loss, Source, fit
 from ckd_dist.loader import BetonLoader, read_labels
 from ckd_dist.log import RunFolder, say
 from ckd_dist.models import build_model, load_weights
-from ckd_dist.views import ViewRecipe
+from ckd_dist.recipe import ViewRecipe
 
 
 def train(

@@ -1,8 +1,8 @@
 """A view is a pure function: view(seed, view id, sample id) -> crop box, flip, colours, erased box, partner.
 
-Every draw comes from a counter-based generator keyed by those three integers, and is made where pixels are (`decoder`):
-it does not depend on thread, rank, batch size, world size or order. So a teacher pass and a student pass see
-byte-identical images, and cached logits are addressed by (view, sample). No draw depends on the output's resolution.
+Every draw comes from a counter-based generator keyed by those three integers, inside the FFCV decoder: it does not
+depend on thread, rank, batch size, world size or order. So a teacher pass and a student pass see byte-identical
+images, and cached logits are addressed by (view, sample). No draw depends on the output's resolution.
 
 The generator is splitmix64 (Steele, Lea, Flood, "Fast splittable pseudorandom number generators", OOPSLA 2014) used
 as a hash: draw n of a stream is the finalised value of key + n * golden gamma.
@@ -11,15 +11,37 @@ as a hash: draw n of a stream is the finalised value of key + n * golden gamma.
 from __future__ import annotations
 
 import math
-from dataclasses import asdict, dataclass
-from typing import Any, Literal, NamedTuple
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
+from typing import Any, NamedTuple
 
 import numpy as np
-from numba import int64, njit, uint8, uint64
+from llvmlite import binding
+from numba import int64, njit, prange, types, uint8, uint64
+from numba.extending import overload
+
+from ckd_dist.ffcv_mended import (
+    IMAGE_MODES,
+    AllocationQuery,
+    Compiler,
+    IntDecoder,
+    SimpleRGBImageDecoder,
+    libffcv,
+    ready,
+)
+from ckd_dist.recipe import ViewRecipe
 
 # fastmath stays off: reassociated sums differ between machines, and one ulp moves a crop by a pixel. The disk cache
-# saves every process seconds of compilation.
-compiled = njit(nogil=True, error_model="numpy", fastmath=False, cache=True)
+# saves every process seconds of compilation. It looks at the time of a function's own file alone, so all compiled code
+# that hangs together is in this one; and for it, FFCV's C functions are named symbols, not addresses.
+compiled: Any = partial(njit, nogil=True, error_model="numpy", fastmath=False, cache=True)
+binding.load_library_permanently(libffcv.lib._name)
+_resize: Any = types.ExternalFunction("resize", types.void(*[int64] * 11))
+_imdecode: Any = types.ExternalFunction(
+    "imdecode", types.void(types.uintp, types.uint64, *[types.uint32] * 2, types.uintp, *[types.uint32] * 8)
+)
+_JPEG = IMAGE_MODES["jpg"]
 
 # Counters of the draws within a stream. The ten attempts at a crop take the first twenty.
 _TOP, _LEFT, _FLIP = 100, 101, 102
@@ -33,7 +55,7 @@ _RANDOM_RESIZED_CROP, _PAD_CROP, _CENTER_CROP = 0, 1, 2
 _KINDS = {"random_resized_crop": _RANDOM_RESIZED_CROP, "pad_crop": _PAD_CROP, "center_crop": _CENTER_CROP}
 
 
-class Numbers(NamedTuple):
+class _Numbers(NamedTuple):
     """A `ViewRecipe` for compiled code."""
 
     kind: int
@@ -54,74 +76,26 @@ class Numbers(NamedTuple):
     cutmix_weights: np.ndarray
 
 
-@dataclass(frozen=True, kw_only=True)
-class ViewRecipe:
-    """How a view is drawn; equal recipes and seeds give equal images.
-
-    An image is cropped, mirrored, its colours changed, a part of it erased, and the whole then mixed with another image
-    of the file that went through the same: one that no order of the images has to bring near, since a decoder reaches
-    every sample.
-    """
-
-    kind: Literal["random_resized_crop", "pad_crop", "center_crop"]
-    """random_resized_crop for photographs, pad_crop for small images of one size, center_crop for evaluation."""
-    scale: tuple[float, float] = (0.08, 1.0)
-    """random_resized_crop: range of the crop's share of the area."""
-    ratio: tuple[float, float] = (3 / 4, 4 / 3)
-    """random_resized_crop: range of the crop's width over height."""
-    padding: int = 4
-    """pad_crop: black pixels added on each side before a crop of the image's own size."""
-    center_share: float = 1.0
-    """center_crop: side of the square as a share of the image's shorter side."""
-    flip: float = 0.5
-    """Probability of a mirrored view."""
-    color_jitter: float = 0.0
-    """Brightness, contrast and saturation, in this order, are each multiplied by a factor within this of 1."""
-    erase: float = 0.0
-    """Probability that a box is filled with one random colour; its size and shape as Zhong et al., "Random Erasing Data
-    Augmentation" (arXiv 1708.04896)."""
-    mixup: float = 0.0
-    """Alpha: each image is blended with another by a weight from Beta(alpha, alpha); 0: never. Zhang et al. (arXiv
-    1710.09412)."""
-    cutmix: float = 0.0
-    """Alpha: a box of each image shows another; its area is such a weight; 0: never. Yun et al. (arXiv 1905.04899).
-    With mixup too, either takes half of the images."""
-
-    @property
-    def mixes(self) -> bool:
-        """Whether images are mixed of two."""
-        return bool(self.mixup or self.cutmix)
-
-    def to_dict(self) -> dict:
-        """As plain JSON values."""
-        return {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(self).items()}
-
-    def numbers(self) -> tuple:
-        """As compiled code takes it: the fields of `Numbers` (numba refuses named tuples in parallel loops)."""
-        return tuple(
-            Numbers(
-                _KINDS[self.kind],
-                *self.scale,
-                *self.ratio,
-                math.log(self.ratio[0]),
-                math.log(self.ratio[1]),
-                self.padding,
-                self.center_share,
-                self.flip,
-                self.color_jitter,
-                self.erase,
-                self.mixup > 0,
-                self.cutmix > 0,
-                _beta_quantiles(self.mixup),
-                _beta_quantiles(self.cutmix),
-            )
+def _numbers(recipe: ViewRecipe) -> tuple:
+    """The fields of `_Numbers` (numba refuses named tuples in parallel loops)."""
+    return tuple(
+        _Numbers(
+            _KINDS[recipe.kind],
+            *recipe.scale,
+            *recipe.ratio,
+            math.log(recipe.ratio[0]),
+            math.log(recipe.ratio[1]),
+            recipe.padding,
+            recipe.center_share,
+            recipe.flip,
+            recipe.color_jitter,
+            recipe.erase,
+            recipe.mixup > 0,
+            recipe.cutmix > 0,
+            _beta_quantiles(recipe.mixup),
+            _beta_quantiles(recipe.cutmix),
         )
-
-    @classmethod
-    def from_dict(cls, values: dict) -> ViewRecipe:
-        """Inverse of `to_dict`."""
-        arguments: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
-        return cls(**arguments)
+    )
 
 
 def _beta_quantiles(alpha: float, count: int = 4096) -> np.ndarray:
@@ -182,7 +156,7 @@ def _exp(x):
 
 
 @compiled
-def between(low, high, draw):
+def _between(low, high, draw):
     return low + (high - low) * draw
 
 
@@ -199,8 +173,8 @@ def _crop_box(key, height, width, recipe):
     area = float(height) * float(width)
     n = 0
     for _ in range(10):
-        target = area * between(recipe.scale_min, recipe.scale_max, uniform(key, n))
-        ratio = _exp(between(recipe.log_ratio_min, recipe.log_ratio_max, uniform(key, n + 1)))
+        target = area * _between(recipe.scale_min, recipe.scale_max, uniform(key, n))
+        ratio = _exp(_between(recipe.log_ratio_min, recipe.log_ratio_max, uniform(key, n + 1)))
         n += 2
         w = int64(math.floor(math.sqrt(target * ratio) + 0.5))
         h = int64(math.floor(math.sqrt(target / ratio) + 0.5))
@@ -217,7 +191,7 @@ def _crop_box(key, height, width, recipe):
 
 
 @compiled
-def box_and_flip(key, height, width, recipe):
+def _box_and_flip(key, height, width, recipe):
     """Crop box of an image of height x width pixels, and whether it is mirrored."""
     return _crop_box(key, height, width, recipe), uniform(key, _FLIP) < recipe.flip
 
@@ -229,34 +203,34 @@ def view(
 
     A pad_crop's box may reach over the image's border: what lies outside is black.
     """
-    return _view(seed, view_id, sample_id, height, width, recipe.numbers())
+    return _view(seed, view_id, sample_id, height, width, _numbers(recipe))
 
 
 @compiled
 def _view(seed, view_id, sample_id, height, width, numbers):
-    return box_and_flip(stream_key(seed, view_id, sample_id), height, width, Numbers(*numbers))
+    return _box_and_flip(stream_key(seed, view_id, sample_id), height, width, _Numbers(*numbers))
 
 
 @compiled
-def colour_factors(key, recipe):
+def _colour_factors(key, recipe):
     """Of brightness, contrast and saturation."""
     low, high = max(0.0, 1 - recipe.color_jitter), 1 + recipe.color_jitter
     return (
-        between(low, high, uniform(key, _BRIGHTNESS)),
-        between(low, high, uniform(key, _CONTRAST)),
-        between(low, high, uniform(key, _SATURATION)),
+        _between(low, high, uniform(key, _BRIGHTNESS)),
+        _between(low, high, uniform(key, _CONTRAST)),
+        _between(low, high, uniform(key, _SATURATION)),
     )
 
 
 @compiled
-def erased_box(key, recipe):
+def _erased_box(key, recipe):
     """Box (top, left, bottom, right) in shares of the sides, empty where nothing is erased, and the colour of it."""
     box, colour = (0.0, 0.0, 0.0, 0.0), (uint8(0), uint8(0), uint8(0))
     if uniform(key, _ERASE) >= recipe.erase:
         return box, colour
     for n in range(_ERASE_SHAPES, _ERASE_SHAPES + 20, 2):
-        area = between(0.02, 0.33, uniform(key, n))
-        ratio = _exp(between(-1.2039728043259361, 1.1939224684724346, uniform(key, n + 1)))  # logs of 0.3 and 3.3
+        area = _between(0.02, 0.33, uniform(key, n))
+        ratio = _exp(_between(-1.2039728043259361, 1.1939224684724346, uniform(key, n + 1)))  # logs of 0.3 and 3.3
         height, width = math.sqrt(area * ratio), math.sqrt(area / ratio)
         if height < 1 and width < 1:
             top, left = uniform(key, _ERASE_TOP) * (1 - height), uniform(key, _ERASE_LEFT) * (1 - width)
@@ -271,10 +245,10 @@ def erased_box(key, recipe):
 
 
 @compiled
-def mix(seed, view_id, sample, count, numbers):
+def _mix(seed, view_id, sample, count, numbers):
     """(partner, weight of the image itself, box of the partner (top, left, bottom, right) in shares of the sides): of
     mixup the box is empty, of cutmix the weight is what the box leaves."""
-    key, recipe = stream_key(seed, view_id, sample), Numbers(*numbers)
+    key, recipe = stream_key(seed, view_id, sample), _Numbers(*numbers)
     partner = int64(uniform(key, _PARTNER) * count)
     n = int64(uniform(key, _WEIGHT) * 4096)
     if recipe.mixup and not (recipe.cutmix and uniform(key, _CHOICE) < 0.5):
@@ -288,12 +262,292 @@ def mix(seed, view_id, sample, count, numbers):
 def partners(recipe: ViewRecipe, seed: int, view_id: int, ids: np.ndarray, count: int) -> tuple[np.ndarray, np.ndarray]:
     """With what each image of a view that mixes is mixed: partners among `count` samples, int64 [n], and the weight of
     the image itself, float32 [n]; the partner has the rest."""
-    return _partners(recipe.numbers(), seed, view_id, ids.astype(np.int64), count)
+    return _partners(_numbers(recipe), seed, view_id, ids.astype(np.int64), count)
 
 
 @compiled
 def _partners(numbers, seed, view_id, ids, count):
     partners, weights = np.empty(len(ids), dtype=np.int64), np.empty(len(ids), dtype=np.float32)
     for i in range(len(ids)):
-        partners[i], weights[i], _ = mix(seed, view_id, ids[i], count, numbers)
+        partners[i], weights[i], _ = _mix(seed, view_id, ids[i], count, numbers)
     return partners, weights
+
+
+@compiled
+def _resize_crop(image, top, left, height, width, out):
+    _resize(
+        0,
+        image.ctypes.data,
+        image.shape[0],
+        image.shape[1],
+        top,
+        top + height,
+        left,
+        left + width,
+        out.ctypes.data,
+        out.shape[0],
+        out.shape[1],
+    )
+
+
+@compiled
+def _copy_padded(image, top, left, out):
+    """out[y, x] = image[top + y, left + x], black where that lies outside."""
+    height, width, _ = image.shape
+    out[:] = 0
+    for y in range(max(0, -top), min(out.shape[0], height - top)):
+        for x in range(max(0, -left), min(out.shape[1], width - left)):
+            for c in range(3):
+                out[y, x, c] = image[top + y, left + x, c]
+
+
+@compiled
+def _mirror(image):
+    height, width, channels = image.shape
+    for y in range(height):
+        for x in range(width // 2):
+            for c in range(channels):
+                image[y, x, c], image[y, width - 1 - x, c] = image[y, width - 1 - x, c], image[y, x, c]
+
+
+@compiled
+def _jitter(image, brightness, contrast, saturation):
+    """Multiply each, rounding down and clipping in between, as torchvision's adjust_ functions do."""
+    height, width, _ = image.shape
+    total = 0.0
+    for y in range(height):
+        for x in range(width):
+            for c in range(3):
+                image[y, x, c] = min(brightness * image[y, x, c], 255.0)
+            total += _grey(image[y, x])
+    mean = math.floor(total / (height * width))
+    for y in range(height):
+        for x in range(width):
+            for c in range(3):
+                image[y, x, c] = min(max(_between(mean, image[y, x, c], contrast), 0.0), 255.0)
+            grey = _grey(image[y, x])
+            for c in range(3):
+                image[y, x, c] = min(max(_between(grey, image[y, x, c], saturation), 0.0), 255.0)
+
+
+@compiled
+def _grey(pixel):
+    return math.floor(0.2989 * pixel[0] + 0.587 * pixel[1] + 0.114 * pixel[2])
+
+
+@compiled
+def _edge(share, size):
+    """The pixel boundary nearest to a share of a side."""
+    return int64(math.floor(share * size + 0.5))
+
+
+@compiled
+def _pixels(box, size):
+    """A box in shares of the sides as pixels (top, left, bottom, right) of a square."""
+    return _edge(box[0], size), _edge(box[1], size), _edge(box[2], size), _edge(box[3], size)
+
+
+@compiled
+def _fill(image, box, colour):
+    top, left, bottom, right = _pixels(box, image.shape[0])
+    for c in range(3):
+        image[top:bottom, left:right, c] = colour[c]
+
+
+@compiled
+def _blend(image, partner, weight, box):
+    """Mix `partner` into `image`, both uint8 [size, size, 3], as `_mix` says."""
+    size = image.shape[0]
+    if box[2] > box[0]:
+        top, left, bottom, right = _pixels(box, size)
+        image[top:bottom, left:right] = partner[top:bottom, left:right]
+        return
+    ours = int64(256 * weight)
+    for y in range(size):
+        for x in range(size):
+            for c in range(3):
+                image[y, x, c] = (ours * image[y, x, c] + (256 - ours) * partner[y, x, c] + 128) >> 8
+
+
+@compiled
+def _render(data, field, seed, view_id, sample, numbers, decoded, padded, out):
+    """Fill `out`, uint8 [size, size, 3], with a view, not yet mixed, of the image that FFCV keeps as the bytes `data`
+    and the metadata `field`; `decoded` and `padded` are room to work."""
+    key, recipe = stream_key(seed, view_id, sample), _Numbers(*numbers)
+    height, width = int64(field["height"]), int64(field["width"])
+    image = data
+    if field["mode"] == _JPEG:
+        _imdecode(data.ctypes.data, data.size, height, width, decoded.ctypes.data, height, width, 0, 0, 1, 1, 0, 0)
+        image = decoded[: 3 * height * width]
+    _render_image(image.reshape(height, width, 3), key, recipe, padded, out)
+
+
+@compiled
+def _render_image(image, key, recipe, padded, out):
+    height, width, _ = image.shape
+    (top, left, h, w), flip = _box_and_flip(key, height, width, recipe)
+    if top >= 0 and left >= 0 and top + h <= height and left + w <= width:
+        _resize_crop(image, top, left, h, w, out)
+    elif h == out.shape[0] and w == out.shape[1]:
+        _copy_padded(image, top, left, out)
+    else:
+        crop = padded[: 3 * h * w].reshape(h, w, 3)
+        _copy_padded(image, top, left, crop)
+        _resize_crop(crop, 0, 0, h, w, out)
+    if flip:
+        _mirror(out)
+    if recipe.color_jitter > 0:
+        brightness, contrast, saturation = _colour_factors(key, recipe)
+        _jitter(out, brightness, contrast, saturation)
+    box, colour = _erased_box(key, recipe)
+    _fill(out, box, colour)
+
+
+def render(
+    read: Callable[[int], tuple[np.ndarray, np.void]],
+    count: int,
+    recipe: ViewRecipe,
+    seed: int,
+    view_id: int,
+    sample_id: int,
+    size: int,
+) -> np.ndarray:
+    """A view of one of `count` images as the decoder gives it, uint8 [size, size, 3]; `read` fetches an image as FFCV
+    keeps it: its bytes, uint8, and its metadata."""
+    numbers = _numbers(recipe)
+
+    def unmixed(sample: int) -> np.ndarray:
+        data, field = read(sample)
+        pixels = 3 * int(field["height"]) * int(field["width"])
+        decoded, padded = (np.empty(pixels, dtype=np.uint8) for _ in range(2))
+        out = np.empty((size, size, 3), dtype=np.uint8)
+        _render(data, field, seed, view_id, sample, numbers, decoded, padded, out)
+        return out
+
+    image = unmixed(sample_id)
+    if recipe.mixes:
+        partner, weight, box = _mix(seed, view_id, sample_id, count, numbers)
+        _blend(image, unmixed(partner), weight, box)
+    return image
+
+
+def _stored(address, state):
+    """The bytes of an image in FFCV's memory."""
+    raise NotImplementedError
+
+
+@overload(_stored)
+def _stored_in(address, state):
+    if state[0].ndim == 1:  # the whole file, mapped: (bytes, addresses, sizes)
+
+        def read(address, state):
+            size = state[2][np.searchsorted(state[1], address)]
+            return state[0][address : address + size]
+
+    else:  # FFCV's own cache: (a page in each row, addresses, sizes, the row of each page)
+
+        def read(address, state):
+            size = state[2][np.searchsorted(state[1], address)]
+            page_size = uint64(state[0].shape[1])
+            page, offset = address // page_size, address % page_size
+            return state[0][state[3][page], offset : offset + size]
+
+    return read
+
+
+def _decode_batch(over):
+    """The loop over a batch, by `over`: range, or prange for several threads."""
+
+    def decode(batch_indices, memory, metadata, storage_state, numbers, mixes):
+        out, decoded, padded, partners, seed_high, seed_low, view = memory
+        seed, view_id = (seed_high.shape[2] << 31) | seed_low.shape[2], view.shape[2]
+        for b in over(len(batch_indices)):
+            sample = int64(batch_indices[b])
+            field = metadata[sample]
+            data = _stored(field["data_ptr"], storage_state)
+            _render(data, field, seed, view_id, sample, numbers, decoded[b], padded[b], out[b])
+            if mixes:
+                partner, weight, box = _mix(seed, view_id, sample, len(metadata), numbers)
+                field = metadata[partner]
+                data = _stored(field["data_ptr"], storage_state)
+                _render(data, field, seed, view_id, partner, numbers, decoded[b], padded[b], partners[b])
+                _blend(out[b], partners[b], weight, box)
+        return out[: len(batch_indices)]
+
+    return decode
+
+
+_decode = compiled(_decode_batch(range))
+_decode_in_parallel = compiled(_decode_batch(prange), parallel=True)
+
+
+def _channel(*values: int) -> tuple[AllocationQuery, ...]:
+    """Buffers that carry integers in [0, 2**31) into compiled code as their shape, and hold no bytes.
+
+    FFCV asks an operation for its buffers anew at each epoch and hands them to the function as arguments: so
+    a value that changes between epochs belongs to that epoch's iterator alone.
+    """
+    return tuple(AllocationQuery((0, value), np.dtype("u1")) for value in values)
+
+
+class ViewDecoder(SimpleRGBImageDecoder):
+    """FFCV decoder of the field `image`: view `view` of every sample, uint8 [batch, size, size, 3].
+
+    `view` and `size` may be set between epochs; they are read when an epoch starts.
+    """
+
+    def __init__(self, recipe: ViewRecipe, size: int, seed: int = 0, view: int = 0):
+        super().__init__()
+        self.recipe, self.size, self.seed, self.view = recipe, size, seed, view
+
+    def declare_state_and_memory(self, previous_state):
+        byte = np.dtype("u1")
+        height, width = self.metadata["height"], self.metadata["width"]
+        largest = int((height.astype("u8") * width).max()) * 3
+        any_jpeg = bool((self.metadata["mode"] == IMAGE_MODES["jpg"]).any())
+        shape = (self.size, self.size, 3)
+        resized_padding = self.recipe.kind == "pad_crop" and (self.size, self.size) != (height[0], width[0])
+        return (
+            replace(previous_state, jit_mode=True, shape=shape, dtype=byte),
+            (
+                AllocationQuery(shape, byte),
+                AllocationQuery((largest if any_jpeg else 0,), byte),
+                AllocationQuery((largest if resized_padding else 0,), byte),
+                AllocationQuery(shape if self.recipe.mixes else (0, 0, 3), byte),
+                *_channel(self.seed >> 31, self.seed & 0x7FFFFFFF, self.view),
+            ),
+        )
+
+    def generate_code(self):
+        loop = _decode_in_parallel if Compiler.num_threads > 1 else _decode
+        numbers, mixes = _numbers(self.recipe), self.recipe.mixes
+
+        @ready
+        def decode(batch_indices, memory, metadata, storage_state):
+            return loop(batch_indices, memory, metadata, storage_state, numbers, mixes)
+
+        return decode
+
+
+class LabelDecoder(IntDecoder):
+    """FFCV decoder of an integer field, int64 [batch, 1]."""
+
+    def generate_code(self):
+        @ready
+        def decode(batch_indices, out, metadata, storage_state):
+            out[: len(batch_indices), 0] = metadata[batch_indices]
+            return out[: len(batch_indices)]
+
+        return decode
+
+
+class SampleIdDecoder(IntDecoder):
+    """FFCV decoder that yields each sample's id, int64 [batch, 1], from any field."""
+
+    def generate_code(self):
+        @ready
+        def decode(batch_indices, out, metadata, storage_state):
+            out[: len(batch_indices), 0] = batch_indices
+            return out[: len(batch_indices)]
+
+        return decode

@@ -21,7 +21,8 @@ from torchvision.transforms.v2 import functional
 from ckd_dist import data
 from ckd_dist.config import LoaderConfig, TrainDataConfig, UserError
 from ckd_dist.loader import BetonLoader, decode_view, read_labels, sample_pages
-from ckd_dist.views import _CONTRAST, _SATURATION, ViewRecipe, _beta_quantiles, partners, stream_key, uniform, view
+from ckd_dist.recipe import ViewRecipe
+from ckd_dist.views import _CONTRAST, _SATURATION, _beta_quantiles, partners, stream_key, uniform, view
 
 CPU = torch.device("cpu")
 RRC = ViewRecipe(kind="random_resized_crop")
@@ -89,12 +90,14 @@ def test_other_views_seeds_and_samples_differ(photographs):
     assert len(boxes) == 1000
 
 
-def test_epochs_do_not_recompile(photographs):
+def test_neither_epochs_nor_loaders_recompile(photographs):
     beton_loader = loader(photographs, RRC, 48)
     digests(beton_loader, np.arange(8), 0)
     with event.install_recorder("numba:compile") as recorder:
         for view_id in range(1, 5):
             digests(beton_loader, np.arange(30), view_id)
+        for recipe, size in ((replace(RRC, **EVERYTHING), 48), (ViewRecipe(kind="center_crop"), 32)):
+            digests(loader(photographs, recipe, size), np.arange(30), 0)
     assert recorder.buffer == []
 
 

@@ -19,8 +19,8 @@ from ckd_dist.config import LoaderConfig
 from ckd_dist.data import DatasetInfo
 from ckd_dist.ffcv_mended import IMAGE_MODES, Epoch, IntDecoder, Loader, OrderOption, ToTensor
 from ckd_dist.loader import BetonLoader, read_labels, stored_images
+from ckd_dist.recipe import ViewRecipe
 from ckd_dist.stages import stage
-from ckd_dist.views import ViewRecipe
 
 SIZE, BATCH_SIZE, PHOTOGRAPHS, PASSES = 224, 64, 512, 4
 MODES = {"jpg": "JPEG", "proportion": "half JPEG, half raw", "raw": "raw"}

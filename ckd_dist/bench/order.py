@@ -21,8 +21,8 @@ from ckd_dist.bench.loader import PHOTOGRAPHS, photograph_files
 from ckd_dist.bench.measure import Row
 from ckd_dist.config import LoaderConfig, TrainDataConfig
 from ckd_dist.loader import BetonLoader
+from ckd_dist.recipe import ViewRecipe
 from ckd_dist.stages import console, stage
-from ckd_dist.views import ViewRecipe
 
 COPIES, MEMORY, WINDOW, BATCH_SIZE = 12, 10**9, 12, 256
 LIMITS = {

@@ -13,10 +13,11 @@ from numba import types
 from ckd_dist import checkpoint
 from ckd_dist.config import require
 from ckd_dist.data import DatasetInfo
+from ckd_dist.recipe import ViewRecipe
 from ckd_dist.store import codecs
 from ckd_dist.store.check import faults
 from ckd_dist.store.manifest import Manifest
-from ckd_dist.views import ViewRecipe, compiled
+from ckd_dist.views import compiled
 
 _memcpy: Any = types.ExternalFunction("memcpy", types.uintp(types.uintp, types.uintp, types.uintp))
 

@@ -10,7 +10,7 @@ import numpy as np
 from ckd_dist import data, dist
 from ckd_dist.config import LoaderConfig
 from ckd_dist.loader import BetonLoader
-from ckd_dist.views import ViewRecipe
+from ckd_dist.recipe import ViewRecipe
 
 path, size, view, out, recipe_json = sys.argv[1:]
 with dist.process_group() as device:
