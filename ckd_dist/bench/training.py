@@ -184,12 +184,13 @@ def measure_students(setup: Setup, count: int = 4, tries: int = 3) -> list[Row]:
     alphas = [round((1 + number) / (count + 1), 2) for number in range(count)]
 
     def apart() -> float:
-        shutil.rmtree(runs, ignore_errors=True)
         for alpha in alphas:
+            shutil.rmtree(runs / str(alpha), ignore_errors=True)
             output("ckd_dist.distill", *options, "--kd.alpha", alpha, "--run_dir", runs / str(alpha))
         return count
 
     def together() -> float:
+        shutil.rmtree(runs / "search", ignore_errors=True)
         grid = ["--grid.alphas", alphas, "--grid.teachers", "[[1]]", "--run_dir", runs / "search"]
         output("ckd_dist.search", *options, *grid)
         for student, alpha in zip(sorted((runs / "search" / "students").iterdir()), alphas, strict=True):
