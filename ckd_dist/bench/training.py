@@ -232,10 +232,11 @@ def measure_scaling(setup: Setup, tries: int = 3) -> list[Row]:
     for _ in range(tries):
         for count in counts:
             rates[count].append(train(count))
-    kind = "GPUs" if gpus else "processes"
-    rows = [Row(f"scaling, {student}", f"{count} {kind}", "images/s", rates[count]) for count in counts]
+    one, many = ("GPU", "GPUs") if gpus else ("process", "processes")
+    case = f"scaling, {student}"
+    rows = [Row(case, f"{count} {one if count == 1 else many}", "images/s", rates[count]) for count in counts]
     for row, count in zip(rows[1:], counts[1:], strict=True):
-        row.reference = f"1 {kind[:-1] if gpus else 'process, 2 threads'}"
+        row.reference = "1 GPU" if gpus else "1 process, 2 threads"
         row.ratios = [a / b / (count if gpus else 1) for a, b in zip(rates[count], rates[1], strict=True)]
         row.limit = "the exchange of gradients" if gpus else "arithmetic: the same cores"
     return rows
