@@ -1,0 +1,54 @@
+"""The shipped recipes go together: teacher, cache and students of each data set, all steps for real, made small."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import yaml
+from conftest import ROOT
+from test_distill import here, metrics, summary
+
+from ckd_dist import cache_logits, distill, train_teacher
+from ckd_dist.config import CacheConfig, DistillConfig, TrainTeacherConfig, load_config
+
+COMMANDS = {
+    "ckd_dist.train_teacher": (train_teacher, TrainTeacherConfig),
+    "ckd_dist.cache_logits": (cache_logits, CacheConfig),
+    "ckd_dist.distill": (distill, DistillConfig),
+}
+
+
+def recipes(family, module):
+    """The recipes of a command."""
+    for path in sorted((ROOT / "configs" / family).glob("*.yaml")):
+        if f"-m {module} " in path.read_text().splitlines()[0]:
+            yield path
+
+
+@pytest.mark.parametrize("family", ["imagenet", "cifar100", "tiny_imagenet", "fashion_mnist"])
+def test_recipes_lead_from_teacher_to_student(family, photographs, tmp_path):
+    images = {"train": str(photographs), "batch_size": 10, "image_size": 32}
+    training = {
+        "data": {**images, "val": None, "start_image_size": None, "val_image_size": None},
+        "optim": {"lr": 1e-3},  # recipes' rates are for more images
+        "epochs": 1,
+    }
+    trained = []
+    for module, (command, cls) in COMMANDS.items():
+        for path in recipes(family, module):
+            given = load_config(cls, ["--config", str(path)])
+            if cls is CacheConfig:
+                teacher = {"run": f"{tmp_path}/{given.teacher.run}", "checkpoints": []}
+                small = {"data": images, "teacher": teacher, "store": f"{tmp_path}/{given.store}", "views": 1}
+            else:
+                small = {**training, "save_every": 1, "run_dir": f"{tmp_path}/{given.run_dir}"}
+                trained.append(tmp_path / given.run_dir)
+            if cls is DistillConfig:
+                small["teacher"] = {"store": f"{tmp_path}/{given.teacher.store}", "checkpoints": [1]}
+            override = tmp_path / "small.yaml"
+            override.write_text(yaml.safe_dump(small))
+            here(command, cls, "--config", path, "--config", override)
+    assert len(trained) >= 2
+    for run in trained:
+        assert summary(run)["steps"] == 10 and math.isfinite(metrics(run)[-1]["loss"])
