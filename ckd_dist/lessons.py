@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 import numpy as np
 import torch
@@ -40,10 +39,10 @@ class Lessons:
             return {"loss": losses.cross_entropy(logits, batch.labels, config.label_smoothing, batch.mixed)}
         assert batch.teacher_records is not None
         records, kd, combine = batch.teacher_records[:, columns(epoch)], config.kd, config.teacher.combine
-        ensemble: dict[str, Any] = {"weights": self._weights, "combine": combine}
-        ours, teacher = codecs.compared(self._codec, records, kd, logits, **ensemble)
+        ours, teacher, answers = codecs.compared(
+            self._codec, records, kd, logits, weights=self._weights, combine=combine
+        )
         values = losses.distillation(logits, teacher, batch.labels, kd, config.label_smoothing, batch.mixed, ours)
-        answers = codecs.answers(self._codec, records, kd, teacher, **ensemble)
         values["teacher_top1"] = batch.top1(answers)
         values["agreement"] = 100.0 * (answers == logits.argmax(dim=1))
         return values

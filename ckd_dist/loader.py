@@ -49,7 +49,7 @@ def decode_view(
     info: DatasetInfo, recipe: ViewRecipe, seed: int, view: int, ids: np.ndarray, image_size: int
 ) -> np.ndarray:
     """A few samples as models see them under `view`, before normalisation, uint8 [n, size, size, 3]: what a loader
-    gives, without the second that setting one up takes."""
+    gives, without its thread and buffers."""
     read = stored_images(info)
     return np.stack([render(read, info.count, recipe, seed, view, int(sample), image_size) for sample in ids])
 

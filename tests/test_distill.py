@@ -7,6 +7,7 @@ import json
 import pytest
 import torch
 from conftest import VIEWS, command_line, count_lines, kill_and_repeat, run
+from test_training import metrics
 
 from ckd_dist import cache_logits, checkpoint, distill, train_teacher
 from ckd_dist.config import CacheConfig, DistillConfig, TrainTeacherConfig, UserError, load_config
@@ -21,11 +22,6 @@ def options(fashion, run_dir, *more):
 
 def here(command, cls, *arguments):
     command.main(load_config(cls, [str(word) for word in arguments]))
-
-
-def metrics(run_dir, split="train"):
-    lines = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
-    return [line for line in lines if line["split"] == split]
 
 
 def summary(run_dir):

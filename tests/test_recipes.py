@@ -7,16 +7,11 @@ import math
 import pytest
 import yaml
 from conftest import ROOT
-from test_distill import here, metrics, summary
+from test_distill import here, summary
+from test_training import metrics
 
 from ckd_dist import cache_logits, distill, train_teacher
-from ckd_dist.config import CacheConfig, DistillConfig, TrainTeacherConfig, load_config
-
-COMMANDS = {
-    "ckd_dist.train_teacher": (train_teacher, TrainTeacherConfig),
-    "ckd_dist.cache_logits": (cache_logits, CacheConfig),
-    "ckd_dist.distill": (distill, DistillConfig),
-}
+from ckd_dist.config import COMMANDS, CacheConfig, DistillConfig, load_config
 
 
 def recipes(family, module):
@@ -35,8 +30,9 @@ def test_recipes_lead_from_teacher_to_student(family, photographs, tmp_path):
         "epochs": 1,
     }
     trained = []
-    for module, (command, cls) in COMMANDS.items():
-        for path in recipes(family, module):
+    for command in (train_teacher, cache_logits, distill):
+        cls = COMMANDS[command.__name__]
+        for path in recipes(family, command.__name__):
             given = load_config(cls, ["--config", str(path)])
             if cls is CacheConfig:
                 teacher = {"run": f"{tmp_path}/{given.teacher.run}", "checkpoints": []}

@@ -5,7 +5,7 @@ from __future__ import annotations
 import shutil
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -75,6 +75,15 @@ def plain_loss(logits: torch.Tensor, batch: Batch, epoch: int) -> dict[str, torc
     return {"loss": losses.cross_entropy(logits, batch.labels)}
 
 
+def train(one: engine.Learner, batches: Iterable[Batch], teacher: engine.OnlineTeacher | None = None) -> float:
+    """A step on each of the `batches`; gives the number of images."""
+    before = one.step
+    for _ in engine.train_steps([one], batches, teacher, before):
+        pass
+    one.log(1.0, 0.0)
+    return (one.step - before) * one.config.data.batch_size
+
+
 # ------------------------------------------------------------------------------------------- against a bare loop
 
 
@@ -138,14 +147,7 @@ def _measure(
 
     def ours(*options: str) -> Callable[[], float]:
         one = learner(folder / f"step_{name}_{size}", name, plain_loss, device, batch_size, *options)
-
-        def train() -> float:
-            for _ in engine.train_steps([one], [batch] * steps, done=one.step):
-                pass
-            one.log(1.0, 0.0)
-            return steps * batch_size
-
-        return train
+        return partial(train, one, [batch] * steps)
 
     with FlopCounterMode(display=False) as counter:
         bare_step()
@@ -175,8 +177,8 @@ def measure_teaching(folder: Path, device: torch.device) -> list[Row]:
     batch = memory_batch(batch_size, size, device)
     logits = torch.randn(batch_size, CLASSES, device=device)
     losses_: dict[str, tuple[engine.Loss, Batch]] = {"label": (plain_loss, batch)}
+    draws = torch.rand(batch_size, dtype=torch.float64, device=device)
     for codec in (codecs.Dense(CLASSES), codecs.TopK(CLASSES, 8)):
-        draws = torch.rand(batch_size, dtype=torch.float64, device=device)
         records = codec.encode(3 * logits, batch.labels, draws)[:, None].clone()
         losses_[f"records, {codec.name}"] = (_taught(codec), replace(batch, teacher_records=records))
 
@@ -188,19 +190,13 @@ def measure_teaching(folder: Path, device: torch.device) -> list[Row]:
             torch.stack(list(values.values())).detach().sum(dim=1)
         return repeat * batch_size
 
-    def train(one: engine.Learner, batch: Batch, teacher: engine.OnlineTeacher | None, steps: int = 8) -> float:
-        for _ in engine.train_steps([one], [replace(batch) for _ in range(steps)], teacher, one.step):
-            pass
-        one.log(1.0, 0.0)
-        return steps * batch_size
-
     works, teacherless = {}, {}
     for name, (loss, its_batch) in losses_.items():
         works[f"loss alone, {name}"] = partial(alone, loss, its_batch)
         one = learner(folder / name, sizes.student, loss, device, batch_size)
-        teacherless[f"step, {name}"] = partial(train, one, its_batch, None)
+        teacherless[f"step, {name}"] = partial(train, one, [its_batch] * 8)
     again = learner(folder / "again", sizes.student, plain_loss, device, batch_size)
-    teacherless["step, label, again"] = partial(train, again, batch, None)  # how far the same differs from itself
+    teacherless["step, label, again"] = partial(train, again, [batch] * 8)  # how far the same differs from itself
     case = f"teaching in memory, {sizes.student}, {size} px, batch {batch_size}, {CLASSES} classes"
     references = dict.fromkeys(teacherless, "step, label")
     rows = in_turn(case, "images/s", {**works, **teacherless}, rounds=15, references=references)
@@ -217,7 +213,7 @@ def measure_teaching(folder: Path, device: torch.device) -> list[Row]:
         network = engine.to_device(models.build_model(name, CLASSES), device)
         one = learner(folder / f"online_{name}", sizes.student, _taught(dense), device, batch_size)
         teacher = partial(engine.online_records, [network], dense, "bfloat16")
-        online[f"step, online {name}"] = partial(train, one, batch, teacher)
+        online[f"step, online {name}"] = partial(train, one, [replace(batch) for _ in range(8)], teacher)
     return [*rows, *in_turn(case, "images/s", online, rounds=9)[1:]]
 
 

@@ -18,7 +18,7 @@ import torch
 
 from ckd_dist import checkpoint, data, engine, models, students
 from ckd_dist.bench.measure import Row, format_spread, in_turn, spread
-from ckd_dist.bench.step import Models, learner, memory_batch, models_of, plain_loss
+from ckd_dist.bench.step import Models, learner, memory_batch, models_of, plain_loss, train
 from ckd_dist.config import DistillConfig, load_config
 from ckd_dist.data import DatasetInfo
 from ckd_dist.loader import BetonLoader
@@ -104,17 +104,12 @@ def measure_epochs(setup: Setup) -> list[Row]:
     scratch = setup.folder / "scratch"
     one = learner(scratch / "in_memory", student, plain_loss, setup.device, setup.models.batch_size)
 
-    def step() -> float:
-        for _ in engine.train_steps([one], batches, done=one.step):
-            pass
-        return images
-
     def forward(network: torch.nn.Module) -> float:
         for batch in batches:
             engine.forward_logits(network, batch.images, "bfloat16")
         return images
 
-    works["student's step, data in memory"] = step
+    works["student's step, data in memory"] = partial(train, one, batches)
     for name in teachers:
         network, _ = models.load_model(setup.teacher(name) / "checkpoints" / "epoch_0001.pt", "RUN_DIR")
         works[f"forward of {name}, data in memory"] = partial(forward, engine.to_device(network, setup.device))
@@ -165,11 +160,9 @@ class _Epochs:
         epoch = one.step // one.steps_per_epoch
         now, order = self._taught.source(epoch), data.shuffled_ids(loader.info.count, 0, epoch)
         batches = loader.batches(data.train_ids(order, self._batch_size), now.view, now.rows)
-        for _ in engine.train_steps([one], batches, now.teacher, one.step):
-            pass
-        one.log(1.0, 0.0)
+        images = train(one, batches, now.teacher)
         self.waited.append((loader.seconds_waited - waited) / (time.perf_counter() - started))
-        return one.steps_per_epoch * self._batch_size
+        return images
 
 
 # ------------------------------------------------------------------------------------------- commands
@@ -217,7 +210,7 @@ def measure_scaling(setup: Setup, tries: int = 3) -> list[Row]:
     counts = [count for count in (1, 2, 4, 8) if count <= (gpus or 2)]
     run, student = setup.folder / "scratch" / "scaling", setup.models.student
 
-    def train(processes: int) -> float:
+    def rate(processes: int) -> float:
         shutil.rmtree(run, ignore_errors=True)
         launcher = ["torch.distributed.run", "--standalone", f"--nproc_per_node={processes}", "-m"]
         options = [*setup.options, "--model.name", student, "--epochs", 4, "--run_dir", run]
@@ -231,7 +224,7 @@ def measure_scaling(setup: Setup, tries: int = 3) -> list[Row]:
     rates: dict[int, list[float]] = {count: [] for count in counts}
     for _ in range(tries):
         for count in counts:
-            rates[count].append(train(count))
+            rates[count].append(rate(count))
     one, many = ("GPU", "GPUs") if gpus else ("process", "processes")
     case = f"scaling, {student}"
     rows = [Row(case, f"{count} {one if count == 1 else many}", "images/s", rates[count]) for count in counts]

@@ -11,6 +11,7 @@ A record is a fixed number of bytes an image, view and checkpoint. Shards are .n
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import Any, ClassVar, Literal
 
 import numpy as np
@@ -357,33 +358,24 @@ def compared(
     *,
     weights: list[float] | None = None,
     combine: str = "logits",
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """(student, teacher): the logits that `losses.distillation` compares, of all classes, see `teacher_logits`.
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """(student, teacher, answers): the logits that `losses.distillation` compares, of all classes, see
+    `teacher_logits`, and the class that the teacher, or the ensemble, gives the most, int64 [n].
 
-    For one checkpoint of a sparse codec and a loss that looks at no label (kd, soft_target), of the classes kept and of
-    the rest as one: the same loss, gradient included, but for a constant of soft_target, and no target of all classes.
+    For one checkpoint of a sparse codec and a loss that looks at no label (kd, soft_target), logits of the classes kept
+    and of the rest as one: the same loss, gradient included, but for a constant of soft_target, and no target of all
+    classes.
     """
-    if records.shape[1] == 1 and kd.loss in ("kd", "soft_target") and not isinstance(codec, Dense):
-        return codec.grouped(records[:, 0], kd.temperature, student)
-    return student, teacher_logits(codec, records, kd, student.detach(), weights=weights, combine=combine)
-
-
-def answers(
-    codec: Codec,
-    records: torch.Tensor,
-    kd: KDConfig,
-    teacher: torch.Tensor,
-    *,
-    weights: list[float] | None = None,
-    combine: str = "logits",
-) -> torch.Tensor:
-    """The class that the teacher, or the ensemble, gives the most: records uint8 [n, members, bytes] -> int64 [n].
-    `teacher` is what `compared` gave, which of a sparse codec may be of other classes or filled in as the student."""
+    logits = partial(teacher_logits, codec, records, kd, weights=weights, combine=combine)
     if isinstance(codec, Dense):
-        return teacher.argmax(dim=1)
-    if records.shape[1] == 1:
-        return codec.answer(records[:, 0])
-    return teacher_logits(codec, records, kd, weights=weights, combine=combine).argmax(dim=1)
+        teacher = logits()
+        return student, teacher, teacher.argmax(dim=1)
+    if records.shape[1] > 1:  # asked once more, since the student's filling-in is not the teacher's answer
+        return student, logits(student.detach()), logits().argmax(dim=1)
+    (record,) = records.unbind(dim=1)
+    if kd.loss in ("kd", "soft_target"):
+        return *codec.grouped(record, kd.temperature, student), codec.answer(record)
+    return student, logits(student.detach()), codec.answer(record)
 
 
 class _Grouped(torch.autograd.Function):
