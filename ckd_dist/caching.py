@@ -11,6 +11,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Generator, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -275,7 +276,11 @@ def require_space(store: Path, manifest: Manifest) -> None:
 
 def bytes_below(folder: Path) -> int:
     """Bytes of all files in `folder`; 0 where there is none."""
-    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+    total = 0
+    for path in folder.rglob("*"):
+        with suppress(FileNotFoundError):  # another command's temporary file, which has its name by now
+            total += path.stat().st_size if path.is_file() else 0
+    return total
 
 
 def format_bytes(count: float) -> str:

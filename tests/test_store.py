@@ -218,9 +218,11 @@ def test_commands_that_add_to_a_store_at_the_same_time_do_not_harm_each_other(co
     go = multiprocessing.get_context("fork").Event()
 
     def add(name, values):
+        wanted = replace(manifest, checkpoints={name: values})
         go.wait()
+        merged(copy, wanted)  # as a command looks before it waits for its turn
         with locked(copy):
-            open_store(copy, merged(copy, replace(manifest, checkpoints={name: values})))
+            open_store(copy, merged(copy, wanted))
 
     wanted = {f"{run}/{name}": values for run in "abcdefgh" for name, values in manifest.checkpoints.items()}
     processes = [multiprocessing.get_context("fork").Process(target=add, args=item) for item in wanted.items()]
@@ -229,6 +231,7 @@ def test_commands_that_add_to_a_store_at_the_same_time_do_not_harm_each_other(co
     go.set()
     for process in processes:
         process.join()
+        assert process.exitcode == 0
     assert Manifest.load(copy, "").checkpoints == dict(sorted(wanted.items()))
 
 

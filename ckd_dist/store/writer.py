@@ -41,9 +41,12 @@ def merged(store: Path, wanted: Manifest) -> Manifest:
 
     Raises `UserError` naming the field that differs when the store holds other logits.
     """
+    # In this order: another command may be making the store, and all but these two come after the manifest.
+    beginning = {".lock", ".manifest.json.tmp"}
+    foreign = store.exists() and any(path.name not in beginning for path in store.iterdir())
     if not (store / "manifest.json").exists():
         require(
-            not store.exists() or not any(path.name != ".lock" for path in store.iterdir()),
+            not foreign,
             f"store: {store} is not empty and has no manifest.json: choose another --store",
         )
         return wanted
