@@ -57,7 +57,8 @@ class LoaderConfig:
     batch_size: int = 128
     """Images an optimiser step, over all ranks; for cache_logits and evaluate: images a forward pass."""
     image_size: int | None = None
-    """Side of the square image a model sees, in pixels; default: the stored size of small images, else 224."""
+    """Side of the square image a model sees, in pixels; default: for a teacher the side that it was trained at, in an
+    evaluation the one that it was evaluated at, else the stored size of small images, else 224."""
     workers: int | None = None
     """Decoding threads of each rank; default: its share of the cores on a GPU node, 1 on a CPU."""
     os_cache: bool = True
@@ -124,7 +125,7 @@ class TrainDataConfig(ViewDataConfig):
     start_image_size: int | None = None
     """Train on images of this side at first, for speed: from 73 % to 85 % of the epochs it rises to image_size."""
     val_image_size: int | None = None
-    """Evaluate on images of this side, and have the checkpoints used at it; default: image_size."""
+    """Evaluate on images of this side; default: image_size."""
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -156,7 +156,7 @@ class BetonLoader:
             config,
             eval_recipe(info),
             batch_size=config.batch_size,
-            image_size=config.image_size or metadata["image_size"],
+            image_size=config.image_size or metadata.get("val_image_size", metadata["image_size"]),
             device=device,
             mean=metadata["mean"],
             std=metadata["std"],

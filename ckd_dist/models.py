@@ -47,7 +47,8 @@ def model_names() -> list[str]:
 def load_model(path: str | Path, option: str) -> tuple[nn.Module, dict]:
     """The network of a trajectory's checkpoint with its weights, and the checkpoint's metadata.
 
-    The metadata has `model`, `num_classes`, `epoch`, `image_size`, `mean`, `std` and `dataset`.
+    The metadata has `model`, `num_classes`, `epoch`, `image_size` (it was trained at), `val_image_size` (evaluated at),
+    `mean`, `std` and `dataset`.
     """
     state = checkpoint.load(path, option)
     require(

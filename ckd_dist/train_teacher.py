@@ -1,7 +1,7 @@
 """Train a teacher and keep its trajectory of checkpoints.
 
   torchrun --nproc_per_node=8 -m ckd_dist.train_teacher --data.train train.beton --data.val holdout.beton \\
-      --model.name resnet50 --epochs 40 --data.batch_size 1024 --optim.lr 2 --run_dir runs/teacher
+      --model.name resnet50 --epochs 40 --data.batch_size 1024 --optim.lr 0.5 --run_dir runs/teacher
 
 The same command again goes on from the last saved step.
 """

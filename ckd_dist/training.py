@@ -45,7 +45,8 @@ def train(
     )
     metadata = {
         "num_classes": info.num_classes,
-        "image_size": val_size,
+        "image_size": size,
+        "val_image_size": val_size,
         "mean": list(info.mean),
         "std": list(info.std),
         "dataset": {"name": info.dataset, "content_hash": info.content_hash, "count": info.count},

@@ -10,8 +10,8 @@ from conftest import ROOT
 from test_distill import here, summary
 from test_training import metrics
 
-from ckd_dist import cache_logits, distill, train_teacher
-from ckd_dist.config import COMMANDS, CacheConfig, DistillConfig, load_config
+from ckd_dist import cache_logits, distill, search, train_teacher
+from ckd_dist.config import COMMANDS, CacheConfig, DistillConfig, SearchConfig, load_config
 
 
 def recipes(family, module):
@@ -29,8 +29,8 @@ def test_recipes_lead_from_teacher_to_student(family, photographs, tmp_path):
         "optim": {"lr": 1e-3},  # recipes' rates are for more images
         "epochs": 1,
     }
-    trained = []
-    for command in (train_teacher, cache_logits, distill):
+    trainings = 0
+    for command in (train_teacher, cache_logits, distill, search):
         cls = COMMANDS[command.__name__]
         for path in recipes(family, command.__name__):
             given = load_config(cls, ["--config", str(path)])
@@ -39,12 +39,18 @@ def test_recipes_lead_from_teacher_to_student(family, photographs, tmp_path):
                 small = {"data": images, "teacher": teacher, "store": f"{tmp_path}/{given.store}", "views": 1}
             else:
                 small = {**training, "save_every": 1, "run_dir": f"{tmp_path}/{given.run_dir}"}
-                trained.append(tmp_path / given.run_dir)
+                trainings += 1
             if cls is DistillConfig:
                 small["teacher"] = {"store": f"{tmp_path}/{given.teacher.store}", "checkpoints": [1]}
+            if cls is SearchConfig:
+                small["data"] = {**training["data"], "val": str(photographs), "test": str(photographs)}
+                small["teacher"] = {"store": f"{tmp_path}/{given.teacher.store}"}
+                small["grid"] = {"teachers": [[1]], "alphas": [0.5], "temperatures": [4], "seeds": [0]}
+                small["processes"] = 1
             override = tmp_path / "small.yaml"
             override.write_text(yaml.safe_dump(small))
             here(command, cls, "--config", path, "--config", override)
-    assert len(trained) >= 2
-    for run in trained:
+    runs = [path.parent for path in tmp_path.rglob("summary.json")]
+    assert len(runs) == trainings >= 2
+    for run in runs:
         assert summary(run)["steps"] == 10 and math.isfinite(metrics(run)[-1]["loss"])
