@@ -53,7 +53,8 @@ def encode(
     codec, draws = manifest.recorded, None
     if isinstance(codec, codecs.Sampled):
         counter = SAMPLED_CODEC + manifest.checkpoints[shard.checkpoint]["epoch"]
-        draws = torch.from_numpy(uniforms(manifest.view_seed, shard.view, ids, counter)).to(logits.device)
+        draws = torch.from_numpy(uniforms(manifest.view_seed, shard.view, ids, counter))
+        draws = draws.to(logits.device, non_blocking=True)
     return codec.encode(logits, labels, draws)  # type: ignore[arg-type]  # only sampled reads them
 
 

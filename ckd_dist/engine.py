@@ -104,7 +104,8 @@ def evaluate(models: Sequence[nn.Module], loader: BetonLoader, amp: str) -> list
             logits = forward_logits(model, batch.images, amp)
             hits = logits.topk(min(5, logits.shape[1])).indices.eq(batch.labels[:, None])
             loss = losses.cross_entropy(logits, batch.labels).sum()
-            sums[m] += torch.stack([hits[:, 0].sum(), hits.sum(), loss, torch.tensor(len(hits), device=loss.device)])
+            sums[m, :3] += torch.stack([hits[:, 0].sum(), hits.sum(), loss])
+        sums[:, 3] += len(batch.labels)
     for model, was_training in zip(models, were_training, strict=True):
         model.train(was_training)
     results = []

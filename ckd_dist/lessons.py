@@ -38,7 +38,8 @@ class Lessons:
         if not self.members[epoch]:
             return {"loss": losses.cross_entropy(logits, batch.labels, config.label_smoothing, batch.mixed)}
         assert batch.teacher_records is not None
-        records, kd, combine = batch.teacher_records[:, columns(epoch)], config.kd, config.teacher.combine
+        kd, combine = config.kd, config.teacher.combine
+        records = torch.stack([batch.teacher_records[:, column] for column in columns(epoch)], dim=1)
         ours, teacher, answers = codecs.compared(
             self._codec, records, kd, logits, weights=self._weights, combine=combine
         )

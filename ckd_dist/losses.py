@@ -74,17 +74,20 @@ def decoupled(
     TCKD compares how much either gives to the label, NCKD how either shares the rest among the other classes. Zhao et
     al., "Decoupled Knowledge Distillation" (arXiv 2203.08679), with its alpha = 1.
     """
-    target = F.one_hot(labels, student.shape[1]).bool()
-    log_probabilities = [F.log_softmax(logits / temperature, dim=1) for logits in (student, teacher)]
-    # [n, 2]: log probability of the label, and of all others together.
-    binary = [
-        torch.stack([log_p[target], log_p.masked_fill(target, -torch.inf).logsumexp(dim=1)], dim=1)
-        for log_p in log_probabilities
-    ]
-    # [n, classes - 1]: how the others share what is left.
-    rest = [F.log_softmax(logits[~target].view(len(logits), -1) / temperature, dim=1) for logits in (student, teacher)]
+    label = labels[:, None]
+    others = torch.arange(student.shape[1] - 1, device=labels.device).expand(len(labels), -1)
+    others = others + (others >= label)  # all classes but the label: a mask would have the host wait for the device
+
+    def parts(logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Log probabilities: of the label and of all others together [n, 2], and among the others [n, classes - 1]."""
+        logits = logits / temperature
+        rest = logits.gather(1, others)
+        together = torch.cat([logits.gather(1, label), rest.logsumexp(dim=1, keepdim=True)], dim=1)
+        return F.log_softmax(together, dim=1), F.log_softmax(rest, dim=1)
+
     tckd, nckd = (
-        F.kl_div(ours, theirs, reduction="none", log_target=True).sum(dim=1) for ours, theirs in (binary, rest)
+        F.kl_div(ours, theirs, reduction="none", log_target=True).sum(dim=1)
+        for ours, theirs in zip(parts(student), parts(teacher), strict=True)
     )
     return temperature**2 * (tckd + beta * nckd)
 
