@@ -59,11 +59,14 @@ def encode(
 
 
 class Disk:
-    """A thread that brings records from the device to disk while the next batches are computed, in order; the device
-    is waited for there alone. An error of its work is raised by the next calls."""
+    """Brings records from the device to disk, in order.
 
-    def __init__(self) -> None:
-        self._thread = ThreadPoolExecutor(max_workers=1)
+    On a GPU by a thread, while the next batches are computed: the device is waited for there alone, and an error is
+    raised by a later call. On a CPU at once: a thread would take from the computing more than it hides.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._thread = ThreadPoolExecutor(max_workers=1) if device.type == "cuda" else None
         self._pending: deque[Future] = deque()
 
     def append(self, writer: ShardWriter, records: torch.Tensor, logits: torch.Tensor) -> None:
@@ -97,9 +100,13 @@ class Disk:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._thread.shutdown(cancel_futures=True)
+        if self._thread is not None:
+            self._thread.shutdown(cancel_futures=True)
 
     def _submit(self, work: Callable[[], None], waiting: int = 16) -> None:
+        if self._thread is None:
+            work()
+            return
         self._pending.append(self._thread.submit(work))
         while len(self._pending) > waiting:
             self._pending.popleft().result()
@@ -159,7 +166,7 @@ class Recorder:
         self, store: Path, teachers: dict[str, nn.Module], ranges: list[list[Shard]]
     ) -> Generator[int, None, None]:
         """Write shards, those of a range in one pass over its images; yields the number of records after each batch."""
-        with Disk() as disk:
+        with Disk(self.device) as disk:
             for shards in ranges:
                 writers = {shard.checkpoint: ShardWriter(store, shard, self.manifest) for shard in shards}
                 view, first, last = shards[0].view, shards[0].first, shards[0].last

@@ -61,7 +61,8 @@ def train(
         its_metadata = {"model": each.model.name, **metadata}
         learner = Learner(model, each, its_loss, run, device, its_metadata, info.count // batch_size)
         if run.summary is not None and learner.step == config.epochs * learner.steps_per_epoch:
-            say(f"{run.path}: complete already, top1 {run.summary.get('top1', float('nan')):.2f}")
+            found = f", top1 {run.summary['top1']:.2f}" if "top1" in run.summary else ""
+            say(f"{run.path}: complete already{found}")
         else:
             learners.append(learner)
     if not learners:

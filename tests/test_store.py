@@ -19,14 +19,14 @@ import pytest
 import torch
 from conftest import ENVIRONMENT, ROOT, VIEWS, cache_options, command_line, contents, kill_and_repeat, run
 
-from ckd_dist import cache_logits, data, engine, models
+from ckd_dist import cache_logits, caching, data, engine, models
 from ckd_dist.bench import storing
-from ckd_dist.config import CacheConfig, KDConfig, UserError, load_config
+from ckd_dist.config import CacheConfig, KDConfig, TrainingError, UserError, load_config
 from ckd_dist.loader import BetonLoader
 from ckd_dist.store import codecs
 from ckd_dist.store.manifest import Manifest
 from ckd_dist.store.reader import StoreReader
-from ckd_dist.store.writer import locked, merged, open_store
+from ckd_dist.store.writer import ShardWriter, locked, merged, open_store
 
 CPU = torch.device("cpu")
 
@@ -55,6 +55,29 @@ def test_the_store_is_complete_and_any_tool_reads_it(store):
         assert sidecar["sha256"] == hashlib.sha256(path.read_bytes()).hexdigest()
         samples = f"samples_{sidecar['first']:08d}-{sidecar['last']:08d}.npy"
         assert path.parts[-3:] == (sidecar["checkpoint"], f"view_{sidecar['view']:04d}", samples)
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])  # in whose way: the thread needs no GPU
+def test_records_reach_the_disk_in_order_and_bad_logits_do_not(device, store, tmp_path):
+    manifest = Manifest.load(store, "")
+    shard = manifest.shards(next(iter(manifest.checkpoints)), 0)[0]
+    logits = torch.from_numpy(np.load(shard.path(store))).float()
+
+    def write(logits):
+        with caching.Disk(torch.device(device)) as disk:
+            writer = ShardWriter(tmp_path, shard, manifest)
+            for part in logits.split(7):
+                disk.append(writer, manifest.recorded.encode(part), part)
+            disk.commit(writer)
+            disk.finish()
+
+    for bad in (torch.nan, torch.inf, -70000):
+        with pytest.raises(TrainingError, match="float16 cannot hold"):
+            write(torch.cat([logits[:-1], torch.full((1, 10), bad)]))
+        assert not shard.path(tmp_path).exists()
+    write(logits)
+    for name in (shard.path(store), shard.path(store).with_suffix(".json")):
+        assert (tmp_path / name.relative_to(store)).read_bytes() == name.read_bytes()
 
 
 def test_records_are_the_teachers_answers_to_the_students_images(store, fashion, teacher):

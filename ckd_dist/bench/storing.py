@@ -8,6 +8,7 @@ import shutil
 import time
 from collections.abc import Callable, Iterator
 from functools import partial
+from itertools import count as count_up
 from pathlib import Path
 
 import numpy as np
@@ -47,8 +48,10 @@ def measure_caching(setup: Setup, info: DatasetInfo, model: str, size: int) -> l
     options = ["--data.train", info.path, "--data.image_size", size, "--data.batch_size", 64]
     train = [*options, "--model.name", model, "--epochs", count, "--save_every", 1, "--optim.lr", 0.01]
     stage(f"a trajectory of {model}", "ckd_dist.train_teacher", *train, "--run_dir", run)
-    store = setup.folder / "scratch" / "cached"
-    config = load_config(CacheConfig, [str(word) for word in [*options, "--teacher.run", run, "--store", store]])
+    stores = setup.folder / "scratch" / "cached"
+    shutil.rmtree(stores, ignore_errors=True)
+    new_store = (stores / str(number) for number in count_up())
+    config = load_config(CacheConfig, [str(word) for word in [*options, "--teacher.run", run, "--store", stores]])
     manifest, recorder = caching.describe(config, device)
     teachers = recorder.load(list(manifest.checkpoints))
     every = np.arange(info.count)
@@ -64,8 +67,7 @@ def measure_caching(setup: Setup, info: DatasetInfo, model: str, size: int) -> l
 
     def cache(loader, groups: list[list[str]]) -> Callable[[], float]:
         def work() -> float:
-            shutil.rmtree(store, ignore_errors=True)
-            recorder.loader = loader
+            recorder.loader, store = loader, next(new_store)
             for names in groups:
                 for _, ranges in caching.missing_work(store, manifest, names, 1, None):
                     for _ in recorder.write(store, teachers, ranges):
@@ -83,7 +85,7 @@ def measure_caching(setup: Setup, info: DatasetInfo, model: str, size: int) -> l
         }
         if names == one:
             works[f"caching {what}"] = cache(from_images, [names])
-        rows += in_turn(case, "records/s", works, rounds=7)
+        rows += in_turn(case, "records/s", works, rounds=15 if names == one else 7)
         for row in rows[-len(works) + 1 :]:
             row.limit = "arithmetic: the forward pass" if "memory" in row.what else "decoding, and the forward pass"
     passes = {
@@ -91,7 +93,7 @@ def measure_caching(setup: Setup, info: DatasetInfo, model: str, size: int) -> l
         "caching 4 checkpoints, one pass": cache(from_images, [list(teachers)]),
     }
     rows += in_turn(case, "records/s", passes, rounds=5)
-    shutil.rmtree(store)
+    shutil.rmtree(stores)
     return rows
 
 
