@@ -85,7 +85,7 @@ def measure_caching(setup: Setup, info: DatasetInfo, model: str, size: int) -> l
         }
         if names == one:
             works[f"caching {what}"] = cache(from_images, [names])
-        rows += in_turn(case, "records/s", works, rounds=15 if names == one else 7)
+        rows += in_turn(case, "records/s", works, rounds=15)
         for row in rows[-len(works) + 1 :]:
             row.limit = "arithmetic: the forward pass" if "memory" in row.what else "decoding, and the forward pass"
     passes = {
