@@ -12,11 +12,12 @@ import subprocess
 import sys
 import threading
 import time
-from contextlib import redirect_stderr, redirect_stdout
+from contextlib import redirect_stderr, redirect_stdout, suppress
 from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
+import psutil
 import pytest
 from conftest import ROOT
 from PIL import Image
@@ -720,19 +721,22 @@ def wait_for_workers(pid: int, known: frozenset[int] = frozenset()) -> list[int]
     """The two workers of the process, once both are there and wait. `known`: children to leave out."""
     deadline = time.monotonic() + 60
     while time.monotonic() < deadline:
-        workers = [child for child in forks(pid) if child not in known]
-        states = [Path(f"/proc/{worker}/stat").read_text().rsplit(")", 1)[1].split()[0] for worker in workers]
-        if states == ["S", "S"]:
-            return workers
+        workers = {child: status for child, status in forks(pid).items() if child not in known}
+        if list(workers.values()) == [psutil.STATUS_SLEEPING] * 2:
+            return list(workers)
         time.sleep(0.05)
     raise AssertionError(f"no workers of {pid}")
 
 
-def forks(pid: int) -> list[int]:
-    """Children that run the same command line: not multiprocessing's resource tracker."""
-    children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
-    command = Path(f"/proc/{pid}/cmdline").read_bytes()
-    return [int(child) for child in children if Path(f"/proc/{child}/cmdline").read_bytes() == command]
+def forks(pid: int) -> dict[int, str]:
+    """Children that run the same command line, not multiprocessing's resource tracker, and what each does."""
+    process = psutil.Process(pid)
+    command, found = process.cmdline(), {}
+    for child in process.children():
+        with suppress(psutil.NoSuchProcess):  # what an import starts is soon gone
+            if child.cmdline() == command:
+                found[child.pid] = child.status()
+    return found
 
 
 def is_running(pid: int) -> bool:
