@@ -15,6 +15,8 @@ import multiprocessing.connection
 import os
 import signal
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -67,17 +69,15 @@ def write_images(path: Path, source: Source, indices: NDArray[np.int64], encodin
     """
     import numba.typed
 
-    # Numba's callbacks would swallow a KeyboardInterrupt while it compiles: signals wait for the end.
-    held = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM, signal.SIGHUP})
     # FFCV keeps two constants in a numba dictionary, seconds of compilation at every import: a plain one does.
     numba_dict, numba.typed.Dict = numba.typed.Dict, dict
     try:
-        from ffcv.fields import IntField, RGBImageField
-        from ffcv.memory_allocator import MemoryAllocator
-        from ffcv.writer import DatasetWriter
+        with _deferred_signals():
+            from ffcv.fields import IntField, RGBImageField
+            from ffcv.memory_allocator import MemoryAllocator
+            from ffcv.writer import DatasetWriter
     finally:
         numba.typed.Dict = numba_dict
-        signal.pthread_sigmask(signal.SIG_SETMASK, held)
 
     rgb_field = partial(RGBImageField, max_resolution=encoding.max_resolution, jpeg_quality=encoding.jpeg_quality)
     raw, jpg = rgb_field(write_mode="raw"), rgb_field(write_mode="jpg")
@@ -183,6 +183,23 @@ def _page_size(source: Source, max_resolution: int | None) -> int:
     return min(max(largest, min(32 * largest, DEFAULT_PAGE), MIN_PAGE), MAX_PAGE)
 
 
+@contextmanager
+def _deferred_signals() -> Iterator[None]:
+    """Has signals that end the program wait for the end of the block, where an exception of theirs would be lost: numba
+    calls Python back while it compiles, and so does a fork."""
+    came: list[int] = []
+    # Not blocked: a thread of a library's would take them then, and have them handled here all the same.
+    ends = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+    handlers = {number: signal.signal(number, lambda number, frame: came.append(number)) for number in ends}
+    try:
+        yield
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+        for arrived in came:
+            signal.raise_signal(arrived)
+
+
 # --- Workers ------------------------------------------------------------------------------------------
 
 
@@ -215,11 +232,12 @@ def _run_workers(processes: list[Any], job: _Job) -> None:
         InputError: the failed worker's message, or how it died.
     """
     try:
-        for process in processes:
-            try:
-                process.start()
-            except OSError as error:
-                raise InputError(f"--workers: no further process ({error.strerror}): use fewer") from error
+        with _deferred_signals():
+            for process in processes:
+                try:
+                    process.start()
+                except OSError as error:
+                    raise InputError(f"--workers: no further process ({error.strerror}): use fewer") from error
         with Progress("writing", len(job.indices)) as progress:
             while True:
                 # In this order: a worker that dies in between is still counted as running, and seen next time.
@@ -255,7 +273,8 @@ def _work(job: _Job) -> None:
     """One worker process: claims chunks of samples until none is left."""
     import cv2
 
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the parent ends us
+    for number in (signal.SIGINT, signal.SIGHUP):  # they reach the whole group; the parent ends us
+        signal.signal(number, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     warnings.simplefilter("ignore")  # PIL complains of odd EXIF data, which nothing here reads
     cv2.setNumThreads(1)  # one core a worker; OpenCV's thread pool does not survive a fork either

@@ -765,6 +765,19 @@ def test_a_killed_worker_ends_the_program_with_one_line(tmp_path):
     assert not any(is_running(worker) for worker in workers)
 
 
+def test_a_signal_while_workers_are_forked_is_not_lost(tmp_path):
+    script = (
+        "import os, runpy, signal\n"
+        "os.register_at_fork(after_in_parent=lambda: os.kill(os.getpid(), signal.SIGTERM))\n"
+        "runpy.run_module('data_prep.write_beton', run_name='__main__')"
+    )
+    command = [sys.executable, "-c", script, *pipes(tmp_path)]
+    done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 128 + signal.SIGTERM
+    assert done.stderr == "imagefolder test: 128 of 128 images, classes: 1\n" and done.stdout == ""
+    assert os.listdir(tmp_path / "out") == []
+
+
 def test_sigterm_ends_the_workers_and_leaves_no_files(tmp_path):
     process = subprocess.Popen(
         [sys.executable, "-m", "data_prep.write_beton", *pipes(tmp_path)],
