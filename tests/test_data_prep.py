@@ -739,10 +739,6 @@ def forks(pid: int) -> dict[int, str]:
     return found
 
 
-def is_running(pid: int) -> bool:
-    return Path(f"/proc/{pid}").exists()
-
-
 def test_a_killed_worker_ends_the_program_with_one_line(tmp_path):
     known, workers = frozenset(forks(os.getpid())), []
 
@@ -762,7 +758,7 @@ def test_a_killed_worker_ends_the_program_with_one_line(tmp_path):
     assert in_time
     assert_refused(result, "error: --workers: a writer process died (SIGKILL)", "fewer workers")
     assert os.listdir(tmp_path / "out") == []
-    assert not any(is_running(worker) for worker in workers)
+    assert not any(psutil.pid_exists(worker) for worker in workers)
 
 
 def test_a_signal_while_workers_are_forked_is_not_lost(tmp_path):
@@ -796,7 +792,7 @@ def test_sigterm_ends_the_workers_and_leaves_no_files(tmp_path):
     assert process.returncode == 128 + signal.SIGTERM
     assert err == "imagefolder test: 128 of 128 images, classes: 1\n" and out == ""
     assert os.listdir(tmp_path / "out") == []
-    assert not any(is_running(worker) for worker in workers)
+    assert not any(psutil.pid_exists(worker) for worker in workers)
 
 
 def test_help_shows_examples_without_importing_torch():

@@ -162,7 +162,7 @@ def test_a_rank_that_dies_takes_the_others_down(fashion, tmp_path):
     os.kill(victim.pid, signal.SIGKILL)
     process.communicate(timeout=60)
     assert process.returncode != 0
-    assert psutil.wait_procs(ranks, timeout=10)[1] == []
+    assert psutil.wait_procs(ranks, timeout=1)[1] == []
 
 
 @pytest.mark.parametrize(
