@@ -1,58 +1,26 @@
-"""Files that are whole or absent: atomic writes, a run's trajectory of checkpoints, and exact resume."""
+"""Checkpoints: saved whole or not at all, loaded without executing anything, and a run's trajectory of them."""
 
 from __future__ import annotations
 
 import hashlib
-import os
+import io
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import torch
 
 from ckd_dist.config import UserError, require
-
-
-def write_atomically(path: Path, write: Callable[[BinaryIO], Any]) -> None:
-    """Let `write` fill a file that appears as `path` only when whole: temporary name, fsync, rename, fsync of the
-    folder. A process killed at any moment leaves the old file or the new one."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    with open(temporary, "wb") as file:
-        write(file)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
-    sync_folder(path.parent)
-
-
-def write_bytes_atomically(path: Path, content: bytes) -> None:
-    """`write_atomically` of what is in memory."""
-    write_atomically(path, lambda file: file.write(content))
-
-
-def sync_folder(folder: Path) -> None:
-    """Make the names in `folder` survive a power cut."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def file_sha256(path: Path) -> str:
-    """sha256 of a file's content."""
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while chunk := file.read(1 << 20):
-            digest.update(chunk)
-    return digest.hexdigest()
+from ckd_dist.files import write_atomically
 
 
 def save(path: Path, state: dict) -> None:
     """Write `state` (tensors, numbers, strings, lists and dicts of them) to `path`, atomically; makes its folder."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_atomically(path, lambda file: torch.save(state, file))
+    content = io.BytesIO()  # torch hides why a file could not be written, a full disk, behind an error of its own
+    torch.save(state, content)
+    write_atomically(path, lambda file: file.write(content.getbuffer()))
 
 
 def load(path: str | Path, option: str) -> dict:

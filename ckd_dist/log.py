@@ -18,8 +18,8 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from ckd_dist import dist
-from ckd_dist.checkpoint import write_bytes_atomically
 from ckd_dist.config import UserError, flatten, require
+from ckd_dist.files import write_bytes_atomically
 
 # Settings that may differ when a run goes on: they change how it is done, not what comes out.
 _FREE = ("data.workers", "data.os_cache", "save_last_every", "log_every", "tensorboard")

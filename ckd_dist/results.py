@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from ckd_dist.config import UserError, require
+from ckd_dist.files import write_bytes_atomically
 
 COLUMNS = {
     "student": str,
@@ -35,8 +36,6 @@ have test figures. `train_seconds` are those of all the students that were train
 
 def write_table(path: Path, rows: list[dict]) -> None:
     """Write results.csv, atomically; a figure that a row lacks is left empty."""
-    from ckd_dist.checkpoint import write_bytes_atomically
-
     text = io.StringIO()
     writer = csv.DictWriter(text, list(COLUMNS), lineterminator="\n")
     writer.writeheader()

@@ -22,7 +22,7 @@ from ckd_dist.config import SelectConfig, require, run_command, to_dict
 def main(config: SelectConfig) -> None:
     # Imported here because torch takes seconds: only once the options are known to be good.
     from ckd_dist import data, dist, log, selection
-    from ckd_dist.checkpoint import write_bytes_atomically
+    from ckd_dist.files import write_bytes_atomically
 
     with dist.process_group() as device:
         info = data.read_info(config.data.train, "data.train")

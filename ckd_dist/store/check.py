@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 
 from ckd_dist import dist
-from ckd_dist.checkpoint import file_sha256
+from ckd_dist.files import file_sha256
 from ckd_dist.log import ProgressDisplay
 from ckd_dist.store.manifest import Manifest, Shard
 

@@ -7,8 +7,8 @@ import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from ckd_dist.checkpoint import write_bytes_atomically
 from ckd_dist.config import UserError, flatten, require
+from ckd_dist.files import write_bytes_atomically
 from ckd_dist.store import codecs
 
 FORMAT = 2

@@ -15,8 +15,8 @@ from pathlib import Path
 
 import numpy as np
 
-from ckd_dist.checkpoint import sync_folder, write_bytes_atomically
 from ckd_dist.config import require
+from ckd_dist.files import sync_folder, write_bytes_atomically
 from ckd_dist.log import say
 from ckd_dist.store import codecs
 from ckd_dist.store.manifest import Manifest, Shard
