@@ -93,11 +93,14 @@ class Epoch(EpochIterator):
 
     def __init__(self, loader: Loader, order: np.ndarray, extra: Callable[[np.ndarray], object]):
         self.error: BaseException | None = None
+        self._gpu = torch.cuda.current_device() if torch.cuda.is_available() else None
         self._extra = extra
         super().__init__(loader, order)
 
     def run(self):
         try:
+            if self._gpu is not None:  # a new thread is on the first one, where pinning memory would make a context
+                torch.cuda.set_device(self._gpu)
             super().run()
         except BaseException as error:
             self.error = error

@@ -185,12 +185,14 @@ class BetonLoader:
         try:
             ahead = None
             while True:
+                if ahead is not None and ahead[2] is not None:
+                    ahead[2].synchronize()  # it began a step ago
                 started = time.perf_counter()
                 arrays = next(epoch, None)
                 self.seconds_waited += time.perf_counter() - started
                 copied = self._start_copy(arrays) if arrays is not None else None
                 if ahead is not None:
-                    yield self._finish(*ahead)
+                    yield self._batch(*ahead[:2])
                 if copied is None:
                     return
                 ahead = copied
@@ -212,8 +214,9 @@ class BetonLoader:
             labels = self._labels[others]
         return [labels, weights, rows(ids, view) if rows else None]
 
-    # FFCV reuses its buffers after a few batches, so every tensor is copied off them as soon as it arrives; on a GPU
-    # by a stream of its own, while the step before computes.
+    # FFCV writes into the buffers of a batch again as soon as the next one is asked for. So all of it is copied off
+    # them when it arrives, on a GPU by a stream of its own while the step before computes, and that copy is waited for
+    # before the next batch is asked for.
 
     def _start_copy(self, arrays) -> tuple[torch.Tensor, list[torch.Tensor | None], torch.cuda.Event | None]:
         images, labels, ids, extra = arrays
@@ -228,12 +231,10 @@ class BetonLoader:
             event.record()
         return ids, copies, event
 
-    def _finish(self, ids: torch.Tensor, tensors: list[torch.Tensor | None], event: torch.cuda.Event | None) -> Batch:
-        if event is not None:
-            event.synchronize()  # the copy began a step ago: this only makes sure that FFCV may reuse the buffer
-            for tensor in tensors:
-                if tensor is not None:
-                    tensor.record_stream(torch.cuda.current_stream())
+    def _batch(self, ids: torch.Tensor, tensors: list[torch.Tensor | None]) -> Batch:
+        for tensor in tensors:
+            if tensor is not None and tensor.is_cuda:
+                tensor.record_stream(torch.cuda.current_stream())
         images, labels, other_labels, weights, rows = tensors
         assert images is not None and labels is not None
         return Batch(

@@ -32,13 +32,30 @@ def batches(path, device, ids):
         return np.repeat(samples.astype(np.uint8)[:, None, None], 4, axis=2)
 
     for batch in loader.batches(ids, 1, rows):
-        torch.cuda._sleep(10_000_000)  # the device lags behind: buffers that were reused too early would show
+        if device == "cuda":
+            torch.cuda._sleep(10_000_000)  # the device lags behind: buffers that were reused too early would show
         yield [t.cpu() for t in (batch.images, batch.labels, batch.ids, *batch.mixed, batch.teacher_records)]
 
 
 def test_a_batch_on_the_gpu_is_that_of_the_cpu(photographs):
     ids = np.tile(np.arange(101), 10)
     for ours, theirs in zip(batches(photographs, "cuda", ids), batches(photographs, "cpu", ids), strict=True):
+        for a, b in zip(ours, theirs, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
+
+
+def test_a_batch_is_copied_before_its_buffers_are_written_again(photographs, monkeypatch):
+    start_copy = BetonLoader._start_copy
+
+    def late_copy(self, arrays):
+        with torch.cuda.stream(self._copy_stream):
+            torch.cuda._sleep(50_000_000)
+        return start_copy(self, arrays)
+
+    ids = np.tile(np.arange(101), 10)
+    expected = list(batches(photographs, "cpu", ids))
+    monkeypatch.setattr(BetonLoader, "_start_copy", late_copy)
+    for ours, theirs in zip(batches(photographs, "cuda", ids), expected, strict=True):
         for a, b in zip(ours, theirs, strict=True):
             torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
 
