@@ -7,14 +7,23 @@ import os
 import signal
 import subprocess
 import time
+from dataclasses import replace
 
 import psutil
 import pytest
 import torch
 from conftest import ENVIRONMENT, ROOT, command_line, count_lines, kill_and_repeat, run
 
-from ckd_dist import checkpoint, engine, train_teacher
-from ckd_dist.config import TrainingError, TrainTeacherConfig, UserError, load_config
+from ckd_dist import checkpoint, data, engine, losses, models, train_teacher
+from ckd_dist.config import (
+    LoaderConfig,
+    TrainDataConfig,
+    TrainingError,
+    TrainTeacherConfig,
+    UserError,
+    load_config,
+)
+from ckd_dist.loader import BetonLoader
 
 
 def options(fashion, run_dir, *more):
@@ -201,3 +210,18 @@ def test_a_compiled_model_trains(fashion, tmp_path):
         train_here(*options(fashion, tmp_path / compiled, *more, "--compile", compiled))
         losses[compiled] = [line["loss"] for line in metrics(tmp_path / compiled)]
     assert losses["true"] == pytest.approx(losses["false"], rel=1e-3)
+
+
+def test_a_teacher_learns_both_labels_of_a_mixed_image(fashion, tmp_path):
+    more = ["--data.train", fashion["holdout"], "--data.mixup", 1, "--epochs", 1, "--log_every", 1, "--amp", "off"]
+    train_here(*options(fashion, tmp_path / "run", *more))
+    info, device = data.read_info(fashion["holdout"], ""), torch.device("cpu")
+    recipe = replace(data.train_recipe(TrainDataConfig(train=""), info), mixup=1.0)
+    loader = BetonLoader(info, LoaderConfig(), recipe, batch_size=100, image_size=28, device=device)
+    first = data.train_ids(data.shuffled_ids(info.count, 0, 0), 100)[:100]
+    (batch,) = loader.batches(first, train_teacher.FIRST_VIEW)
+    torch.manual_seed(0)
+    logits = models.build_model("resnet8", 10)(batch.images)
+    expected = losses.cross_entropy(logits, batch.labels, mixed=batch.mixed).mean().item()
+    assert metrics(tmp_path / "run")[0]["loss"] == pytest.approx(expected, rel=1e-5)
+    assert losses.cross_entropy(logits, batch.labels).mean().item() != pytest.approx(expected, rel=1e-3)
