@@ -15,7 +15,7 @@ from ckd_dist.config import CacheConfig, run_command
 
 def main(config: CacheConfig) -> None:
     # Imported here because torch takes seconds: only once the options are known to be good.
-    from ckd_dist import caching, dist, log
+    from ckd_dist import caching, dist, log, precision
     from ckd_dist.store.writer import locked, merged, open_store
 
     with dist.process_group() as device:
@@ -37,7 +37,8 @@ def main(config: CacheConfig) -> None:
         all_records = count * config.views * len(names)
         log.say(
             f"{store}: {len(names)} checkpoints x {config.views} views x {count} images; "
-            f"{all_records - records} of {all_records} records are there already"
+            f"{all_records - records} of {all_records} records are there already; forward pass in "
+            f"{precision.words(recorder.manifest.forward['amp'])}"
         )
         if work:
             caching.write_work(store, recorder, work)

@@ -19,8 +19,8 @@ import numpy as np
 import torch
 from torch import nn
 
-from ckd_dist import checkpoint, dist, engine, loader, models
-from ckd_dist.config import CacheConfig, LoaderConfig, PlanConfig, TrainingError, require
+from ckd_dist import checkpoint, dist, engine, loader, models, precision
+from ckd_dist.config import Amp, CacheConfig, LoaderConfig, PlanConfig, TrainingError, require
 from ckd_dist.data import Batch, DatasetInfo, read_info, train_recipe
 from ckd_dist.loader import BetonLoader
 from ckd_dist.log import ProgressDisplay, say
@@ -211,7 +211,7 @@ def describe(config: CacheConfig, device: torch.device) -> tuple[Manifest, Recor
             "image_size": config.data.image_size or metadata["image_size"],
             "mean": metadata["mean"],
             "std": metadata["std"],
-            "amp": config.amp,
+            "amp": precision.resolved(config.amp, dist.on_main(lambda: held_amp(Path(config.store)))),
         },
         codec=codecs.to_dict(codec),
         shard_size=config.shard_size,
@@ -222,6 +222,11 @@ def describe(config: CacheConfig, device: torch.device) -> tuple[Manifest, Recor
     recorder = Recorder(manifest, info, config.teacher.run, config.data, device)
     manifest.images = image_digests(manifest, info)
     return manifest, recorder
+
+
+def held_amp(store: Path) -> Amp | None:
+    """Precision of the logits that `store` holds, None where there is no store yet."""
+    return Manifest.load(store, "store").forward["amp"] if (store / "manifest.json").exists() else None
 
 
 def missing_work(store: Path, manifest: Manifest, names: list[str], views: int, at_once: int | None) -> Work:

@@ -22,6 +22,8 @@ import jsonargparse
 
 T = TypeVar("T")
 
+Amp = Literal["auto", "bfloat16", "float16", "off"]
+
 STOPPED = 75
 """Exit status of a command that SIGUSR2 stopped; the same command goes on where it was (EX_TEMPFAIL of sysexits.h)."""
 PEER_LOST = 76
@@ -339,8 +341,9 @@ class TrainConfig:
     """Share of the label's probability that is spread over all classes."""
     seed: int = 0
     """Seed of the initial weights, the order of the images and dropout."""
-    amp: Literal["bfloat16", "float16", "off"] = "bfloat16"
-    """Mixed precision: autocast to this type (float16 with a gradient scaler), or float32 throughout."""
+    amp: Amp = "auto"
+    """Mixed precision: autocast to this type (float16 with a gradient scaler), or off: float32 throughout. auto:
+    bfloat16 where the device has it natively, else float16 on GPUs and off on CPUs; a run goes on as it began."""
     ema_decay: float | None = None
     """Evaluate and keep an exponential moving average of the weights, as 0.9999, instead of the weights."""
     compile: bool = False
@@ -459,8 +462,8 @@ class CacheConfig(CodecConfig):
     """Number of views of every image: as many epochs as a student sees before they repeat."""
     seed: int = 0
     """Seed of the views."""
-    amp: Literal["bfloat16", "float16", "off"] = "bfloat16"
-    """Precision of the teacher's forward pass."""
+    amp: Amp = "auto"
+    """Precision of the teacher's forward pass, as in train_teacher; auto: the store's, if there is one."""
     shard_size: int = 65536
     """Records (images of one view) in a shard file."""
     teachers_at_once: int | None = None
@@ -534,8 +537,8 @@ class SelectConfig:
     """Weight of I(Y;F)."""
     seed: int = 0
     """Seed of the probes' weights and of the order of the images."""
-    amp: Literal["bfloat16", "float16", "off"] = "bfloat16"
-    """Precision of the teacher's forward pass."""
+    amp: Amp = "auto"
+    """Precision, as in train_teacher, of the teacher's forward pass."""
     student: str = "resnet18"
     """Model that the cost is compared with: training one such student from each checkpoint, by a short timing."""
     student_epochs: int = 16
@@ -554,8 +557,8 @@ class EvaluateConfig:
     data: EvalDataConfig
     checkpoint: str
     """A file of a run's checkpoints folder."""
-    amp: Literal["bfloat16", "float16", "off"] = "bfloat16"
-    """Precision of the forward pass."""
+    amp: Amp = "auto"
+    """Precision, as in train_teacher, of the forward pass."""
 
 
 COMMANDS: dict[str, type] = {

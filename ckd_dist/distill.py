@@ -13,10 +13,10 @@ from ckd_dist.config import DistillConfig, run_command
 
 def main(config: DistillConfig) -> None:
     # Imported here because torch takes seconds: only once the options are known to be good.
-    from ckd_dist import dist, students
+    from ckd_dist import dist, precision, students
 
     with dist.process_group() as device:
-        students.train([config], device)
+        students.train([precision.settle(config, config.run_dir)], device)
 
 
 if __name__ == "__main__":

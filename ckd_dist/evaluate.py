@@ -3,7 +3,7 @@
   torchrun --nproc_per_node=8 -m ckd_dist.evaluate --data.val test.beton \\
       --checkpoint runs/teacher/checkpoints/epoch_0040.pt
 
-Prints one JSON object: top1 and top5 in percent, the mean loss in nats, the number of images.
+Prints one JSON object: top1 and top5 in percent, the mean loss in nats, the number of images, the precision.
 """
 
 import json
@@ -13,7 +13,7 @@ from ckd_dist.config import EvaluateConfig, run_command
 
 def main(config: EvaluateConfig) -> None:
     # Imported here because torch takes seconds: only once the options are known to be good.
-    from ckd_dist import data, dist, engine, log, models
+    from ckd_dist import data, dist, engine, log, models, precision
     from ckd_dist.loader import BetonLoader
 
     with dist.process_group() as device:
@@ -21,8 +21,9 @@ def main(config: EvaluateConfig) -> None:
         info = data.read_info(config.data.val, "data.val")
         models.require_classes(metadata, info.num_classes, "checkpoint")
         loader = BetonLoader.for_evaluation(info, config.data, metadata, device)
-        (result,) = engine.evaluate([engine.to_device(model, device)], loader, config.amp)
-        log.say(json.dumps({**result, "images": info.count}))
+        amp = precision.resolved(config.amp)
+        (result,) = engine.evaluate([engine.to_device(model, device)], loader, amp)
+        log.say(json.dumps({**result, "images": info.count, "amp": amp}))
 
 
 if __name__ == "__main__":

@@ -25,12 +25,17 @@ from ckd_dist.files import write_bytes_atomically
 _FREE = ("data.workers", "data.os_cache", "save_last_every", "log_every", "tensorboard")
 
 
+def saved_options(folder: Path) -> dict[str, Any]:
+    """The options of the run in `folder`, with dotted keys; empty where there is none."""
+    saved = folder / "config.yaml"
+    return flatten(yaml.safe_load(saved.read_text()) or {}) if saved.exists() else {}
+
+
 def require_same_options(folder: Path, config: dict) -> None:
     """Raise `UserError` when `folder` holds a run of another configuration."""
-    saved = folder / "config.yaml"
-    if not saved.exists():
+    old, new = saved_options(folder), flatten(config)
+    if not old:
         return
-    old, new = flatten(yaml.safe_load(saved.read_text()) or {}), flatten(config)
     for key in sorted((old.keys() | new.keys()) - set(_FREE)):
         require(
             old.get(key) == new.get(key),

@@ -68,15 +68,17 @@ class Trial:
 
 def main(config: SearchConfig) -> None:
     # Imported here because torch takes seconds: only once the options are known to be good.
-    from ckd_dist import dist, log, students
+    from ckd_dist import dist, log, precision, students
 
-    folder, trials = Path(config.run_dir), list_trials(config)
+    folder = Path(config.run_dir)
     number, parts = map(int, (config.part or "1/1").split("/"))
     if config.processes > 1:
         require("RANK" not in os.environ, "processes is for one plain process: leave it out under torchrun")
         require(config.part is None, "part and processes do not go together: give one of them")
-        share_out(config)
+        share_out(precision.settle(config, folder))
     with dist.process_group() as device:
+        config = precision.settle(config, began_in(folder))
+        trials = list_trials(config)
         if config.part is None and config.processes == 1:  # parts may start all at once; share_out has made it
             log.RunFolder(config.run_dir, shared_options(config))
         groups = side_by_side(trials, config.students_at_once, parts)[number - 1 :: parts]
@@ -199,6 +201,13 @@ def is_complete(trial: Trial) -> bool:
     folder = Path(trial.config.run_dir)
     log.require_same_options(folder, to_dict(trial.config))
     return (folder / "summary.json").exists()
+
+
+def began_in(folder: Path) -> Path:
+    """The folder that tells the precision which a search began in: its own or, of parts that have no whole yet, that of
+    any student."""
+    students = (path.parent for path in sorted(folder.glob("students/*/config.yaml")))
+    return folder if (folder / "config.yaml").exists() else next(students, folder)
 
 
 # ------------------------------------------------------------------------------------------- processes

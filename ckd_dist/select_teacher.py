@@ -21,7 +21,7 @@ from ckd_dist.config import SelectConfig, require, run_command, to_dict
 
 def main(config: SelectConfig) -> None:
     # Imported here because torch takes seconds: only once the options are known to be good.
-    from ckd_dist import data, dist, log, selection
+    from ckd_dist import data, dist, log, precision, selection
     from ckd_dist.files import write_bytes_atomically
 
     with dist.process_group() as device:
@@ -32,6 +32,7 @@ def main(config: SelectConfig) -> None:
             f"data.val has {held_out.num_classes} classes, data.train {info.num_classes}",
         )
         folder = Path(config.run_dir)
+        config = precision.settle(config, folder)
         dist.on_main(lambda: log.require_same_options(folder, to_dict(config)))
         if dist.on_main((folder / "selection.json").exists):
             log.say(f"{folder}: complete already")
@@ -42,7 +43,8 @@ def main(config: SelectConfig) -> None:
         log.RunFolder(config.run_dir, to_dict(config))
         log.say(
             f"{config.run_dir}: {len(trajectory.models)} checkpoints of {config.teacher.run}, F is the output of "
-            f"{trajectory.layer}; {config.probe.repeats} probes each, {config.probe.steps} steps"
+            f"{trajectory.layer}; {config.probe.repeats} probes each, {config.probe.steps} steps, "
+            f"in {precision.words(config.amp)}"
         )
         training = selection.ProbeTraining(config, trajectory, info)
         training.run()

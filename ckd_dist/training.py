@@ -7,7 +7,7 @@ from functools import partial
 
 import torch
 
-from ckd_dist import dist
+from ckd_dist import dist, precision
 from ckd_dist.config import TrainConfig, require, to_dict
 from ckd_dist.data import DatasetInfo, eval_recipe, rank_share, read_info
 from ckd_dist.engine import Learner, Loss, Source, fit
@@ -88,6 +88,7 @@ def train(
         what = f"{len(learners)} students side by side, {models}"
     say(
         f"{what} at {size} px on {info.count} images of {info.dataset}, {config.epochs} epochs of "
-        f"{learners[0].steps_per_epoch} steps, {dist.world_size()} processes on {device.type}"
+        f"{learners[0].steps_per_epoch} steps, {dist.world_size()} processes on {device.type}, in "
+        f"{precision.words(config.amp)}"
     )
     fit(learners, loader, val_loader, config, save_every=save_every, source=source)

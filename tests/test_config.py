@@ -51,7 +51,7 @@ def test_the_saved_configuration_gives_the_same_one_again(tmp_path):
     [
         (["--optim.lrr", "3"], "unknown option --optim.lrr; did you mean --optim.lr?"),
         (["--optim.lr", "fast"], "option optim.lr: expected float. Got value: fast"),
-        (["--amp", "fp8"], "option amp: expected one of 'bfloat16', 'float16', 'off'. Got value: fp8"),
+        (["--amp", "fp8"], "option amp: expected one of 'auto', 'bfloat16', 'float16', 'off'. Got value: fp8"),
         (["--kd.alpha", "3"], "kd.alpha is 3.0: give a number from 0 to 1"),
         (["--kd.temperature", "0"], "kd.temperature is 0.0"),
         (["--data.batch_size", "0"], "data.batch_size is 0: give 1 or more"),

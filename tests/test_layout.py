@@ -14,7 +14,7 @@ FLOORS = [
     {"config", "ffcv_mended", "stages"},
     {"dist", "files", "recipe"},
     {"losses", "optim", "views", "checkpoint", "log", "mi", "results"},
-    {"data", "models", "store"},
+    {"data", "models", "precision", "store"},
     {"loader"},
     {"engine", "lessons"},
     {"training"},

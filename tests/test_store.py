@@ -88,9 +88,10 @@ def test_records_are_the_teachers_answers_to_the_students_images(store, fashion,
     from ckd_dist.config import LoaderConfig
 
     loader = BetonLoader(info, LoaderConfig(), recipe, batch_size=50, image_size=28, device=CPU)
+    amp = Manifest.load(store, "").forward["amp"]
     for view in range(VIEWS):
         for batch in loader.batches(ids, view, lambda ids, view: records(store, fashion, [2], ids, view)):
-            answers = engine.forward_logits(engine.to_device(model, CPU), batch.images, "bfloat16")
+            answers = engine.forward_logits(engine.to_device(model, CPU), batch.images, amp)
             cached = codecs.Dense(10).decode(batch.teacher_records[:, 0], 1.0)
             torch.testing.assert_close(cached, answers.half().float(), rtol=2e-3, atol=2e-3)
 
@@ -166,7 +167,7 @@ def test_a_store_of_something_else_is_refused(copy, store, fashion, teacher, tmp
     for more, expected in (
         (["--seed", 5], "view_seed 0, this command has 5"),
         (["--data.flip", "false"], r"recipe\.flip 0\.5, this command has 0\.0"),
-        (["--amp", "off"], r"forward\.amp bfloat16, this command has off"),
+        (["--amp", "float16"], r"forward\.amp (bfloat16|off), this command has float16"),
         (["--shard_size", 99], "shard_size 250, this command has 99"),
         (["--data.train", fashion["holdout"]], r"dataset\.content_hash"),
     ):

@@ -97,7 +97,8 @@ SHARDS = {
     "of another seed": (lambda s, p: transplant(s, view_seed=1), "has identity"),
     "of other images": (lambda s, p: transplant(s, dataset={**manifest(s).dataset, "name": "x"}), "has identity"),
     "of another recipe": (lambda s, p: transplant(s, recipe={**manifest(s).recipe, "flip": 0.0}), "has identity"),
-    "of another precision": (lambda s, p: transplant(s, forward={**manifest(s).forward, "amp": "off"}), "has identity"),
+    "of another precision": (
+        lambda s, p: transplant(s, forward={**manifest(s).forward, "amp": "float16"}), "has identity"),
     "of another codec": (lambda s, p: transplant(s, codec={"name": "topk", "k": 4}), "has identity"),
     "of another dtype": (
         lambda s, p: transplant(s, codec={"name": "dense", "dtype": "bfloat16"}), "has identity"),

@@ -41,7 +41,7 @@ def main() -> None:
     parser.add_argument("--only", nargs="+", choices=CASES, default=CASES, metavar="CASE")
     options = parser.parse_args(sys.argv[1:])
 
-    from ckd_dist import dist, log
+    from ckd_dist import dist, log, precision
     from ckd_dist.bench import measure, step
 
     with_ffcv = importlib.util.find_spec("ffcv") is not None
@@ -55,7 +55,8 @@ def main() -> None:
     folder: Path = options.run_dir
     folder.mkdir(parents=True, exist_ok=True)
     with dist.process_group() as device:
-        limits = measure.machine_limits(device)
+        amp = precision.automatic()
+        limits = measure.machine_limits(device, amp)
         scratch = folder / "scratch"
         cases: dict[str, Callable[[], list[measure.Row]]] = {
             "step": lambda: step.measure(scratch, device, limits),
@@ -73,7 +74,8 @@ def main() -> None:
             }
             if needs_files - {"loader", "order"}:
                 setup.prepare()
-        result: dict[str, Any] = {"environment": log.environment(), "machine": limits, "rows": []}
+        result: dict[str, Any] = {"environment": log.environment(), "precision": precision.words(amp)}
+        result |= {"machine": limits, "rows": []}
         for name in names:
             console.rule(f"[bold]measuring: {name}", align="left")
             result["rows"] += [row.to_dict() for row in cases[name]()]
@@ -92,9 +94,9 @@ def show(result: dict) -> None:
     versions = ", ".join(f"{name} {version}" for name, version in environment["versions"].items())
     table = Table(
         title=f"{environment['device']}, {environment['cores']} cores, {environment['threads']} threads; copies "
-        f"{machine['copied_bytes_per_s'] / 1e9:,.0f} GB/s, multiplies {machine['bfloat16_flop_per_s'] / 1e12:,.2f} "
-        f"Tflop/s in bfloat16\n{versions}\nmedian (least to most); ratios are of rates in the same round: above 1 is "
-        "faster",
+        f"{machine['copied_bytes_per_s'] / 1e9:,.0f} GB/s, multiplies {machine['flop_per_s'] / 1e12:,.2f} "
+        f"Tflop/s in {result['precision']}\n{versions}\nmedian (least to most); ratios are of rates in the same round: "
+        "above 1 is faster",
         title_justify="left",
     )
     for column in ("", "rate", "", "ratio to", "", "limit"):

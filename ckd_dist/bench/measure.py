@@ -92,14 +92,14 @@ def in_turn(
     return rows
 
 
-def machine_limits(device: torch.device) -> dict[str, float]:
+def machine_limits(device: torch.device, amp: str) -> dict[str, float]:
     """What the machine does at most: bytes/s of copying memory, read and write together, and operations/s of a matrix
-    product in bfloat16, on `device` with the threads of this process."""
+    product in the type of `amp`, on `device` with the threads of this process."""
     on_gpu = device.type == "cuda"
     source = torch.ones((1 << 30) if on_gpu else (1 << 28), dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
     side = 8192 if on_gpu else 2048
-    matrix = torch.randn(side, side, device=device, dtype=torch.bfloat16)
+    matrix = torch.randn(side, side, device=device, dtype=getattr(torch, amp, torch.float32))
 
     def copy() -> float:
         target.copy_(source)
@@ -110,4 +110,4 @@ def machine_limits(device: torch.device) -> dict[str, float]:
         return 2 * side**3
 
     copied, multiplied = in_turn("machine", "1/s", {"copy": copy, "product": product}, rounds=9, warm_up=3)
-    return {"copied_bytes_per_s": max(copied.rates), "bfloat16_flop_per_s": max(multiplied.rates)}
+    return {"copied_bytes_per_s": max(copied.rates), "flop_per_s": max(multiplied.rates)}

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
-from ckd_dist import engine, losses, models
+from ckd_dist import engine, losses, models, precision
 from ckd_dist.bench.measure import Row, in_turn, synchronize
 from ckd_dist.config import DistillConfig, load_config, to_dict
 from ckd_dist.data import Batch
@@ -58,7 +58,7 @@ def learner(
     shutil.rmtree(folder, ignore_errors=True)
     given = {"data.train": "memory", "model.name": model, "epochs": 1000, "run_dir": folder}
     words = [f"--{name}={value}" for name, value in {**given, "data.batch_size": batch_size}.items()]
-    config = load_config(DistillConfig, [*words, *options])
+    config = precision.settle(load_config(DistillConfig, [*words, *options]), folder)
     torch.manual_seed(0)
     network, run = models.build_model(model, CLASSES), RunFolder(config.run_dir, to_dict(config))
     return engine.Learner(network, config, loss, run, device, {}, steps_per_epoch)
@@ -103,8 +103,10 @@ def _bare_loop(name: str, device: torch.device, batch: Batch) -> Callable[[], No
     model = models.build_model(name, CLASSES).to(device).to(memory_format=torch.channels_last).train()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9, nesterov=True, weight_decay=5e-4, fused=True)
 
+    amp = precision.automatic()
+
     def step() -> None:
-        with torch.autocast(device.type, torch.bfloat16):
+        with engine.autocast(device, amp):
             logits = model(batch.images)
         F.cross_entropy(logits.float(), batch.labels).backward()
         optimizer.step()
@@ -157,8 +159,8 @@ def _measure(
         works["ckd_dist --compile true"] = ours("--compile=true")
     rows = in_turn(case, "images/s", works, rounds=15, warm_up=3)
     for row in rows[1:]:
-        share = counter.get_total_flops() * row.rate / batch_size / limits["bfloat16_flop_per_s"]
-        row.limit = f"arithmetic: {100 * share:.0f} % of a large bfloat16 product's"
+        share = counter.get_total_flops() * row.rate / batch_size / limits["flop_per_s"]
+        row.limit = f"arithmetic: {100 * share:.0f} % of a large product's"
         if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats()
             works[row.what]()
@@ -212,7 +214,7 @@ def measure_teaching(folder: Path, device: torch.device) -> list[Row]:
     for name in sizes.teachers:
         network = engine.to_device(models.build_model(name, CLASSES), device)
         one = learner(folder / f"online_{name}", sizes.student, _taught(dense), device, batch_size)
-        teacher = partial(engine.online_records, [network], dense, "bfloat16")
+        teacher = partial(engine.online_records, [network], dense, precision.automatic())
         online[f"step, online {name}"] = partial(train, one, [replace(batch) for _ in range(8)], teacher)
     return [*rows, *in_turn(case, "images/s", online, rounds=9)[1:]]
 

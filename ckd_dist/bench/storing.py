@@ -62,7 +62,7 @@ def measure_caching(setup: Setup, info: DatasetInfo, model: str, size: int) -> l
     def bare(names: list[str]) -> float:
         for batch in batches:
             for name in names:
-                engine.forward_logits(teachers[name], batch.images, config.amp)
+                engine.forward_logits(teachers[name], batch.images, manifest.forward["amp"])
         return info.count * len(names)
 
     def cache(loader, groups: list[list[str]]) -> Callable[[], float]:

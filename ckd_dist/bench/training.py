@@ -16,7 +16,7 @@ from pathlib import Path
 
 import torch
 
-from ckd_dist import checkpoint, data, engine, models, students
+from ckd_dist import checkpoint, data, engine, models, precision, students
 from ckd_dist.bench.measure import Row, format_spread, in_turn, spread
 from ckd_dist.bench.step import Models, learner, memory_batch, models_of, plain_loss, train
 from ckd_dist.config import DistillConfig, load_config
@@ -106,7 +106,7 @@ def measure_epochs(setup: Setup) -> list[Row]:
 
     def forward(network: torch.nn.Module) -> float:
         for batch in batches:
-            engine.forward_logits(network, batch.images, "bfloat16")
+            engine.forward_logits(network, batch.images, one.config.amp)
         return images
 
     works["student's step, data in memory"] = partial(train, one, batches)
@@ -134,7 +134,7 @@ class _Epochs:
         student, self._batch_size = setup.models.student, setup.models.batch_size
         options = [*setup.options, "--model.name", student, "--run_dir", "-", "--epochs", 1000, *teacher]
         config = load_config(DistillConfig, [str(word) for word in options])
-        config = replace(config, teacher=students.resolved(config.teacher))
+        config = replace(config, amp=precision.automatic(), teacher=students.resolved(config.teacher))
         self._taught = students.teaching([config], setup.info, setup.device)
         self._learner = learner(
             setup.folder / "scratch" / name,
