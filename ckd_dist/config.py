@@ -345,7 +345,8 @@ class TrainConfig:
     """Mixed precision: autocast to this type (float16 with a gradient scaler), or off: float32 throughout. auto:
     bfloat16 where the device has it natively, else float16 on GPUs and off on CPUs; a run goes on as it began."""
     ema_decay: float | None = None
-    """Evaluate and keep an exponential moving average of the weights, as 0.9999, instead of the weights."""
+    """Evaluate and keep an exponential moving average of the weights, as 0.9999, instead of the weights; the decay
+    rises to this with the number of steps. Figures of the weights themselves stand beside, as raw_top1 and so on."""
     compile: bool = False
     """Compile the model with torch.compile."""
     save_every: int | None = None

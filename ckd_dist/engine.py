@@ -7,10 +7,11 @@ was killed goes on from its last saved step and ends with the weights of one tha
 from __future__ import annotations
 
 import inspect
+import math
 import resource
 import signal
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, NoReturn
 
@@ -18,13 +19,12 @@ import numpy as np
 import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from ckd_dist import checkpoint, dist, losses
 from ckd_dist.config import STOPPED, TrainConfig, TrainingError
 from ckd_dist.data import Batch, Rows, train_ids
 from ckd_dist.log import ProgressDisplay, RunFolder, format_seconds, say
-from ckd_dist.optim import build_optimizer, image_size, learning_rate
+from ckd_dist.optim import MovingAverage, build_optimizer, image_size, learning_rate
 from ckd_dist.store.codecs import Dense
 
 if TYPE_CHECKING:
@@ -87,32 +87,38 @@ def online_records(members: list[nn.Module], codec: Dense, amp: str, images: tor
 # ------------------------------------------------------------------------------------------- evaluation
 
 
-def evaluate(models: Sequence[nn.Module], loader: BetonLoader, amp: str) -> list[dict[str, float]]:
-    """`top1` and `top5` in percent and the mean `loss` of each model over every image of the file, each image decoded
-    and counted once.
+def evaluate(models: Mapping[str, nn.Module], loader: BetonLoader, amp: str) -> dict[str, dict[str, float]]:
+    """`top1` and `top5` in percent and the mean `loss` of each of the named models over every image of the file, each
+    image decoded and counted once.
 
-    Collective: each rank takes a contiguous share; rank 0's batch-norm statistics count for all.
+    Collective: each rank takes a contiguous share; rank 0's batch-norm statistics count for all. Raises
+    `TrainingError`, on every rank, that names a model whose logits are not finite: they have no largest.
     """
-    were_training = [model.training for model in models]
-    for model in models:
+    were_training = [model.training for model in models.values()]
+    for model in models.values():
         dist.broadcast_tensors(model.buffers())
         model.eval()
     count = loader.info.count
     sums = torch.zeros(len(models), 4, dtype=torch.float64, device=loader.device)
     for batch in loader.batches(np.array_split(np.arange(count), dist.world_size())[dist.rank()]):
-        for m, model in enumerate(models):
+        for m, model in enumerate(models.values()):
             logits = forward_logits(model, batch.images, amp)
             hits = logits.topk(min(5, logits.shape[1])).indices.eq(batch.labels[:, None])
             loss = losses.cross_entropy(logits, batch.labels).sum()
             sums[m, :3] += torch.stack([hits[:, 0].sum(), hits.sum(), loss])
         sums[:, 3] += len(batch.labels)
-    for model, was_training in zip(models, were_training, strict=True):
+    for model, was_training in zip(models.values(), were_training, strict=True):
         model.train(was_training)
-    results = []
-    for top1, top5, loss_sum, seen in dist.all_reduce_sum(sums).tolist():
+    results = {}
+    for name, (top1, top5, loss_sum, seen) in zip(models, dist.all_reduce_sum(sums).tolist(), strict=True):
         assert seen == count
-        results.append({"top1": 100 * top1 / count, "top5": 100 * top5 / count, "loss": loss_sum / count})
+        if not math.isfinite(loss_sum):
+            raise TrainingError(f"{name}: its logits of {loader.info.path} are not finite{_FLOAT16[amp == 'float16']}")
+        results[name] = {"top1": 100 * top1 / count, "top5": 100 * top5 / count, "loss": loss_sum / count}
     return results
+
+
+_FLOAT16 = ("", ", perhaps since float16 cannot hold them: try --amp off")
 
 
 # ------------------------------------------------------------------------------------------- training
@@ -141,10 +147,7 @@ class Learner:
         self.evaluation: dict[str, float] = {}
         self._sums: list[torch.Tensor] = []
         self._names: list[str] = []
-        self.averaged: AveragedModel | None = None
-        if config.ema_decay is not None:
-            average = get_ema_multi_avg_fn(config.ema_decay)
-            self.averaged = AveragedModel(self.model, multi_avg_fn=average, use_buffers=True)
+        self.averaged = MovingAverage(self.model, config.ema_decay) if config.ema_decay is not None else None
         self._load_last()
         self.model.train()
         self._forward: Callable[[torch.Tensor], torch.Tensor] = self.model
@@ -162,9 +165,12 @@ class Learner:
             self._forward = torch.compile(self._forward, dynamic=False)
 
     @property
-    def result(self) -> nn.Module:
-        """The model to evaluate and to keep: the average of the weights, if one is asked for."""
-        return self.averaged.module if self.averaged is not None else self.model
+    def models(self) -> dict[str, nn.Module]:
+        """What there is to evaluate, each by a name: first the model to keep, the average of the weights if one
+        is asked for, then the weights themselves."""
+        if self.averaged is None:
+            return {str(self.run.path): self.model}
+        return {f"{self.run.path}, averaged": self.averaged.module, f"{self.run.path}, not averaged": self.model}
 
     def train_step(self, batch: Batch) -> None:
         """One optimiser step on this rank's part of the global batch."""
@@ -187,7 +193,7 @@ class Learner:
         self.scaler.update()
         self.optimizer.zero_grad(set_to_none=True)
         if self.averaged is not None:
-            self.averaged.update_parameters(self.model)
+            self.averaged.update(step + 1)
         with torch.no_grad():
             values["top1"] = batch.top1(logits.argmax(dim=1))
             self._names = list(values)
@@ -239,7 +245,7 @@ class Learner:
         if dist.rank() == 0:
             state = {
                 "weights": self.model.state_dict(),
-                "averaged": self.averaged.state_dict() if self.averaged is not None else None,
+                "averaged": self.averaged.module.state_dict() if self.averaged is not None else None,
                 "optimizer": self.optimizer.state_dict(),
                 "scaler": self.scaler.state_dict(),
                 "step": self.step,
@@ -257,7 +263,7 @@ class Learner:
         state = checkpoint.load(path, "run_dir")
         self.model.load_state_dict(state["weights"])
         if self.averaged is not None:
-            self.averaged.load_state_dict(state["averaged"])
+            self.averaged.module.load_state_dict(state["averaged"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.scaler.load_state_dict(state["scaler"])
         self.step, self.evaluation = state["step"], state["evaluation"]
@@ -269,7 +275,8 @@ class Learner:
         """Keep the weights after `epoch` epochs, with the metadata to use them alone."""
         if dist.rank() == 0:
             metadata = {**self.metadata, "epoch": epoch, "evaluation": self.evaluation}
-            state = {"weights": self.result.state_dict(), "metadata": metadata}
+            kept = self.model if self.averaged is None else self.averaged.module
+            state = {"weights": kept.state_dict(), "metadata": metadata}
             checkpoint.save(checkpoint.checkpoint_path(self.run.path, epoch), state)
 
     def write_summary(self, side_by_side: int) -> None:
@@ -372,13 +379,20 @@ def _end_epoch(
     for learner in learners:
         learner.check_weights()
     if val_loader is not None:
-        evaluations = evaluate([learner.result for learner in learners], val_loader, config.amp)
-        for learner, evaluation in zip(learners, evaluations, strict=True):
-            learner.evaluation = evaluation
-            learner.run.log("val", learner.step, epoch - 1, **evaluation)
-        top1, top5, loss = (_span([each[key] for each in evaluations]) for key in ("top1", "top5", "loss"))
+        figures = evaluate(
+            {name: m for learner in learners for name, m in learner.models.items()}, val_loader, config.amp
+        )
+        for learner in learners:
+            kept, *raw = (figures[name] for name in learner.models)
+            learner.evaluation = {**kept, **{f"raw_{key}": value for each in raw for key, value in each.items()}}
+            learner.run.log("val", learner.step, epoch - 1, **learner.evaluation)
+        shown = [
+            f"{key} {_span([learner.evaluation[key] for learner in learners])}"
+            for key in ("top1", "top5", "loss", "raw_top1")
+            if key in learners[0].evaluation
+        ]
         trained = format_seconds(learners[0].seconds)
-        say(f"epoch {epoch}/{config.epochs}  val top1 {top1}  top5 {top5}  loss {loss}  ({trained} of training)")
+        say(f"epoch {epoch}/{config.epochs}  val {'  '.join(shown)}  ({trained} of training)")
     for learner in learners:
         if keep or epoch == config.epochs:
             learner.save_checkpoint(epoch)

@@ -22,7 +22,7 @@ def main(config: EvaluateConfig) -> None:
         models.require_classes(metadata, info.num_classes, "checkpoint")
         loader = BetonLoader.for_evaluation(info, config.data, metadata, device)
         amp = precision.resolved(config.amp)
-        (result,) = engine.evaluate([engine.to_device(model, device)], loader, amp)
+        (result,) = engine.evaluate({config.checkpoint: engine.to_device(model, device)}, loader, amp).values()
         log.say(json.dumps({**result, "images": info.count, "amp": amp}))
 
 

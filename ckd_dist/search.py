@@ -306,15 +306,15 @@ def test(config: SearchConfig, trials: list[Trial], rows: list[dict], device: to
     chosen = [(trial, row) for trial, row in zip(trials, rows, strict=True) if row["chosen"]]
     loader = None
     for start in range(0, len(chosen), config.students_at_once):
-        group, networks = chosen[start : start + config.students_at_once], []
+        group, networks = chosen[start : start + config.students_at_once], {}
         for trial, _ in group:
             path = checkpoint.checkpoint_path(trial.config.run_dir, trial.config.epochs)
             model, metadata = models.load_model(path, "run_dir")
-            networks.append(engine.to_device(model, device))
+            networks[str(path)] = engine.to_device(model, device)
         if loader is None:
             models.require_classes(metadata, info.num_classes, "data.test")
             loader = BetonLoader.for_evaluation(info, config.data, metadata, device)
-        for (_, row), figures in zip(group, engine.evaluate(networks, loader, config.amp), strict=True):
+        for (_, row), figures in zip(group, engine.evaluate(networks, loader, config.amp).values(), strict=True):
             row.update({f"test_{key}": value for key, value in figures.items()})
 
 

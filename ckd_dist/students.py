@@ -188,6 +188,7 @@ def online_teacher(
         for key, ours in (
             ("image_size", info.image_size(configs[0].data.image_size)),
             ("mean", list(info.mean)),
+            ("std", list(info.std)),
         ):
             require(
                 metadata[key] == ours,

@@ -14,8 +14,9 @@ import pytest
 import torch
 from conftest import ENVIRONMENT, ROOT, command_line, count_lines, kill_and_repeat, run
 
-from ckd_dist import checkpoint, data, engine, losses, models, train_teacher
+from ckd_dist import checkpoint, data, engine, evaluate, losses, models, train_teacher
 from ckd_dist.config import (
+    EvaluateConfig,
     LoaderConfig,
     TrainDataConfig,
     TrainingError,
@@ -91,17 +92,35 @@ def test_an_average_of_the_weights_is_what_is_evaluated_and_kept(fashion, tmp_pa
 
     monkeypatch.setattr(engine.Learner, "train_step", watched_step)
     few = ["--data.train", fashion["holdout"], "--epochs", 1, "--amp", "off"]
-    train_here(*options(fashion, tmp_path / "run", *few, "--ema_decay", 0.75))
+    train_here(*options(fashion, tmp_path / "run", *few, "--ema_decay", 0.4))
     path = tmp_path / "run" / "checkpoints" / "epoch_0001.pt"
     kept = checkpoint.load(path, "")["weights"]
     assert len(seen) == 3
+    decay = 1 - 2 ** (-2 / 3)  # of the second step, on the way up to 0.4
     for name, value in kept.items():
         if value.is_floating_point():
-            expected = 0.75 * (0.75 * seen[0][name] + 0.25 * seen[1][name]) + 0.25 * seen[2][name]
+            expected = 0.4 * (decay * seen[0][name] + (1 - decay) * seen[1][name]) + 0.6 * seen[2][name]
             torch.testing.assert_close(value, expected)
     done = run("ckd_dist.evaluate", "--data.val", fashion["holdout"], "--checkpoint", path, "--amp", "off")
     found, logged = json.loads(done.stdout.splitlines()[-1]), metrics(tmp_path / "run", "val")[-1]
     assert found["loss"] == pytest.approx(logged["loss"], rel=1e-5)
+    assert logged["raw_loss"] != pytest.approx(logged["loss"], rel=1e-5)
+
+
+def test_an_average_of_high_decay_over_few_steps_is_not_the_initial_weights(fashion, tmp_path):
+    few = ["--data.train", fashion["train"], "--epochs", 2, "--optim.lr", 0.1]
+    train_here(*options(fashion, tmp_path / "run", *few, "--ema_decay", 0.9999))
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    assert summary["top1"] > 0.8 * summary["raw_top1"] and summary["raw_top1"] > 30
+
+
+def test_a_logit_that_is_not_a_number_is_refused_not_counted_as_the_largest(fashion, teacher, tmp_path):
+    state = checkpoint.load(teacher / "checkpoints" / "epoch_0003.pt", "")
+    state["weights"]["fc.bias"][4] = float("nan")
+    checkpoint.save(tmp_path / "epoch_0003.pt", state)
+    words = ["--data.val", fashion["holdout"], "--checkpoint", tmp_path / "epoch_0003.pt"]
+    with pytest.raises(TrainingError, match=r"epoch_0003\.pt: its logits of .*holdout\.beton are not finite"):
+        evaluate.main(load_config(EvaluateConfig, [str(word) for word in words]))
 
 
 def test_quasi_random_order_trains_and_warns_of_classes_that_lie_together(photographs, fashion, tmp_path, capsys):
