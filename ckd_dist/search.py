@@ -6,7 +6,7 @@
 
 Its options are those of distill; grid.* list the values to try, the same for every teacher. Students of one seed see
 the same images in the same order, so they are trained side by side: one loader and one read of the store serve all of
-them, and each ends with the weights that distill would give it. For each teacher and model the setting of loss, alpha
+them, and each ends with the weights that distill would give it, bitwise on a CPU. For each teacher and model the setting of loss, alpha
 and temperature with the best mean top-1 over the seeds on data.val is chosen; data.test is looked at once, at the end,
 for these.
 
