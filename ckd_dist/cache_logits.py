@@ -4,8 +4,9 @@
       --store stores/teacher --views 16 --data.batch_size 256
 
 `python -m ckd_dist.store plan`, with the same options, tells beforehand what it takes. Each image is decoded once for
-all checkpoints. The same command again goes on with the first missing shard; on CPUs the finished store is the same, byte
-for byte, however often it was interrupted and whatever the number of processes, on GPUs but for the rounding of logits.
+all checkpoints. The same command again goes on with the first missing shard; on CPUs the finished store is the same,
+byte for byte, however often it was interrupted and whatever the number of processes; on GPUs it may differ in the last
+digits of the logits.
 """
 
 from pathlib import Path

@@ -1,8 +1,8 @@
 """THE train loop and THE evaluation loop: teacher and student both run in them.
 
 A run is a pure function of its configuration: step s trains on images that depend on (seed, s) alone, so a run that
-was killed goes on from its last saved step and ends with the weights of one that never was: bitwise on CPUs, and on GPUs
-but for their arithmetic, whose rounding differs from run to run.
+was killed goes on from its last saved step and ends with the weights of one that never was, bitwise on CPUs. Two runs
+on a GPU see the same images and draws, and differ by the rounding of its arithmetic.
 """
 
 from __future__ import annotations

@@ -6,9 +6,9 @@
 
 Its options are those of distill; grid.* list the values to try, the same for every teacher. Students of one seed see
 the same images in the same order, so they are trained side by side: one loader and one read of the store serve all of
-them, and each ends with the weights that distill would give it, bitwise on a CPU. For each teacher and model the setting of loss, alpha
-and temperature with the best mean top-1 over the seeds on data.val is chosen; data.test is looked at once, at the end,
-for these.
+them, and each ends with the weights that distill would give it, bitwise on a CPU. For each teacher and model the
+setting of loss, alpha and temperature with the best mean top-1 over the seeds on data.val is chosen; data.test is
+looked at once, at the end, for these.
 
 run_dir holds students/, an ordinary run folder for each, and results.csv, a line for each. The same command again goes
 on where it was. As a job array: with --part 1/16, --part 2/16, ..., and, once all are done, without it.
