@@ -4,14 +4,18 @@ import gzip
 import hashlib
 import io
 import json
+import multiprocessing
 import os
 import pickle
 import resource
+import runpy
+import shutil
 import signal
 import subprocess
 import sys
 import threading
 import time
+from collections.abc import Callable
 from contextlib import redirect_stderr, redirect_stdout, suppress
 from pathlib import Path
 from types import SimpleNamespace
@@ -25,7 +29,6 @@ from PIL import Image
 from data_prep import sources, splits, write_beton, writer
 from data_prep.progress import Progress
 
-REPOSITORY = Path(__file__).parent.parent
 DEBIAN = Path("/usr/share/datasets/fashion-mnist")
 needs_fashion_mnist = pytest.mark.skipif(not DEBIAN.is_dir(), reason="needs Debian's package dataset-fashion-mnist")
 
@@ -39,6 +42,35 @@ def write(*argv: object) -> SimpleNamespace:
         except SystemExit as stop:  # argparse's way
             status = stop.code
     return SimpleNamespace(status=status, out=out.getvalue(), err=err.getvalue())
+
+
+class Fork:
+    """A process that this one forks: it has imported FFCV already. Its stdout and stderr go to `log`.out and .err."""
+
+    def __init__(self, work: Callable[[], object], log: Path) -> None:
+        self.log, self.work = log, work
+        self.process = multiprocessing.get_context("fork").Process(target=self._run)
+        self.process.start()
+
+    def _run(self) -> None:
+        with self.log.with_suffix(".out").open("w") as out, self.log.with_suffix(".err").open("w") as err:
+            sys.stdout, sys.stderr = out, err
+            self.work()
+
+    def wait(self) -> SimpleNamespace:
+        """Its status, out and err; killed after a minute."""
+        self.process.join(60)
+        self.process.kill()
+        self.process.join()
+        out, err = (self.log.with_suffix(end).read_text() for end in (".out", ".err"))
+        return SimpleNamespace(status=self.process.exitcode, out=out, err=err)
+
+
+def run_as_program(argv: list[str]) -> None:
+    """`python -m data_prep.write_beton` in this process."""
+    sys.argv[1:] = argv
+    del sys.modules["data_prep.write_beton"]
+    runpy.run_module("data_prep.write_beton", run_name="__main__", alter_sys=True)
 
 
 def write_folder(root: Path, out: Path, *argv: object, split: str = "test") -> dict:
@@ -87,14 +119,20 @@ def save(path: Path, pixels: np.ndarray, **options) -> Path:
     return path
 
 
-@pytest.fixture
-def photos(tmp_path: Path) -> Path:
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """200 photographs of different sizes in three unequal classes."""
-    root = tmp_path / "photos"
+    root = tmp_path_factory.mktemp("photos")
     for name, count in {"ant": 120, "bee": 60, "cat": 20}.items():
         for i in range(count):
             save(root / name / f"{i:03}.jpg", photo(24 + i % 7, 32 + i % 5, seed=1000 * count + i))
     return root
+
+
+@pytest.fixture
+def own_photos(tmp_path: Path, photos: Path) -> Path:
+    """Those, to be spoilt."""
+    return Path(shutil.copytree(photos, tmp_path / "photos"))
 
 
 def idx_images(kind: str) -> tuple[np.ndarray, np.ndarray]:
@@ -110,24 +148,21 @@ def idx_images(kind: str) -> tuple[np.ndarray, np.ndarray]:
 @needs_fashion_mnist
 def test_fashion_mnist_comes_out_of_an_ffcv_loader_as_it_is_in_the_idx_files(tmp_path):
     out = tmp_path / "test.beton"
+    assert write("--dataset", "fashion_mnist", "--split", "test", "--out", out, "--workers", 2).status == 0
+
+    def load() -> None:
+        from ffcv.fields.decoders import IntDecoder, SimpleRGBImageDecoder
+        from ffcv.loader import Loader, OrderOption
+
+        pipelines = {"image": [SimpleRGBImageDecoder()], "label": [IntDecoder()]}
+        options = {"batch_size": 1000, "num_workers": 1, "order": OrderOption.SEQUENTIAL, "drop_last": False}
+        batches = [(images.copy(), labels.copy()) for images, labels in Loader(out, pipelines=pipelines, **options)]
+        images, labels = map(np.concatenate, zip(*batches, strict=True))
+        np.savez(tmp_path / "loaded.npz", images=images, labels=labels)
+
     # A process of its own: FFCV's stock Loader changes numba's types for the whole process.
-    script = """
-import sys
-import numpy as np
-from data_prep.write_beton import main
-out = sys.argv[1]
-assert main(["--dataset", "fashion_mnist", "--split", "test", "--out", out, "--workers", "2"]) == 0
-from ffcv.fields.decoders import IntDecoder, SimpleRGBImageDecoder
-from ffcv.loader import Loader, OrderOption
-loader = Loader(out, batch_size=1000, num_workers=1, order=OrderOption.SEQUENTIAL, drop_last=False,
-                pipelines={"image": [SimpleRGBImageDecoder()], "label": [IntDecoder()]})
-batches = [(images.copy(), labels.copy()) for images, labels in loader]
-np.savez(sys.argv[2], images=np.concatenate([b[0] for b in batches]),
-         labels=np.concatenate([b[1] for b in batches]))
-"""
-    command = [sys.executable, "-c", script, str(out), str(tmp_path / "loaded.npz")]
-    done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+    done = Fork(load, tmp_path / "load").wait()
+    assert done.status == 0, done.err
     loaded = np.load(tmp_path / "loaded.npz")
     images, labels = idx_images("t10k")
     assert loaded["images"].shape == (10000, 28, 28, 3)
@@ -267,7 +302,7 @@ def test_an_image_larger_than_a_page_is_refused_until_max_resolution_allows_it(t
 
 @needs_fashion_mnist
 def test_holdout_takes_its_fraction_of_every_class_and_stays_the_same():
-    labels = idx_images("train")[1].astype(np.int64)
+    labels = sources.read_idx(DEBIAN / "train-labels-idx1-ubyte.gz").astype(np.int64)
     held_out = splits.holdout_indices(labels, 0.1, 10)
     assert np.bincount(labels[held_out]).tolist() == [600] * 10
     assert len(np.unique(held_out)) == 6000
@@ -531,7 +566,7 @@ def test_a_bad_option_is_one_line_that_names_it_and_the_mend(tmp_path, photos, m
     argv = {"--dataset": "imagefolder", "--root": str(photos), "--split": "holdout", "--out": "x.beton"}
     argv[option] = value
     assert_refused(write(*(word for pair in argv.items() for word in pair)), f"error: {option} {value}", mend)
-    assert os.listdir(tmp_path) == ["photos"]
+    assert os.listdir(tmp_path) == []
 
 
 @pytest.mark.parametrize("argv", [[], ["--dataset", "mnist"], ["--nonsense"], ["--subset", "many"]])
@@ -615,7 +650,7 @@ def spoil_layout(case: str, root: Path) -> tuple[str, str]:
 )
 def test_a_wrong_layout_is_one_line_that_says_the_right_one(tmp_path, request, case):
     dataset = case.split()[0]
-    root = request.getfixturevalue("photos" if dataset == "imagefolder" else dataset)
+    root = request.getfixturevalue("own_photos" if dataset == "imagefolder" else dataset)
     start, mend = spoil_layout(case, root)
     out = tmp_path / "x.beton"
     assert_refused(write("--dataset", dataset, "--root", root, "--split", "test", "--out", out), start, mend)
@@ -642,13 +677,13 @@ def spoil_image(case: str, path: Path) -> str:
 
 
 @pytest.mark.parametrize("case", ["truncated", "empty", "text", "floating point", "dangling link"])
-def test_an_unreadable_image_is_named_and_the_old_pair_of_files_stays(tmp_path, photos, case):
+def test_an_unreadable_image_is_named_and_the_old_pair_of_files_stays(tmp_path, own_photos, case):
     out = tmp_path / "x.beton"
-    write_folder(photos, out, "--subset", 10)
+    write_folder(own_photos, out, "--subset", 10)
     before = {path: path.read_bytes() for path in (out, Path(f"{out}.json"))}
-    bad = photos / "bee" / "031.jpg"
+    bad = own_photos / "bee" / "031.jpg"
     reason = spoil_image(case, bad)
-    argv = ["--dataset", "imagefolder", "--root", photos, "--split", "test", "--out", out, "--workers", 3]
+    argv = ["--dataset", "imagefolder", "--root", own_photos, "--split", "test", "--out", out, "--workers", 3]
     assert_refused(write(*argv), f"error: {bad}: unreadable image (", reason, "repair or remove it")
     assert {path: path.read_bytes() for path in before} == before
     assert sorted(os.listdir(tmp_path)) == ["photos", "x.beton", "x.beton.json"]
@@ -685,7 +720,7 @@ def test_a_full_disk_is_one_line_and_leaves_nothing(tmp_path, photos, monkeypatc
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert_refused(result, "error: --out: ", f"in {tmp_path}: free some space")
-    assert os.listdir(tmp_path) == ["photos"]
+    assert os.listdir(tmp_path) == []
 
 
 # --- Files and processes ------------------------------------------------------------------------------
@@ -762,35 +797,29 @@ def test_a_killed_worker_ends_the_program_with_one_line(tmp_path):
 
 
 def test_a_signal_while_workers_are_forked_is_not_lost(tmp_path):
-    script = (
-        "import os, runpy, signal\n"
-        "os.register_at_fork(after_in_parent=lambda: os.kill(os.getpid(), signal.SIGTERM))\n"
-        "runpy.run_module('data_prep.write_beton', run_name='__main__')"
-    )
-    command = [sys.executable, "-c", script, *pipes(tmp_path)]
-    done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, timeout=60)
-    assert done.returncode == 128 + signal.SIGTERM
-    assert done.stderr == "imagefolder test: 128 of 128 images, classes: 1\n" and done.stdout == ""
+    argv = pipes(tmp_path)
+
+    def run_with_signal() -> None:
+        os.register_at_fork(after_in_parent=lambda: os.kill(os.getpid(), signal.SIGTERM))
+        run_as_program(argv)
+
+    done = Fork(run_with_signal, tmp_path / "log").wait()
+    assert done.status == 128 + signal.SIGTERM
+    assert done.err == "imagefolder test: 128 of 128 images, classes: 1\n" and done.out == ""
     assert os.listdir(tmp_path / "out") == []
 
 
 def test_sigterm_ends_the_workers_and_leaves_no_files(tmp_path):
-    process = subprocess.Popen(
-        [sys.executable, "-m", "data_prep.write_beton", *pipes(tmp_path)],
-        cwd=REPOSITORY,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
+    argv = pipes(tmp_path)
+    program = Fork(lambda: run_as_program(argv), tmp_path / "log")
     try:
-        workers = wait_for_workers(process.pid)
+        workers = wait_for_workers(program.process.pid)
         assert len(os.listdir(tmp_path / "out")) == 1  # the temporary file
-        process.terminate()
-        out, err = process.communicate(timeout=20)
+        program.process.terminate()
     finally:
-        process.kill()
-    assert process.returncode == 128 + signal.SIGTERM
-    assert err == "imagefolder test: 128 of 128 images, classes: 1\n" and out == ""
+        done = program.wait()
+    assert done.status == 128 + signal.SIGTERM
+    assert done.err == "imagefolder test: 128 of 128 images, classes: 1\n" and done.out == ""
     assert os.listdir(tmp_path / "out") == []
     assert not any(psutil.pid_exists(worker) for worker in workers)
 
@@ -801,7 +830,7 @@ def test_help_shows_examples_without_importing_torch():
         "try: w.main(['--help'])\n"
         "except SystemExit: sys.exit('torch' in sys.modules or 'ffcv' in sys.modules)"
     )
-    done = subprocess.run([sys.executable, "-c", script], cwd=REPOSITORY, capture_output=True, text=True)
+    done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     examples = [line for line in done.stdout.splitlines() if line.startswith("  python -m data_prep.write_beton --")]
     assert len(examples) >= 6
