@@ -20,7 +20,7 @@ from typing import Any, NoReturn
 import numpy as np
 
 from data_prep import splits, writer
-from data_prep.sources import NORMALIZATION, InputError, load_source
+from data_prep.sources import MAX_PIXELS, NORMALIZATION, Decoding, FileSource, InputError, kinds, load_source
 
 FORMAT = 1
 
@@ -92,6 +92,27 @@ def parse_options(argv: Sequence[str] | None) -> argparse.Namespace:
         help="scale down images whose longer side exceeds this",
     )
     add(
+        "--max-pixels",
+        type=int,
+        default=MAX_PIXELS,
+        metavar="N",
+        help="a file with more pixels is decoded at a reduced scale, if it is a JPEG and --max-resolution is given, "
+        "and refused otherwise: it may be a decompression bomb (default: %(default)s)",
+    )
+    add(
+        "--integer-range",
+        type=int,
+        metavar="WHITE",
+        help="the value of white in integer pixels of more than 8 bits, e.g. 255, 4095 or 65535, where the file does "
+        "not tell it; without this option: 65535 in 16-bit pictures with a value that needs all 16, others are refused",
+    )
+    add(
+        "--exif-transpose",
+        action="store_true",
+        help="turn and flip pictures as their EXIF orientation says, which is ignored otherwise, as by torchvision and "
+        "timm (TIFFs always are turned)",
+    )
+    add(
         "--write-mode",
         choices=["raw", "jpg", "proportion"],
         default="raw",
@@ -127,6 +148,12 @@ def parse_options(argv: Sequence[str] | None) -> argparse.Namespace:
         options.max_resolution is None or 0 < options.max_resolution < 2**16,
         "--max-resolution",
         "give a number of pixels from 1 to 65535",
+    )
+    require(options.max_pixels > 0, "--max-pixels", "give a number of pixels, 1 or more")
+    require(
+        options.integer_range is None or 0 < options.integer_range < 2**31,
+        "--integer-range",
+        "give the value of white, from 1 to 2147483647",
     )
     require(0 < options.jpeg_quality <= 100, "--jpeg-quality", "give a quality from 1 to 100")
     require(0 <= options.compress_probability <= 1, "--compress-probability", "give a number from 0 to 1")
@@ -165,8 +192,14 @@ def write_beton(options: argparse.Namespace) -> dict[str, Any]:
 
 def _write(options: argparse.Namespace, path: Path) -> dict[str, Any]:
     """Writes the images to `path` and describes the file."""
-    source = load_source(options.dataset, options.root, train=options.split != "test")
-
+    decoding = Decoding(
+        max_resolution=options.max_resolution,
+        max_pixels=options.max_pixels,
+        integer_range=options.integer_range,
+        exif_transpose=options.exif_transpose,
+    )
+    source = load_source(options.dataset, options.root, options.split != "test", decoding)
+    from_files = isinstance(source, FileSource)
     num_classes = len(source.classes)
     indices = np.arange(len(source))
     if options.split != "test":
@@ -181,7 +214,8 @@ def _write(options: argparse.Namespace, path: Path) -> dict[str, Any]:
     if options.shuffle:
         indices = splits.shuffled(indices)
     part = f"{len(indices):,} of {len(source):,} images, classes: {num_classes}"
-    print(f"{options.dataset} {options.split}: {part}", file=sys.stderr)
+    left_out = kinds(source.left_out) if isinstance(source, FileSource) else ""
+    print(f"{options.dataset} {options.split}: {part}{left_out and f'; left out: {left_out}'}", file=sys.stderr)
 
     encoding = writer.Encoding(
         write_mode=options.write_mode,
@@ -211,6 +245,9 @@ def _write(options: argparse.Namespace, path: Path) -> dict[str, Any]:
             "subset_seed": splits.SUBSET_SEED if options.subset else None,
             "shuffle_seed": splits.SHUFFLE_SEED if options.shuffle else None,
             "max_resolution": options.max_resolution,
+            "max_pixels": options.max_pixels if from_files and options.max_resolution else None,
+            "integer_range": options.integer_range if from_files else None,
+            "exif_transpose": options.exif_transpose if from_files else None,
             "write_mode": options.write_mode,
             "jpeg_quality": options.jpeg_quality if has_jpegs else None,
             "compress_probability": (options.compress_probability if options.write_mode == "proportion" else None),

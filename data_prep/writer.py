@@ -24,6 +24,7 @@ from typing import Any, NoReturn
 
 import numpy as np
 from numpy.typing import NDArray
+from PIL import Image
 
 from data_prep.progress import Progress
 from data_prep.sources import InputError, Source
@@ -52,7 +53,7 @@ class Encoding:
 
 
 def write_images(path: Path, source: Source, indices: NDArray[np.int64], encoding: Encoding, workers: int) -> None:
-    """Writes `source[i] for i in indices` as fields 'image' and 'label', in this order.
+    """Writes the source's images `indices` and their labels as fields 'image' and 'label', in this order.
 
     What is stored for a sample depends on the source, its index and the encoding only: with "proportion",
     FFCV would roll the dice anew at each write.
@@ -276,7 +277,8 @@ def _work(job: _Job) -> None:
     for number in (signal.SIGINT, signal.SIGHUP):  # they reach the whole group; the parent ends us
         signal.signal(number, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    warnings.simplefilter("ignore")  # PIL complains of odd EXIF data, which nothing here reads
+    warnings.simplefilter("ignore")  # PIL complains of odd EXIF data
+    Image.MAX_IMAGE_PIXELS = None  # the source has its own limit, after it knows at what scale it will decode
     cv2.setNumThreads(1)  # one core a worker; OpenCV's thread pool does not survive a fork either
 
     images, labels = _metadata(job.writer)
@@ -293,7 +295,7 @@ def _work(job: _Job) -> None:
                     try:
                         labels[position] = _store(job, position, images[position : position + 1])
                     except InputError as error:
-                        _fail(job, str(error))
+                        _fail(job, f"{job.source.name(int(job.indices[position]))}: {error}")
     except OSError as error:
         folder = Path(job.writer.fname).parent
         _fail(job, f"--out: {error.strerror} in {folder}: free some space, or write elsewhere")
@@ -309,26 +311,36 @@ def _store(job: _Job, position: int, metadata: NDArray) -> int:
     """Encodes one image into the worker's page and its metadata; returns its label.
 
     Raises:
-        InputError: it cannot be read or stored.
+        InputError: it cannot be read or stored; the message does not name the image.
         OSError: a page cannot be written.
     """
     index = int(job.indices[position])
     field, page_size = job.fields[position], job.writer.page_size
-    try:
-        image, label = job.source[index]
-    except Exception as error:  # PIL raises OSError, SyntaxError, struct.error, ...
-        reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
-        raise InputError(f"{job.source.name(index)}: unreadable image ({reason}): repair or remove it") from error
-    height, width = image.shape[:2]
 
-    def allocate(size: int) -> tuple[int, NDArray[np.uint8]]:
+    def fit(height: int, width: int, size: int) -> None:
         if size > page_size:
             keep = f", or keep its size with --max-resolution {max(height, width)}"
             raise InputError(
-                f"{job.source.name(index)}: {height} x {width} pixels take {size:,} bytes, more than a page "
-                f"of {page_size:,}: scale down with --max-resolution {math.isqrt(page_size // 3)}"
+                f"{height} x {width} pixels take {size:,} bytes, more than a page of {page_size:,}: "
+                f"scale down with --max-resolution {math.isqrt(page_size // 3)}"
                 + (keep if field.max_resolution is None else "")
             )
+
+    def check(height: int, width: int) -> None:
+        if field.write_mode == "raw" and field.max_resolution is None:
+            fit(height, width, 3 * height * width)
+
+    try:
+        image, label = job.source.read(index, check)
+    except InputError:
+        raise
+    except Exception as error:  # PIL raises OSError, SyntaxError, struct.error, ...
+        reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
+        raise InputError(f"unreadable image ({reason}): repair or remove it") from error
+    height, width = image.shape[:2]
+
+    def allocate(size: int) -> tuple[int, NDArray[np.uint8]]:
+        fit(height, width, size)
         job.sizes[position] = size
         return job.allocator.malloc(size)
 
@@ -339,7 +351,6 @@ def _store(job: _Job, position: int, metadata: NDArray) -> int:
         raise
     except Exception as error:  # OpenCV's own error class, or a side beyond FFCV's 16 bits
         raise InputError(
-            f"{job.source.name(index)}: {height} x {width} pixels cannot be stored ({error}): "
-            "change --max-resolution or remove the image"
+            f"{height} x {width} pixels cannot be stored ({error}): change --max-resolution or remove the image"
         ) from error
     return label
