@@ -7,13 +7,16 @@ stands under its final name before it is whole and its JSON lies beside it.
 """
 
 import argparse
+import fcntl
+import glob
 import json
 import os
+import secrets
 import signal
 import sys
 import time
-import uuid
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -171,23 +174,48 @@ def write_beton(options: argparse.Namespace) -> dict[str, Any]:
         InputError: anything that the user can mend; then neither file is written or changed.
     """
     out: Path = options.out
-    token = f"{os.getpid()}-{uuid.uuid4().hex[:8]}"
-    new_beton, new_json = (out.with_name(f".{out.name}.{token}.{kind}.tmp") for kind in ("data", "json"))
-    try:
-        try:
-            new_beton.touch(exist_ok=False)  # refuses a folder that is not ours before hours of reading
-        except OSError as error:
-            raise InputError(f"--out {out}: {error.strerror}: choose a folder that you may write to") from error
+    with _temporary_files(out) as (new_beton, new_json):
         description = _write(options, new_beton)
         try:
             new_json.write_text(json.dumps(description, indent=2) + "\n", encoding="utf-8")
             _publish(new_beton, new_json, out)
         except OSError as error:
             raise InputError(f"--out {out}: {error.strerror}: free some space, or write elsewhere") from error
-    finally:
-        new_beton.unlink(missing_ok=True)
-        new_json.unlink(missing_ok=True)
     return description
+
+
+@contextmanager
+def _temporary_files(out: Path) -> Iterator[tuple[Path, Path]]:
+    """Hidden names beside `out`: of a .beton, which exists, and of its JSON; neither is there at the end.
+
+    The .beton is locked as long as this process or one of its workers lives. By that lock, those that another left
+    behind when it was killed are told from those of one that still writes the same `out`, and removed at first.
+    """
+    for data in out.parent.glob(f".{glob.escape(out.name)}.*.data.tmp"):
+        with suppress(OSError), data.open("r+b") as file:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            _json_of(data).unlink(missing_ok=True)
+            data.unlink()
+    lock = None
+    try:
+        # Refuses a folder that is not ours before hours of reading. Somebody may remove the file before it is locked.
+        while lock is None or not os.fstat(lock.fileno()).st_nlink:
+            data = out.with_name(f".{out.name}.{secrets.token_hex(4)}.data.tmp")
+            lock = data.open("xb")
+            with suppress(OSError):  # a file system without locks
+                fcntl.flock(lock, fcntl.LOCK_EX)
+    except OSError as error:
+        raise InputError(f"--out {out}: {error.strerror}: choose a folder that you may write to") from error
+    try:
+        yield data, _json_of(data)
+    finally:
+        data.unlink(missing_ok=True)
+        _json_of(data).unlink(missing_ok=True)
+        lock.close()
+
+
+def _json_of(data: Path) -> Path:
+    return data.with_name(data.name.removesuffix("data.tmp") + "json.tmp")
 
 
 def _write(options: argparse.Namespace, path: Path) -> dict[str, Any]:
@@ -305,6 +333,7 @@ def _exit_on_signal(number: int, frame: Any) -> NoReturn:
 
 
 if __name__ == "__main__":
+    sys.stdout.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]  # a terminal may not show every name
     signal.signal(signal.SIGTERM, _exit_on_signal)
     if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:  # not under nohup
         signal.signal(signal.SIGHUP, _exit_on_signal)

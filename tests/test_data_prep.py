@@ -24,7 +24,7 @@ from types import SimpleNamespace
 import numpy as np
 import psutil
 import pytest
-from conftest import ROOT
+from conftest import ENVIRONMENT, ROOT
 from PIL import Image
 
 from data_prep import sources, splits, write_beton, writer
@@ -991,6 +991,48 @@ def test_sigterm_ends_the_workers_and_leaves_no_files(tmp_path):
     assert done.err == "imagefolder test: 128 of 128 images, classes: 1\n" and done.out == ""
     assert os.listdir(tmp_path / "out") == []
     assert not any(psutil.pid_exists(worker) for worker in workers)
+
+
+def test_what_a_killed_writer_left_goes_at_the_next_write_and_that_of_a_living_one_stays(tmp_path, photos):
+    os.mkfifo(tmp_path / "wnids.txt")  # keeps its readers waiting
+    out = tmp_path / "out" / "x.beton"
+    out.parent.mkdir()
+    command = [sys.executable, "-m", "data_prep.write_beton", "--dataset", "tiny_imagenet", "--split", "test"]
+    writers, files = [], []
+    for _ in range(2):
+        writers.append(subprocess.Popen([*command, "--root", tmp_path, "--out", out], cwd=ROOT, env=ENVIRONMENT))
+        while len(names := set(os.listdir(out.parent)) - set(files)) < 1:
+            time.sleep(0.01)
+        files += names
+    try:
+        time.sleep(0.1)  # its lock comes right after its file
+        writers[0].kill()
+        writers[0].wait()
+        write_folder(photos, out, "--subset", 5)
+        assert set(os.listdir(out.parent)) == {"x.beton", "x.beton.json", files[1]}
+        writers[1].terminate()
+        assert writers[1].wait(20) == 128 + signal.SIGTERM
+        assert set(os.listdir(out.parent)) == {"x.beton", "x.beton.json"}
+    finally:
+        for writer_ in writers:
+            writer_.kill()
+
+
+def test_names_are_utf8_whatever_the_locale(tmp_path):
+    folder = tmp_path / "é"
+    for name in ("Zebra", "ä", os.fsdecode(b"\xff")):
+        save(folder / "in" / name / "ö.png", photo(8, 8, seed=1))
+    here = write_folder(folder / "in", folder / "here.beton")
+    # Python then takes ASCII for names and texts; the encoding of stdout is that of a terminal which shows no more.
+    locale = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0", "PYTHONIOENCODING": "ascii"}
+    command = [sys.executable, "-m", "data_prep.write_beton", "--dataset", "imagefolder", "--split", "test"]
+    command += ["--root", folder / "in", "--out", folder / "there.beton"]
+    done = subprocess.run(command, cwd=ROOT, env=ENVIRONMENT | locale, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "there.beton: 3 images" in done.stdout
+    there = json.loads((folder / "there.beton.json").read_text(encoding="utf-8"))
+    assert there["classes"] == ["Zebra", "ä", "\\xff"]
+    assert there == here
 
 
 def test_help_shows_examples_without_importing_torch():
