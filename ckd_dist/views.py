@@ -370,20 +370,24 @@ def _blend(image, partner, weight, box):
 
 
 @compiled
-def _render(data, field, seed, view_id, sample, numbers, decoded, padded, out):
+def _render(data, field, seed, view_id, sample, numbers, out):
     """Fill `out`, uint8 [size, size, 3], with a view, not yet mixed, of the image that FFCV keeps as the bytes `data`
-    and the metadata `field`; `decoded` and `padded` are room to work."""
+    and the metadata `field`.
+
+    Room to decode is taken as it is needed: buffers of FFCV's would have, for every slot and image of a batch, the size
+    of the largest image, and on a GPU be pinned: gigabytes.
+    """
     key, recipe = stream_key(seed, view_id, sample), _Numbers(*numbers)
     height, width = int64(field["height"]), int64(field["width"])
     image = data
     if field["mode"] == _JPEG:
-        _imdecode(data.ctypes.data, data.size, height, width, decoded.ctypes.data, height, width, 0, 0, 1, 1, 0, 0)
-        image = decoded[: 3 * height * width]
-    _render_image(image.reshape(height, width, 3), key, recipe, padded, out)
+        image = np.empty(3 * height * width, dtype=np.uint8)
+        _imdecode(data.ctypes.data, data.size, height, width, image.ctypes.data, height, width, 0, 0, 1, 1, 0, 0)
+    _render_image(image.reshape(height, width, 3), key, recipe, out)
 
 
 @compiled
-def _render_image(image, key, recipe, padded, out):
+def _render_image(image, key, recipe, out):
     height, width, _ = image.shape
     (top, left, h, w), flip = _box_and_flip(key, height, width, recipe)
     if top >= 0 and left >= 0 and top + h <= height and left + w <= width:
@@ -391,7 +395,7 @@ def _render_image(image, key, recipe, padded, out):
     elif h == out.shape[0] and w == out.shape[1]:
         _copy_padded(image, top, left, out)
     else:
-        crop = padded[: 3 * h * w].reshape(h, w, 3)
+        crop = np.empty((h, w, 3), dtype=np.uint8)
         _copy_padded(image, top, left, crop)
         _resize_crop(crop, 0, 0, h, w, out)
     if flip:
@@ -418,10 +422,8 @@ def render(
 
     def unmixed(sample: int) -> np.ndarray:
         data, field = read(sample)
-        pixels = 3 * int(field["height"]) * int(field["width"])
-        decoded, padded = (np.empty(pixels, dtype=np.uint8) for _ in range(2))
         out = np.empty((size, size, 3), dtype=np.uint8)
-        _render(data, field, seed, view_id, sample, numbers, decoded, padded, out)
+        _render(data, field, seed, view_id, sample, numbers, out)
         return out
 
     image = unmixed(sample_id)
@@ -459,18 +461,18 @@ def _decode_batch(over):
     """The loop over a batch, by `over`: range, or prange for several threads."""
 
     def decode(batch_indices, memory, metadata, storage_state, numbers, mixes):
-        out, decoded, padded, partners, seed_high, seed_low, view = memory
+        out, partners, seed_high, seed_low, view = memory
         seed, view_id = (seed_high.shape[2] << 31) | seed_low.shape[2], view.shape[2]
         for b in over(len(batch_indices)):
             sample = int64(batch_indices[b])
             field = metadata[sample]
             data = _stored(field["data_ptr"], storage_state)
-            _render(data, field, seed, view_id, sample, numbers, decoded[b], padded[b], out[b])
+            _render(data, field, seed, view_id, sample, numbers, out[b])
             if mixes:
                 partner, weight, box = _mix(seed, view_id, sample, len(metadata), numbers)
                 field = metadata[partner]
                 data = _stored(field["data_ptr"], storage_state)
-                _render(data, field, seed, view_id, partner, numbers, decoded[b], padded[b], partners[b])
+                _render(data, field, seed, view_id, partner, numbers, partners[b])
                 _blend(out[b], partners[b], weight, box)
         return out[: len(batch_indices)]
 
@@ -502,17 +504,11 @@ class ViewDecoder(SimpleRGBImageDecoder):
 
     def declare_state_and_memory(self, previous_state):
         byte = np.dtype("u1")
-        height, width = self.metadata["height"], self.metadata["width"]
-        largest = int((height.astype("u8") * width).max()) * 3
-        any_jpeg = bool((self.metadata["mode"] == IMAGE_MODES["jpg"]).any())
         shape = (self.size, self.size, 3)
-        resized_padding = self.recipe.kind == "pad_crop" and (self.size, self.size) != (height[0], width[0])
         return (
             replace(previous_state, jit_mode=True, shape=shape, dtype=byte),
             (
                 AllocationQuery(shape, byte),
-                AllocationQuery((largest if any_jpeg else 0,), byte),
-                AllocationQuery((largest if resized_padding else 0,), byte),
                 AllocationQuery(shape if self.recipe.mixes else (0, 0, 3), byte),
                 *_channel(self.seed >> 31, self.seed & 0x7FFFFFFF, self.view),
             ),

@@ -20,6 +20,7 @@ from torchvision.transforms.v2 import functional
 
 from ckd_dist import data
 from ckd_dist.config import LoaderConfig, TrainDataConfig, UserError
+from ckd_dist.ffcv_mended import Epoch
 from ckd_dist.loader import BetonLoader, decode_view, read_labels, sample_pages
 from ckd_dist.recipe import ViewRecipe
 from ckd_dist.views import _CONTRAST, _SATURATION, _beta_quantiles, partners, stream_key, uniform, view
@@ -360,3 +361,17 @@ def test_a_view_is_the_same_at_every_size(photographs):
 def test_mixing_without_the_page_cache_is_refused(photographs):
     with pytest.raises(UserError, match=r"data\.os_cache"):
         loader(photographs, replace(RRC, mixup=0.2), 48, os_cache=False)
+
+
+@pytest.mark.parametrize("recipe", [RRC, replace(RRC, **EVERYTHING)], ids=["plain", "mixed"])
+def test_buffers_are_in_proportion_to_a_batch_whatever_the_largest_image(photographs, recipe):
+    epoch = Epoch(loader(photographs, recipe, 48).pipeline, np.arange(64, dtype=np.uint64), lambda ids: [])
+
+    def held(value):
+        return sum(map(held, value)) if isinstance(value, (list, tuple)) else getattr(value, "nbytes", 0)
+
+    slots = epoch.loader.batches_ahead + 2
+    images = slots * 32 * 48 * 48 * 3
+    labels_and_ids = slots * 32 * 2 * 8
+    assert held([*epoch.memory_allocations["operation"].values()]) == (1 + recipe.mixes) * images + labels_and_ids
+    epoch.close()
