@@ -52,10 +52,10 @@ def learning_rate(step: int, config: OptimConfig, *, steps_per_epoch: int, epoch
     count epochs from the start of the run.
     """
     warmup = config.warmup_epochs * steps_per_epoch
-    if step < warmup:
-        return config.lr * (step + 1) / warmup if warmup >= 1 else config.lr
+    if step + 1 <= warmup:
+        return config.lr * (step + 1) / warmup
     total = epochs * steps_per_epoch
-    progress = (step - warmup) / max(1, total - warmup)
+    progress = max(0.0, step - warmup) / max(1, total - warmup)
     epoch = step // steps_per_epoch
     if config.schedule == "cosine":
         return config.lr * 0.5 * (1 + math.cos(math.pi * progress))

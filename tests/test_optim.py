@@ -31,6 +31,15 @@ def test_linear_with_warmup_is_a_triangle():
     assert values[20:] == pytest.approx([1 - s / 80 for s in range(80)])
 
 
+@pytest.mark.parametrize("warmup_epochs", [0.04, 0.1, 0.15, 0.3, 1.99])
+def test_no_warm_up_overshoots_the_peak(warmup_epochs):
+    for schedule in ("cosine", "constant"):
+        values = rates(schedule=schedule, warmup_epochs=warmup_epochs)
+        assert max(values) == pytest.approx(1.0, abs=1e-3) and max(values) <= 1.0
+        steps = int(10 * warmup_epochs)
+        assert values[:steps] == pytest.approx([(s + 1) / (10 * warmup_epochs) for s in range(steps)])
+
+
 def test_step_and_multistep_count_epochs_of_the_run():
     assert rates(schedule="step", step_epochs=4, gamma=0.1) == pytest.approx([1.0] * 40 + [0.1] * 40 + [0.01] * 20)
     values = rates(schedule="multistep", milestones=[3, 8], gamma=0.5, warmup_epochs=1)
