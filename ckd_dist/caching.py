@@ -198,6 +198,8 @@ def describe(config: CacheConfig, device: torch.device) -> tuple[Manifest, Recor
             "model": metadata["model"],
             "weights_sha256": checkpoint.weights_sha256(model.state_dict()),
         }
+    image_size = config.data.image_size or metadata["image_size"]
+    models.require_fits(model, metadata["model"], info.num_classes, image_size, "data.image_size")
     manifest = Manifest(
         dataset={
             "name": info.dataset,
@@ -208,7 +210,7 @@ def describe(config: CacheConfig, device: torch.device) -> tuple[Manifest, Recor
         recipe=recipe.to_dict(),
         view_seed=config.seed,
         forward={
-            "image_size": config.data.image_size or metadata["image_size"],
+            "image_size": image_size,
             "mean": metadata["mean"],
             "std": metadata["std"],
             "amp": precision.resolved(config.amp, dist.on_main(lambda: held_amp(Path(config.store)))),

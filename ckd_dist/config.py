@@ -153,8 +153,8 @@ class ModelConfig:
     """The network."""
 
     name: str
-    """resnet8/20/32/56/110, wrn_16_2, wrn_40_1, wrn_40_2, mobilenetv2_075 (32x32 images), or any
-    classification model of torchvision, such as resnet50."""
+    """resnet8/20/32/56/110 (with projection shortcuts), wrn_16_2, wrn_40_1, wrn_40_2, mobilenetv2_075 (for 32x32
+    images), or any classification model of torchvision, such as resnet50."""
     weights: str | None = None
     """Initial weights: a file with a state dict, or a checkpoint of this system."""
 

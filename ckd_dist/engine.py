@@ -25,6 +25,7 @@ from ckd_dist import checkpoint, dist, losses
 from ckd_dist.config import STOPPED, TrainConfig, TrainingError
 from ckd_dist.data import Batch, Rows, train_ids
 from ckd_dist.log import ProgressDisplay, RunFolder, format_seconds, say
+from ckd_dist.models import load_fitting
 from ckd_dist.optim import MovingAverage, build_optimizer, image_size, learning_rate
 from ckd_dist.store.codecs import Dense
 
@@ -262,7 +263,7 @@ class Learner:
             self.run.rewind(0)
             return
         state = checkpoint.load(path, "run_dir")
-        self.model.load_state_dict(state["weights"])
+        load_fitting(self.model, state["weights"], f"run_dir: {path}", self.config.model.name)
         if self.averaged is not None:
             self.averaged.module.load_state_dict(state["averaged"])
         self.optimizer.load_state_dict(state["optimizer"])

@@ -21,6 +21,7 @@ def main(config: EvaluateConfig) -> None:
         info = data.read_info(config.data.val, "data.val")
         models.require_classes(metadata, info.num_classes, "checkpoint")
         loader = BetonLoader.for_evaluation(info, config.data, metadata, device)
+        models.require_fits(model, metadata["model"], info.num_classes, loader.image_size, "data.image_size")
         amp = precision.resolved(config.amp)
         (result,) = engine.evaluate({config.checkpoint: engine.to_device(model, device)}, loader, amp).values()
         log.say(json.dumps({**result, "images": info.count, "amp": amp}))

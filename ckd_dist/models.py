@@ -1,4 +1,9 @@
-"""Networks by name: the CIFAR networks of the paper, and torchvision's classification models."""
+"""Networks by name: CIFAR networks, and torchvision's classification models.
+
+The CIFAR networks are those of Tian, Krishnan, Isola, "Contrastive Representation Distillation" (arXiv 1910.10699), and
+of mdistiller. The paper's own code has the same MobileNetV2, but ResNets whose shortcuts pad with zeros where the shape
+changes; here, as in most published distillation results, these shortcuts are 1x1 convolutions.
+"""
 
 from __future__ import annotations
 
@@ -10,8 +15,9 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.func import functional_call
 
-from ckd_dist import checkpoint
+from ckd_dist import checkpoint, dist
 from ckd_dist.config import require
 
 
@@ -57,7 +63,7 @@ def load_model(path: str | Path, option: str) -> tuple[nn.Module, dict]:
     )
     metadata = state["metadata"]
     model = build_model(metadata["model"], metadata["num_classes"])
-    model.load_state_dict(state["weights"])
+    load_fitting(model, state["weights"], f"{option}: {path}", metadata["model"])
     return model, metadata
 
 
@@ -65,6 +71,38 @@ def require_classes(metadata: dict, num_classes: int, option: str) -> None:
     """Raise `UserError` unless a checkpoint has as many classes as the images."""
     found = metadata["num_classes"]
     require(found == num_classes, f"{option}: the checkpoint has {found} classes, the images have {num_classes}")
+
+
+def require_fits(
+    model: nn.Module, name: str, num_classes: int, image_size: int, option: str, *, train_images: int = 0
+) -> None:
+    """Raise `UserError` unless the model `name` takes images of the side `image_size`, which `option` sets, and gives
+    logits [n, num_classes] of them; with `train_images`, the least that a process has of a batch, in train mode too.
+    Leaves the model, its buffers and the random state as they were."""
+    device = next(model.parameters()).device
+    modes = [(module, module.training) for module in model.modules()]
+
+    def fault(images: int, training: bool) -> str | None:
+        buffers = {key: buffer.clone() for key, buffer in model.named_buffers()}
+        model.train(training)
+        try:
+            logits = functional_call(model, buffers, (torch.zeros(images, 3, image_size, image_size, device=device),))
+        except Exception as error:  # a network may object in any way
+            return (str(error).splitlines() or [type(error).__name__])[0]
+        found = tuple(logits.shape) if isinstance(logits, torch.Tensor) else type(logits).__name__
+        return None if found == (images, num_classes) else f"it gives {found}, not logits {(images, num_classes)}"
+
+    with torch.random.fork_rng([device] if device.type == "cuda" else []), torch.no_grad():
+        wrong = fault(1, False) or (fault(2, True) if train_images else None)
+        alone = fault(1, True) if train_images == 1 and not wrong else None
+    for module, training in modes:
+        module.training = training
+    require(not wrong, f"{option} {image_size} does not fit the model {name} ({wrong}): choose another of the two")
+    require(
+        not alone,
+        f"data.batch_size leaves one image to some of {dist.world_size()} processes, too few for {name} at {image_size}"
+        f" px ({alone}): give {2 * dist.world_size()} or more, or use fewer processes",
+    )
 
 
 def feature_layer(model: nn.Module, image_size: int) -> str:
@@ -91,14 +129,19 @@ def feature_layer(model: nn.Module, image_size: int) -> str:
 
 def load_weights(model: nn.Module, path: str) -> None:
     """Initial weights from `path`: a state dict, or a checkpoint of this system; raises `UserError` on any mismatch."""
-    option = "model.weights"
-    state = checkpoint.load(path, option)
-    weights = state.get("weights", state)
+    state = checkpoint.load(path, "model.weights")
+    load_fitting(model, state.get("weights", state), f"model.weights: {path}", "the model")
+
+
+def load_fitting(model: nn.Module, weights: dict, what: str, name: str) -> None:
+    """`model.load_state_dict`; raises `UserError` where names or shapes of the weights, which come from `what`, are not
+    those of the model `name`."""
+    require(isinstance(weights, dict), f"{what} holds no weights")
     own = model.state_dict()
-    differing = sorted(own.keys() ^ weights.keys()) or [
-        name for name in sorted(own) if getattr(weights[name], "shape", None) != own[name].shape
+    differing = sorted(own.keys() ^ weights.keys(), key=str) or [
+        key for key in sorted(own) if getattr(weights[key], "shape", None) != own[key].shape
     ]
-    require(not differing, f"{option}: {path} does not fit the model: {', '.join(differing[:3])} missing or different")
+    require(not differing, f"{what} does not fit {name}: {', '.join(map(str, differing[:3]))} missing or different")
     model.load_state_dict(weights)
 
 
@@ -112,7 +155,7 @@ def _conv(inputs: int, outputs: int, kernel: int, stride: int = 1, groups: int =
     return nn.Conv2d(inputs, outputs, kernel, stride, padding=kernel // 2, groups=groups, bias=False)
 
 
-def _initialise(model: nn.Module) -> nn.Module:
+def _initialise(model: _Classifier) -> _Classifier:
     """He initialisation of the convolutions (fan out), as the published CIFAR networks use."""
     for module in model.modules():
         if isinstance(module, nn.Conv2d):
@@ -138,7 +181,7 @@ class _BasicBlock(nn.Module):
 
 
 def _cifar_resnet(depth: int, num_classes: int) -> nn.Module:
-    """ResNet for 32x32 images with 6n + 2 layers and 16, 32, 64 filters."""
+    """ResNet for 32x32 images with 6n + 2 layers and 16, 32, 64 filters, with projection shortcuts."""
     blocks = (depth - 2) // 6
     layers: list[nn.Module] = [_conv(3, 16, 3), nn.BatchNorm2d(16), nn.ReLU(inplace=True)]
     inputs = 16
@@ -178,17 +221,17 @@ def _wide_resnet(depth: int, width: int, num_classes: int) -> nn.Module:
 
 
 class _InvertedResidual(nn.Module):
-    """Expand, depthwise, project (Sandler et al., 2018, "MobileNetV2")."""
+    """Expand, depthwise, project (Sandler et al., 2018, "MobileNetV2"), with ReLU and, as in `_cifar_mobilenetv2`'s
+    sources, with the first convolution even where it does not expand."""
 
     def __init__(self, inputs: int, outputs: int, stride: int, expansion: int):
         super().__init__()
         hidden = inputs * expansion
-        layers: list[nn.Module] = []
-        if expansion != 1:
-            layers += [_conv(inputs, hidden, 1), nn.BatchNorm2d(hidden), nn.ReLU6(inplace=True)]
-        layers += [_conv(hidden, hidden, 3, stride, groups=hidden), nn.BatchNorm2d(hidden), nn.ReLU6(inplace=True)]
-        layers += [_conv(hidden, outputs, 1), nn.BatchNorm2d(outputs)]
-        self.layers = nn.Sequential(*layers)
+        self.layers = nn.Sequential(
+            *(_conv(inputs, hidden, 1), nn.BatchNorm2d(hidden), nn.ReLU(inplace=True)),
+            *(_conv(hidden, hidden, 3, stride, groups=hidden), nn.BatchNorm2d(hidden), nn.ReLU(inplace=True)),
+            *(_conv(hidden, outputs, 1), nn.BatchNorm2d(outputs)),
+        )
         self.residual = stride == 1 and inputs == outputs
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -196,22 +239,22 @@ class _InvertedResidual(nn.Module):
 
 
 def _cifar_mobilenetv2(width: float, num_classes: int) -> nn.Module:
-    """MobileNetV2 for 32x32 images: the strides of the stem and of the second stage are 1, so that the last feature
-    map is 4x4."""
-
-    def channels(count: int) -> int:
-        return max(8, int(count * width + 4) // 8 * 8)
-
-    inputs = channels(32)
-    layers: list[nn.Module] = [_conv(3, inputs, 3), nn.BatchNorm2d(inputs), nn.ReLU6(inplace=True)]
+    """MobileNetV2 for 32x32 images, as distillation papers use it since Jin et al., "Knowledge Distillation via Route
+    Constrained Optimization" (arXiv 1904.09149): the second stage keeps the size, so that the last feature map is 2x2,
+    and numbers of channels are rounded down, not to multiples of eight."""
+    inputs = int(32 * width)
+    layers: list[nn.Module] = [_conv(3, inputs, 3, 2), nn.BatchNorm2d(inputs), nn.ReLU(inplace=True)]
     stages = ((1, 16, 1, 1), (6, 24, 2, 1), (6, 32, 3, 2), (6, 64, 4, 2), (6, 96, 3, 1), (6, 160, 3, 2), (6, 320, 1, 1))
     for expansion, count, repeats, first_stride in stages:
+        outputs = int(count * width)
         for block in range(repeats):
-            stride = first_stride if block == 0 else 1
-            layers.append(_InvertedResidual(inputs, channels(count), stride, expansion))
-            inputs = channels(count)
-    layers += [_conv(inputs, 1280, 1), nn.BatchNorm2d(1280), nn.ReLU6(inplace=True)]
-    return _initialise(_Classifier(nn.Sequential(*layers), 1280, num_classes))
+            layers.append(_InvertedResidual(inputs, outputs, first_stride if block == 0 else 1, expansion))
+            inputs = outputs
+    layers += [_conv(inputs, 1280, 1), nn.BatchNorm2d(1280), nn.ReLU(inplace=True)]
+    model = _initialise(_Classifier(nn.Sequential(*layers), 1280, num_classes))
+    nn.init.normal_(model.fc.weight, std=0.01)
+    nn.init.zeros_(model.fc.bias)
+    return model
 
 
 class _Classifier(nn.Module):

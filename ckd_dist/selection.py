@@ -58,6 +58,9 @@ def load_trajectory(config: SelectConfig, info: DatasetInfo, device: torch.devic
         teachers[epoch] = engine.to_device(model, device)
     image_size = config.data.image_size or metadata["image_size"]
     first = teachers[epochs[0]]
+    student = models.build_model(config.student, info.num_classes).to(device)  # whose cost is measured in the end
+    for model, name, train_images in ((first, metadata["model"], 0), (student, config.student, 2)):
+        models.require_fits(model, name, info.num_classes, image_size, "data.image_size", train_images=train_images)
     layer = config.layer or models.feature_layer(first, image_size)
     names = [name for name, _ in first.named_modules() if name]
     require(layer in names, f"layer: the teacher has no module {layer}; it has {', '.join(names[:40])}")

@@ -13,7 +13,7 @@ from ckd_dist.data import DatasetInfo, eval_recipe, rank_share, read_info
 from ckd_dist.engine import Learner, Loss, Source, fit
 from ckd_dist.loader import BetonLoader, read_labels
 from ckd_dist.log import RunFolder, say
-from ckd_dist.models import build_model, load_weights
+from ckd_dist.models import build_model, load_weights, require_fits
 from ckd_dist.recipe import ViewRecipe
 
 
@@ -51,12 +51,20 @@ def train(
         "std": list(info.std),
         "dataset": {"name": info.dataset, "content_hash": info.content_hash, "count": info.count},
     }
-    learners = []
-    for each, its_loss in zip(configs, loss, strict=True):
+    models, least = [], batch_size // dist.world_size()
+    sides = {"data.image_size": (size, least), "data.val_image_size": (val_size, 0)}
+    if config.data.start_image_size:
+        sides["data.start_image_size"] = (config.data.start_image_size, least)
+    for each in configs:  # before any run folder is made
         torch.manual_seed(config.seed)
-        model = build_model(each.model.name, info.num_classes)
+        model = build_model(each.model.name, info.num_classes).to(device)
         if each.model.weights:
             load_weights(model, each.model.weights)
+        for option, (side, train_images) in sides.items():
+            require_fits(model, each.model.name, info.num_classes, side, option, train_images=train_images)
+        models.append(model)
+    learners = []
+    for each, model, its_loss in zip(configs, models, loss, strict=True):
         run = RunFolder(each.run_dir, to_dict(each), tensorboard=each.tensorboard)
         its_metadata = {"model": each.model.name, **metadata}
         learner = Learner(model, each, its_loss, run, device, its_metadata, info.count // batch_size)
@@ -82,10 +90,10 @@ def train(
             say(f"warning: images of a class lie together in {info.path}, so batches have few: write it with --shuffle")
     loader = make_loader(info, recipe=recipe, view_seed=view_seed, image_size=size, pages_ahead=ahead)
     val_loader = make_loader(val_info, recipe=eval_recipe(val_info), image_size=val_size) if val_info else None
-    models = ", ".join(dict.fromkeys(learner.config.model.name for learner in learners))
-    what = f"{learners[0].run.path}: {models}"
+    names = ", ".join(dict.fromkeys(learner.config.model.name for learner in learners))
+    what = f"{learners[0].run.path}: {names}"
     if len(learners) > 1:
-        what = f"{len(learners)} students side by side, {models}"
+        what = f"{len(learners)} students side by side, {names}"
     say(
         f"{what} at {size} px on {info.count} images of {info.dataset}, {config.epochs} epochs of "
         f"{learners[0].steps_per_epoch} steps, {dist.world_size()} processes on {device.type}, in "

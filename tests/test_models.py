@@ -9,14 +9,14 @@ import torch
 
 from ckd_dist import checkpoint
 from ckd_dist.config import UserError
-from ckd_dist.models import build_model, load_weights
+from ckd_dist.models import build_model, load_model, load_weights, require_fits
 
 
 @pytest.mark.parametrize(
     ("name", "published"),
     [
         # In millions at 100 classes; the networks are those of Tian, Krishnan, Isola, "Contrastive Representation
-        # Distillation" (arXiv 1910.10699), which the paper's code shares.
+        # Distillation" (arXiv 1910.10699).
         ("resnet20", 0.28),
         ("resnet32", 0.47),
         ("resnet56", 0.86),
@@ -34,10 +34,29 @@ def test_cifar_networks_have_the_published_parameter_counts(name, published):
 
 def test_small_networks_have_their_shape():
     assert sum(p.numel() for p in build_model("resnet8", 10).parameters()) == 78_042
-    mobile = build_model("mobilenetv2_075", 100).eval()
-    features = mobile.features(torch.randn(1, 3, 32, 32))
-    assert features.shape == (1, 1280, 4, 4)
-    assert mobile(torch.randn(2, 3, 32, 32)).shape == (2, 100)
+
+
+def test_the_cifar_mobilenet_is_the_one_of_the_papers_table():
+    """Its weights, multiply-adds and shapes, counted by hand from the published code."""
+    model = build_model("mobilenetv2_075", 100).eval()
+    assert sum(p.numel() for p in model.parameters()) == 1_475_692
+    multiply_adds = []
+
+    def count(module, inputs, output):
+        if isinstance(module, (torch.nn.Conv2d, torch.nn.Linear)):
+            multiply_adds.append(output[0].numel() * module.weight[0].numel())
+            stages.append(tuple(output.shape[1:3]))
+
+    stages: list[tuple[int, ...]] = []
+    for module in model.modules():
+        module.register_forward_hook(count)
+    assert model(torch.randn(2, 3, 32, 32)).shape == (2, 100)
+    assert round(sum(multiply_adds) / 1e6, 1) == 13.3
+    assert stages[0] == (24, 16) and stages[-2:] == [(1280, 2), (100,)]
+    assert [stages[3 * block] for block in (1, 3, 6, 10, 13, 16, 17)] == [
+        (12, 16), (18, 16), (24, 8), (48, 4), (72, 4), (120, 2), (240, 2)
+    ]  # fmt: skip
+    assert not any(isinstance(module, torch.nn.ReLU6) for module in model.modules())
 
 
 @pytest.mark.parametrize("name", ["resnet18", "mobilenet_v2", "googlenet", "squeezenet1_1"])
@@ -76,6 +95,58 @@ def test_weights_that_do_not_fit_are_refused(tmp_path):
         load_weights(build_model("resnet8", 11), str(tmp_path / "ten.pt"))
     with pytest.raises(UserError, match="no such file"):
         load_weights(build_model("resnet8", 10), str(tmp_path / "none.pt"))
+
+
+def test_a_checkpoint_whose_weights_are_of_another_network_of_that_name_is_refused(tmp_path):
+    weights = build_model("mobilenetv2_075", 10).state_dict()
+    metadata = {"model": "mobilenetv2_075", "num_classes": 10}
+    for change in ("missing", "shape", "no weights"):
+        changed = dict(weights)
+        first = changed.pop("features.0.weight")
+        if change == "shape":
+            changed["features.0.weight"] = first[:, :2]
+        path = tmp_path / f"{change}.pt"
+        checkpoint.save(path, {"weights": None if change == "no weights" else changed, "metadata": metadata})
+        expected = "holds no weights" if change == "no weights" else "does not fit mobilenetv2_075: features.0.weight"
+        with pytest.raises(UserError, match=rf"teacher\.run: .*{change}\.pt {expected}"):
+            load_model(path, "teacher.run")
+
+
+@pytest.mark.parametrize(
+    ("name", "size", "train_images", "expected"),
+    [
+        ("vit_b_16", 64, 2, "data.image_size 64 does not fit the model vit_b_16 (Wrong image height"),
+        ("inception_v3", 64, 2, "data.image_size 64 does not fit the model inception_v3 (Calculated padded input"),
+        ("alexnet", 32, 0, "data.image_size 32 does not fit the model alexnet"),
+        ("mobilenetv2_075", 16, 1, "data.batch_size leaves one image to some of 1 processes, too few for mobilenetv2"),
+        ("mobilenetv2_075", 16, 2, None),
+        ("mobilenetv2_075", 32, 1, None),
+        ("resnet8", 8, 1, None),
+    ],
+)
+def test_a_size_or_batch_that_a_model_cannot_take_is_refused_and_a_good_one_leaves_no_trace(
+    name, size, train_images, expected
+):
+    model = build_model(name, 10).train()
+    if expected is None:
+        model.fc = torch.nn.Sequential(torch.nn.Dropout(), model.fc)  # draws random numbers
+    modes = {key: module.training for key, module in model.named_modules()}
+    before, random = {k: v.clone() for k, v in model.state_dict().items()}, torch.random.get_rng_state()
+    if expected is None:
+        require_fits(model, name, 10, size, "data.image_size", train_images=train_images)
+    else:
+        with pytest.raises(UserError) as error:
+            require_fits(model, name, 10, size, "data.image_size", train_images=train_images)
+        assert str(error.value).startswith(expected) and "\n" not in str(error.value)
+    assert all(torch.equal(before[key], value) for key, value in model.state_dict().items())
+    assert torch.equal(random, torch.random.get_rng_state())
+    assert modes == {key: module.training for key, module in model.named_modules()}
+
+
+def test_a_model_that_gives_no_logits_is_refused():
+    model = torch.nn.Sequential(torch.nn.Conv2d(3, 10, 1))
+    with pytest.raises(UserError, match=r"fit the model mine \(it gives \(1, 10, 8, 8\), not logits \(1, 10\)"):
+        require_fits(model, "mine", 10, 8, "data.image_size")
 
 
 def test_a_weights_file_executes_nothing(tmp_path):
