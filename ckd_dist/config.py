@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import difflib
+import json
 import os
 import re
 import signal
@@ -16,6 +17,7 @@ import time
 import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Literal, NoReturn, TypeVar
 
 import jsonargparse
@@ -44,9 +46,23 @@ def require(condition: bool, message: str) -> None:
         raise UserError(message)
 
 
-def require_seed(seed: int, option: str) -> None:
-    """Raise `UserError` for a seed that the generators cannot take."""
-    require(0 <= seed < 2**31, f"{option} is {seed}: give 0 to {2**31 - 1}")
+Range = tuple[float, float]
+"""The least and the greatest value that an option takes: whatever is beyond is a slip of the hand."""
+COUNT: Range = (1, 1_000_000)
+SIDE: Range = (8, 8192)
+SEED: Range = (0, 2**31 - 1)
+RATE: Range = (1e-12, 1000)
+TEMPERATURE: Range = (0.001, 1000)
+SHARE: Range = (0, 1)
+
+
+def require_ranges(config: object, section: str = "", /, **ranges: Range) -> None:
+    """Raise `UserError` unless these options of a section, numbers or lists of numbers, are in their ranges; None is,
+    not-a-number is in none."""
+    for name, (low, high) in ranges.items():
+        value = getattr(config, name)
+        for each in value if isinstance(value, list) else [value]:
+            require(each is None or low <= each <= high, f"{section}{name} is {each}: give {low:,} to {high:,}")
 
 
 # ------------------------------------------------------------------------------------------- sections
@@ -67,12 +83,7 @@ class LoaderConfig:
     """Read through the system's page cache; false: each rank reads pages into memory of its own."""
 
     def __post_init__(self) -> None:
-        require(self.batch_size >= 1, f"data.batch_size is {self.batch_size}: give 1 or more")
-        require(
-            self.image_size is None or self.image_size >= 8,
-            f"data.image_size is {self.image_size}: give 8 or more",
-        )
-        require(self.workers is None or self.workers >= 1, f"data.workers is {self.workers}: give 1 or more")
+        require_ranges(self, "data.", batch_size=COUNT, image_size=SIDE, workers=(1, 1024))
 
 
 @dataclass(kw_only=True)
@@ -100,12 +111,9 @@ class ViewDataConfig(LoaderConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        scale = self.crop_scale_min
-        require(scale is None or 0 < scale <= 1, f"data.crop_scale_min is {scale}: give a number in (0, 1]")
-        for name in ("color_jitter", "mixup", "cutmix"):
-            value = getattr(self, name)
-            require(value is None or 0 <= value < float("inf"), f"data.{name} is {value}: give 0 or more")
-        require(self.erase is None or 0 <= self.erase <= 1, f"data.erase is {self.erase}: give a number from 0 to 1")
+        require_ranges(
+            self, "data.", crop_scale_min=(1e-6, 1), color_jitter=(0, 10), erase=SHARE, mixup=(0, 10), cutmix=(0, 10)
+        )
 
 
 @dataclass(kw_only=True)
@@ -131,13 +139,15 @@ class TrainDataConfig(ViewDataConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        require(self.window_pages >= 1, f"data.window_pages is {self.window_pages}: give 1 or more")
-        for name in ("start_image_size", "val_image_size"):
-            size = getattr(self, name)
-            require(size is None or size >= 8, f"data.{name} is {size}: give 8 or more")
-        require(self.views is None or self.views >= 1, f"data.views is {self.views}: give 1 or more")
-        if self.view_seed is not None:
-            require_seed(self.view_seed, "data.view_seed")
+        require_ranges(
+            self,
+            "data.",
+            views=COUNT,
+            view_seed=SEED,
+            window_pages=COUNT,
+            start_image_size=SIDE,
+            val_image_size=SIDE,
+        )
 
 
 @dataclass(kw_only=True)
@@ -187,16 +197,22 @@ class OptimConfig:
     """Largest L2 norm of the whole gradient; default: no clipping."""
 
     def __post_init__(self) -> None:
-        require(self.lr > 0, f"optim.lr is {self.lr}: give a positive number")
-        require(self.weight_decay >= 0, f"optim.weight_decay is {self.weight_decay}: give 0 or more")
-        require(self.warmup_epochs >= 0, f"optim.warmup_epochs is {self.warmup_epochs}: give 0 or more")
-        require(self.step_epochs >= 1, f"optim.step_epochs is {self.step_epochs}: give 1 or more")
+        require_ranges(
+            self,
+            "optim.",
+            lr=RATE,
+            momentum=(0, 0.9999),
+            weight_decay=(0, 10),
+            warmup_epochs=(0, COUNT[1]),
+            step_epochs=COUNT,
+            milestones=COUNT,
+            gamma=(0, 10),
+            clip_grad_norm=(1e-9, 1_000_000_000),
+        )
         require(
             bool(self.milestones) == (self.schedule == "multistep"),
             "optim.milestones goes with --optim.schedule multistep, and multistep needs it",
         )
-        clip = self.clip_grad_norm
-        require(clip is None or clip > 0, f"optim.clip_grad_norm is {clip}: give a positive number")
 
 
 @dataclass(kw_only=True)
@@ -214,9 +230,7 @@ class KDConfig:
     """dkd: weight of the classes other than the label's."""
 
     def __post_init__(self) -> None:
-        require(0 <= self.alpha <= 1, f"kd.alpha is {self.alpha}: give a number from 0 to 1")
-        require(self.temperature > 0, f"kd.temperature is {self.temperature}: give a positive number")
-        require(self.beta >= 0, f"kd.beta is {self.beta}: give 0 or more")
+        require_ranges(self, "kd.", alpha=SHARE, temperature=TEMPERATURE, beta=(0, 1000))
 
 
 @dataclass(kw_only=True)
@@ -238,6 +252,7 @@ class TeacherConfig:
     """Weight of each checkpoint in the mean, or its share of the epochs; default: equal."""
 
     def __post_init__(self) -> None:
+        require_ranges(self, "teacher.", weights=(1e-6, 1_000_000))
         require(
             self.store is None or self.run is None,
             "teacher.store and teacher.run are both given: choose cached logits or the online teacher",
@@ -262,10 +277,6 @@ class TeacherConfig:
             not self.weights or len(self.weights) == len(self.checkpoints),
             f"teacher.weights has {len(self.weights)} values for {len(self.checkpoints)} teacher.checkpoints",
         )
-        require(
-            all(0 < weight < float("inf") for weight in self.weights),
-            f"teacher.weights {self.weights}: give positive numbers",
-        )
 
     @property
     def at_once(self) -> str | None:
@@ -282,6 +293,9 @@ class TrajectoryConfig:
     checkpoints: list[int] = field(default_factory=list)
     """Epochs of the checkpoints to cache; default: all of the run."""
 
+    def __post_init__(self) -> None:
+        require_ranges(self, "teacher.", checkpoints=COUNT)
+
 
 @dataclass(kw_only=True)
 class CachedTrajectoryConfig(TrajectoryConfig):
@@ -291,6 +305,7 @@ class CachedTrajectoryConfig(TrajectoryConfig):
     """Name of this run in a store of several runs: its checkpoints are then NAME/EPOCH to distill."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         name = self.name
         require(
             name is None or bool(re.fullmatch(r"(?!epoch_\d+$)[A-Za-z][\w-]*", name)),
@@ -314,13 +329,12 @@ class CodecConfig:
     """sampled: temperature of the softmax that classes are drawn from, and of the loss; default: 1."""
 
     def __post_init__(self) -> None:
+        require_ranges(self, k=(2, COUNT[1]), sample_temperature=TEMPERATURE)
         sparse = self.codec != "dense"
         require(sparse == (self.k is not None), "k goes with --codec topk and sampled, which need it")
-        require(self.k is None or self.k >= 2, f"k is {self.k}: give 2 or more")
         require(not sparse or self.dtype is None, f"dtype is for --codec dense, not {self.codec}")
         temperature = self.sample_temperature
         require(temperature is None or self.codec == "sampled", "sample_temperature is for --codec sampled")
-        require(temperature is None or temperature > 0, f"sample_temperature is {temperature}: give a positive number")
 
 
 # ------------------------------------------------------------------------------------------- commands
@@ -359,14 +373,16 @@ class TrainConfig:
     """Write TensorBoard event files too (needs the extra `tensorboard`)."""
 
     def __post_init__(self) -> None:
-        require(self.epochs >= 1, f"epochs is {self.epochs}: give 1 or more")
-        decay = self.ema_decay
-        require(decay is None or 0 < decay < 1, f"ema_decay is {decay}: give a number between 0 and 1")
-        require(0 <= self.label_smoothing < 1, f"label_smoothing is {self.label_smoothing}: give [0, 1)")
-        require_seed(self.seed, "seed")
-        require(self.save_every is None or self.save_every >= 1, f"save_every is {self.save_every}: give 1 or more")
-        require(self.save_last_every >= 1, f"save_last_every is {self.save_last_every}: give 1 or more")
-        require(self.log_every >= 1, f"log_every is {self.log_every}: give 1 or more")
+        require_ranges(
+            self,
+            epochs=COUNT,
+            label_smoothing=(0, 0.999),
+            seed=SEED,
+            ema_decay=(1e-6, 0.9999999),
+            save_every=COUNT,
+            save_last_every=(1, 1_000_000_000),
+            log_every=(1, 1_000_000_000),
+        )
 
 
 @dataclass(kw_only=True)
@@ -417,11 +433,11 @@ class GridConfig:
     default: all."""
 
     def __post_init__(self) -> None:
+        require_ranges(self, "grid.", alphas=SHARE, temperatures=TEMPERATURE, seeds=SEED, trials=COUNT)
         for name in ("teachers", "models", "losses", "alphas", "temperatures", "seeds"):
             values = getattr(self, name)
             repeated = [value for i, value in enumerate(values) if value in values[:i]]
             require(not repeated, f"grid.{name} names {repeated[:1]} twice")
-        require(self.trials is None or self.trials >= 1, f"grid.trials is {self.trials}: give 1 or more")
 
 
 @dataclass(kw_only=True)
@@ -440,12 +456,11 @@ class SearchConfig(DistillConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        require_ranges(self, students_at_once=(1, 10_000), processes=(1, 1024))
         require(self.teacher.store is not None, "teacher.store is missing: a search reads cached logits")
         require(self.teacher.selection is None, "teacher.selection is not for a search: name grid.teachers")
         require(not self.teacher.weights, "teacher.weights is not for a search: its ensembles have equal weights")
-        require(self.students_at_once >= 1, f"students_at_once is {self.students_at_once}: give 1 or more")
-        require(self.processes >= 1, f"processes is {self.processes}: give 1 or more")
-        found = re.fullmatch(r"(\d+)/(\d+)", self.part or "1/1")
+        found = re.fullmatch(r"(\d{1,6})/(\d{1,6})", self.part or "1/1")
         require(
             found is not None and 1 <= int(found[1]) <= int(found[2]), f"part is {self.part}: give 1/16 to 16/16, say"
         )
@@ -472,11 +487,7 @@ class CacheConfig(CodecConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        require(self.views >= 1, f"views is {self.views}: give 1 or more")
-        require_seed(self.seed, "seed")
-        require(self.shard_size >= 1, f"shard_size is {self.shard_size}: give 1 or more")
-        at_once = self.teachers_at_once
-        require(at_once is None or at_once >= 1, f"teachers_at_once is {at_once}: give 1 or more")
+        require_ranges(self, views=COUNT, seed=SEED, shard_size=(1, 1_000_000_000), teachers_at_once=COUNT)
 
 
 @dataclass(kw_only=True)
@@ -490,7 +501,7 @@ class PlanConfig(CacheConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        require(self.trial_seconds >= 0, f"trial_seconds is {self.trial_seconds}: give 0 or more")
+        require_ranges(self, trial_seconds=(0, 86_400))
 
 
 @dataclass(kw_only=True)
@@ -513,9 +524,7 @@ class ProbeConfig:
     """Probes of different initial weights for each checkpoint; they give the estimates' deviation."""
 
     def __post_init__(self) -> None:
-        require(self.steps >= 1, f"probe.steps is {self.steps}: give 1 or more")
-        require(self.lr > 0, f"probe.lr is {self.lr}: give a positive number")
-        require(self.repeats >= 1, f"probe.repeats is {self.repeats}: give 1 or more")
+        require_ranges(self, "probe.", steps=COUNT, lr=RATE, repeats=(1, 1000))
 
 
 @dataclass(kw_only=True)
@@ -546,9 +555,7 @@ class SelectConfig:
     """Its epochs."""
 
     def __post_init__(self) -> None:
-        require_seed(self.seed, "seed")
-        require(self.weight >= 0, f"weight is {self.weight}: give 0 or more")
-        require(self.student_epochs >= 1, f"student_epochs is {self.student_epochs}: give 1 or more")
+        require_ranges(self, seed=SEED, weight=(0, 1_000_000), student_epochs=COUNT)
 
 
 @dataclass(kw_only=True)
@@ -588,8 +595,12 @@ def load_config(
     parser = jsonargparse.ArgumentParser(
         prog=prog, description=description or cls.__doc__, exit_on_error=False, formatter_class=_HelpFormatter
     )
-    parser.add_argument("--config", action="config", help="YAML file with any of the options below.")
+    parser.add_argument("--config", action=_ConfigFile, help="YAML file with any of the options below.")
     parser.add_class_arguments(cls)
+    for action in parser._actions:
+        if action.dest in _section_names(parser):  # --optim FILE would be read past all checks
+            del parser._option_string_actions[f"--{action.dest}"]
+            action.help = argparse.SUPPRESS
     argv = option_words(sys.argv[1:] if argv is None else argv)
     try:
         return cls(**_sections(parser.instantiate(parser.parse_args(argv)), cls))
@@ -633,6 +644,55 @@ class Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         """Raise `UserError`."""
         raise UserError(f"{message} (see --help)")
+
+
+class _ConfigFile(jsonargparse.ActionConfigFile):
+    """A file of options, read by `read_yaml`; jsonargparse gets its content as JSON."""
+
+    def __call__(self, parser, cfg, values, option_string=None):
+        content = read_yaml(values, "config")
+        for section in _section_names(parser):
+            value = content.get(section, {})
+            require(isinstance(value, dict), f"config: {values}: {section} is {value}: give its options by name")
+        try:
+            super().__call__(parser, cfg, json.dumps(content, ensure_ascii=False), option_string)
+        except UnicodeEncodeError as error:
+            letter = error.object[error.start]
+            raise UserError(f"config: {values}: this locale has no {letter!a}: set LC_ALL=C.UTF-8") from None
+
+
+def _section_names(parser: jsonargparse.ArgumentParser) -> set[str]:
+    words = [option for action in parser._actions for option in action.option_strings]
+    return {word[2:].partition(".")[0] for word in words if "." in word}
+
+
+def read_yaml(path: str | Path, option: str) -> dict[str, Any]:
+    """What a YAML file of options says, in plain values; it is UTF-8 in every locale.
+
+    Raises `UserError`, one line, where it is no regular file, which could be without an end, or no mapping, and where
+    its aliases refer to themselves or multiply beyond the largest size.
+    """
+    require(os.path.exists(path), f"{option}: no such file: {path}")
+    require(os.path.isfile(path), f"{option}: {path} is not a regular file")
+    import yaml
+
+    try:
+        with open(path, "rb") as file:
+            content = file.read(_LARGEST_FILE + 1).decode()
+        values = jsonargparse.get_loader("yaml")(content)
+        size = len(content)
+        for part in json.JSONEncoder().iterencode(values):
+            size += len(part)
+            if size > 2 * _LARGEST_FILE:
+                raise ValueError("it is too large")
+    except (ValueError, TypeError, RecursionError, yaml.YAMLError) as error:
+        reason = "it is not UTF-8" if isinstance(error, UnicodeDecodeError) else re.sub(r"\s+", " ", str(error))
+        raise UserError(f"{option}: {path} cannot be read as YAML ({reason})") from None
+    require(isinstance(values, dict), f"{option}: {path} holds no options: write them as name: value")
+    return values
+
+
+_LARGEST_FILE = 1 << 20
 
 
 class _HelpFormatter(jsonargparse.DefaultHelpFormatter, argparse.RawDescriptionHelpFormatter):

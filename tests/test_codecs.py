@@ -258,10 +258,10 @@ def test_what_a_codec_serves_is_finite(loss):
     [
         ({"codec": "topk"}, "k goes with --codec topk and sampled"),
         ({"k": 8}, "k goes with --codec topk and sampled"),
-        ({"codec": "topk", "k": 1}, "k is 1: give 2 or more"),
+        ({"codec": "topk", "k": 1}, "k is 1: give 2 to 1,000,000"),
         ({"codec": "topk", "k": 8, "dtype": "float16"}, "dtype is for --codec dense"),
         ({"codec": "topk", "k": 8, "sample_temperature": 4}, "sample_temperature is for --codec sampled"),
-        ({"codec": "sampled", "k": 8, "sample_temperature": 0}, "give a positive number"),
+        ({"codec": "sampled", "k": 8, "sample_temperature": 0}, "sample_temperature is 0: give 0.001 to 1,000"),
         ({"codec": "topk", "k": 11}, "k is 11, the images have 10 classes"),
     ],
 )

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib
+import itertools
+import math
+import os
 import re
 import subprocess
 import sys
+from typing import get_type_hints
 
 import pytest
 import torch
@@ -52,14 +57,15 @@ def test_the_saved_configuration_gives_the_same_one_again(tmp_path):
         (["--optim.lrr", "3"], "unknown option --optim.lrr; did you mean --optim.lr?"),
         (["--optim.lr", "fast"], "option optim.lr: expected float. Got value: fast"),
         (["--amp", "fp8"], "option amp: expected one of 'auto', 'bfloat16', 'float16', 'off'. Got value: fp8"),
-        (["--kd.alpha", "3"], "kd.alpha is 3.0: give a number from 0 to 1"),
+        (["--kd.alpha", "3"], "kd.alpha is 3.0: give 0 to 1"),
         (["--kd.temperature", "0"], "kd.temperature is 0.0"),
-        (["--data.batch_size", "0"], "data.batch_size is 0: give 1 or more"),
+        (["--data.batch_size", "0"], "data.batch_size is 0: give 1 to 1,000,000"),
         (["--data.crop_scale_min", "2"], "data.crop_scale_min is 2.0"),
         (["--optim.schedule", "multistep"], "optim.milestones goes with"),
         (["--teacher.store", "S", "--teacher.run", "R"], "teacher.store and teacher.run are both given"),
         (["--teacher.checkpoints", "[8]"], "teacher.checkpoints is given without a teacher"),
         (["--teacher.run", "R", "--teacher.checkpoints", "[8,8]"], "names a checkpoint twice"),
+        (["--optim", "x.yaml"], "ambiguous option: --optim could match --optim.name"),
         (["--config", "none.yaml"], "none.yaml"),
         (["stray"], "stray"),
     ],
@@ -68,20 +74,83 @@ def test_bad_options_are_refused_in_one_line(arguments, expected):
     assert expected in refusal(*arguments)
 
 
+def options(cls, section=""):
+    """(section, name, type) of every option of a command."""
+    for name, kind in get_type_hints(cls).items():
+        if dataclasses.is_dataclass(kind):
+            yield from options(kind, f"{name}.")
+        else:
+            yield section, name, kind
+
+
+@pytest.mark.parametrize("command", CLASSES)
+def test_every_number_has_bounds(command):
+    found = list(options(CLASSES[command]))
+    needed = {"data.train", "data.val", "model.name", "run_dir", "store", "checkpoint"}
+    needed.add("teacher.run" if command in ("cache_logits", "select_teacher") else "teacher.store")
+    config = load_config(CLASSES[command], [f"--{s}{name}=X" for s, name, _ in found if f"{s}{name}" in needed])
+    numbers = [each for each in found if re.search(r"\b(int|float)\b", str(each[2])) and "str" not in str(each[2])]
+    assert len(numbers) >= 3
+    for section, name, kind in numbers:
+        holder = getattr(config, section[:-1]) if section else config
+        for value in (math.nan, math.inf, -math.inf, 10**20, -(10**20)):
+            with pytest.raises(UserError) as error:
+                dataclasses.replace(holder, **{name: [value] if "list" in str(kind) else value})
+            assert str(error.value).startswith(f"{section}{name} is {value}: give ")
+
+
 @pytest.mark.parametrize(
-    ("text", "expected"),
+    ("content", "expected"),
     [
         ("epocs: 3", "unknown key epocs in the configuration file; did you mean --epochs?"),
         ("data:\n  trian: x", "unknown key data.trian in the configuration file; did you mean --data.train?"),
         ("teacher:\n  store: S", "unknown key teacher"),
         ("data: [1", "parsing"),
         ("epochs: many", "option epochs: expected int"),
+        ("epochs: .nan", "option epochs: expected int"),
+        ("epochs: " + 6000 * "9", "x.yaml cannot be read as YAML (Exceeds the limit"),
+        ("run_dir: caf\xe9".encode("latin1"), "x.yaml cannot be read as YAML (it is not UTF-8)"),
+        ("optim: &a {lr: *a}", "x.yaml cannot be read as YAML (Circular reference detected)"),
+        ("\n".join(f"{b}: &{b} [{','.join(9 * [f'*{a}'])}]" if a else f"{b}: &{b} 1" for a, b in
+                   itertools.pairwise(["", *"abcdefghijkl"])), "x.yaml cannot be read as YAML (it is too large)"),
+        ("optim: " + 20000 * "[", "x.yaml cannot be read as YAML ("),
+        ("run_dir: !!set {a, b}", "x.yaml cannot be read as YAML (Object of type set"),
+        ("run_dir: " + 2**21 * "x", "x.yaml cannot be read as YAML (it is too large)"),
+        ("", "x.yaml holds no options"),
+        ("- 1", "x.yaml holds no options"),
+        ("optim:\nepochs: 3", "x.yaml: optim is None: give its options by name"),
+        ("optim: other.yaml", "x.yaml: optim is other.yaml: give its options by name"),
+        (os.mkfifo, "x.yaml is not a regular file"),
+        (os.mkdir, "x.yaml is not a regular file"),
     ],
-)
-def test_bad_configuration_files_are_refused_in_one_line(text, expected, tmp_path):
+    ids=range(19),
+)  # fmt: skip
+def test_bad_configuration_files_are_refused_in_one_line(content, expected, tmp_path):
     path = tmp_path / "x.yaml"
-    path.write_text(text)
+    if callable(content):
+        content(path)
+    else:
+        path.write_bytes(content if isinstance(content, bytes) else content.encode())
     assert expected in refusal("--config", str(path), cls=TrainTeacherConfig)
+
+
+def test_a_configuration_file_is_utf8_in_every_locale_and_may_repeat_itself(tmp_path):
+    path, ascii_path = tmp_path / "x.yaml", tmp_path / "ascii.yaml"
+    path.write_bytes("\ufeff# É\nrun_dir: 'é \U0001f600'\noptim: {lr: &a 2e-3, gamma: *a}".encode())
+    ascii_path.write_bytes("# É\noptim: {lr: 1e-3}".encode())
+    config = load_config(DistillConfig, [*NEEDED[:4], "--config", str(path)])
+    assert (config.run_dir, config.optim.lr, config.optim.gamma) == ("é \U0001f600", 0.002, 0.002)
+    code = (
+        "import sys; from ckd_dist.config import *; a, b, *words = sys.argv[1:]\n"
+        "print(load_config(DistillConfig, [*words, '--config', a]).optim.lr)\n"
+        "try: load_config(DistillConfig, [*words, '--config', b])\n"
+        "except UserError as error: print(error)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-X", "utf8=0", "-c", code, ascii_path, path, *NEEDED],
+        capture_output=True, text=True, env={**ENVIRONMENT, "LC_ALL": "C", "PYTHONCOERCECLOCALE": "0"}, cwd=ROOT,
+    )  # fmt: skip
+    assert done.stdout == f"0.001\nconfig: {path}: this locale has no '\\xe9': set LC_ALL=C.UTF-8\n", done.stderr
 
 
 def test_a_missing_option_is_named():
