@@ -110,8 +110,12 @@ def train_recipe(config: ViewDataConfig, info: DatasetInfo, cached: ViewRecipe |
     return recipe
 
 
-def eval_recipe(info: DatasetInfo) -> ViewRecipe:
-    """The whole of a small image; the central 224/256 of a photograph's shorter side."""
+def eval_recipe(info: DatasetInfo, augment: str | None) -> ViewRecipe:
+    """The whole of a small image, squeezed into a square where it is none, as the views of training are, of which
+    `augment` is the kind; the central square of one whose training crops are nearly square; the central 224/256 of a
+    photograph's shorter side."""
+    if info.small and augment != "random_resized_crop":
+        return ViewRecipe(kind="pad_crop", padding=0, flip=0.0)
     return ViewRecipe(kind="center_crop", center_share=1.0 if info.small else 224 / 256, flip=0.0)
 
 

@@ -223,7 +223,9 @@ def estimate(
 ) -> tuple[dict[int, Estimates], dict[str, float]]:
     """Score the probes on held-out images: (epoch -> estimates, the constants `label_entropy` and `mean_colour_loss`).
     Collective: each rank takes a contiguous share."""
-    loader = _loader(config, trajectory, held_out, data.eval_recipe(held_out), config.data.batch_size)
+    loader = _loader(
+        config, trajectory, held_out, data.eval_recipe(held_out, config.data.augment), config.data.batch_size
+    )
     epochs = list(trajectory.models)
     device = trajectory.mean.device
     losses = torch.zeros(len(epochs), config.probe.repeats, 2, dtype=torch.float64, device=device)

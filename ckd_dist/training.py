@@ -47,6 +47,7 @@ def train(
         "num_classes": info.num_classes,
         "image_size": size,
         "val_image_size": val_size,
+        "augment": recipe.kind,
         "mean": list(info.mean),
         "std": list(info.std),
         "dataset": {"name": info.dataset, "content_hash": info.content_hash, "count": info.count},
@@ -89,7 +90,9 @@ def train(
         if (labels[1:] == labels[:-1]).mean() > 0.5 and info.num_classes > 2:
             say(f"warning: images of a class lie together in {info.path}, so batches have few: write it with --shuffle")
     loader = make_loader(info, recipe=recipe, view_seed=view_seed, image_size=size, pages_ahead=ahead)
-    val_loader = make_loader(val_info, recipe=eval_recipe(val_info), image_size=val_size) if val_info else None
+    val_loader = (
+        make_loader(val_info, recipe=eval_recipe(val_info, recipe.kind), image_size=val_size) if val_info else None
+    )
     names = ", ".join(dict.fromkeys(learner.config.model.name for learner in learners))
     what = f"{learners[0].run.path}: {names}"
     if len(learners) > 1:

@@ -20,10 +20,10 @@ from torchvision.transforms.v2 import functional
 
 from ckd_dist import data
 from ckd_dist.config import LoaderConfig, TrainDataConfig, UserError
-from ckd_dist.ffcv_mended import Epoch
+from ckd_dist.ffcv_mended import IMAGE_MODES, Epoch
 from ckd_dist.loader import BetonLoader, decode_view, read_labels, sample_pages
 from ckd_dist.recipe import ViewRecipe
-from ckd_dist.views import _CONTRAST, _SATURATION, _beta_quantiles, partners, stream_key, uniform, view
+from ckd_dist.views import _CONTRAST, _SATURATION, _beta_quantiles, partners, render, stream_key, uniform, view
 
 CPU = torch.device("cpu")
 RRC = ViewRecipe(kind="random_resized_crop")
@@ -156,6 +156,28 @@ def test_pad_crop_of_images_of_different_sizes_is_refused(photographs):
     info = data.read_info(photographs, "data.train")
     with pytest.raises(UserError, match=r"data\.augment pad_crop"):
         data.train_recipe(ViewDataConfig(train=str(photographs), augment="pad_crop"), info)
+
+
+def shown(recipe, view_id, height, width, size):
+    """A view of a raw image of random pixels, uint8 [size, size, 3]."""
+    pixels = np.random.default_rng(0).integers(0, 256, height * width * 3, dtype=np.uint8)
+    field = np.array([(IMAGE_MODES["raw"], height, width)], [("mode", "u1"), ("height", "u2"), ("width", "u2")])[0]
+    return render(lambda sample: (pixels, field), 1, recipe, 0, view_id, 0, size)
+
+
+@pytest.mark.parametrize(("height", "width", "size"), [(32, 64, 64), (64, 32, 32), (28, 28, 28), (32, 32, 40)])
+def test_evaluation_shows_of_a_small_image_what_training_shows(height, width, size):
+    info = data.DatasetInfo(
+        path=Path(), dataset="", split="", count=1, num_classes=1, content_hash="", mean=(0, 0, 0), std=(1, 1, 1),
+        min_size=(height, width), max_size=(height, width),
+    )  # fmt: skip
+    found = shown(data.eval_recipe(info, "pad_crop"), 0, height, width, size)
+    unmoved = next(n for n in itertools.count() if view(PAD, 0, n, 0, height, width) == ((0, 0, height, width), False))
+    np.testing.assert_array_equal(found, shown(PAD, unmoved, height, width, size))
+    square = shown(ViewRecipe(kind="center_crop", flip=0.0), 0, height, width, size)
+    assert (found == square).all() == (height == width)
+    cropped = shown(data.eval_recipe(info, "random_resized_crop"), 0, height, width, size)
+    np.testing.assert_array_equal(cropped, square)
 
 
 def test_an_error_in_the_loader_thread_reaches_the_user(photographs):
