@@ -6,6 +6,10 @@ import hashlib
 import itertools
 import json
 import os
+import shutil
+import subprocess
+import sys
+import tempfile
 import threading
 from dataclasses import replace
 from pathlib import Path
@@ -13,14 +17,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, run
+from conftest import ENVIRONMENT, ROOT, run
 from numba.core import event
 from torchvision.transforms import RandomErasing, RandomResizedCrop
 from torchvision.transforms.v2 import functional
 
 from ckd_dist import data
 from ckd_dist.config import LoaderConfig, TrainDataConfig, UserError
-from ckd_dist.ffcv_mended import IMAGE_MODES, Epoch
+from ckd_dist.ffcv_mended import IMAGE_MODES, Epoch, _temporary_cache
 from ckd_dist.loader import BetonLoader, decode_view, read_labels, sample_pages
 from ckd_dist.recipe import ViewRecipe
 from ckd_dist.views import _CONTRAST, _SATURATION, _beta_quantiles, partners, render, stream_key, uniform, view
@@ -100,6 +104,27 @@ def test_neither_epochs_nor_loaders_recompile(photographs):
         for recipe, size in ((replace(RRC, **EVERYTHING), 48), (ViewRecipe(kind="center_crop"), 32)):
             digests(loader(photographs, recipe, size), np.arange(30), 0)
     assert recorder.buffer == []
+
+
+def test_compiled_code_is_kept_where_neither_package_nor_home_can_be_written(tmp_path, monkeypatch):
+    package = shutil.copytree(ROOT / "ckd_dist", tmp_path / "ckd_dist", ignore=shutil.ignore_patterns("__pycache__"))
+    (package / "__pycache__").touch()  # no folder can be made here, by root either
+    code = "from ckd_dist import views; print(views.__file__); views.uniform(1, 2)"
+    environment = {**ENVIRONMENT, "HOME": "/dev/null", "XDG_CACHE_HOME": "/dev/null", "TMPDIR": str(tmp_path)}
+    environment.update(PYTHONPATH=str(tmp_path), NUMBA_CACHE_DIR="")
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith(str(package))
+    (kept,) = tmp_path.glob("ckd_dist-*")
+    assert kept.stat().st_mode & 0o777 == 0o700 and list(kept.rglob("views.uniform-*"))
+    # A folder of that name that somebody else could fill with code is not used.
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    assert _temporary_cache() == str(kept)
+    kept.chmod(0o777)
+    assert _temporary_cache() != str(kept)
+    kept.rename(tmp_path / "elsewhere")
+    kept.symlink_to(tmp_path / "elsewhere")
+    assert _temporary_cache() != str(kept)
 
 
 def test_random_resized_crop_draws_as_torchvision_does():
