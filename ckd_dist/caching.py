@@ -12,7 +12,7 @@ from collections import deque
 from collections.abc import Callable, Generator, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -20,8 +20,9 @@ import torch
 from torch import nn
 
 from ckd_dist import checkpoint, dist, engine, loader, models, precision
+from ckd_dist.beton import open_beton
 from ckd_dist.config import Amp, CacheConfig, LoaderConfig, PlanConfig, TrainingError, require
-from ckd_dist.data import Batch, DatasetInfo, read_info, train_recipe
+from ckd_dist.data import Batch, DatasetInfo, train_recipe
 from ckd_dist.loader import BetonLoader
 from ckd_dist.log import ProgressDisplay, say
 from ckd_dist.recipe import ViewRecipe
@@ -184,7 +185,7 @@ class Recorder:
 
 def describe(config: CacheConfig, device: torch.device) -> tuple[Manifest, Recorder]:
     """What `config` asks for, and what computes it; raises `UserError` where the two do not go together."""
-    info = read_info(config.data.train, "data.train")
+    info = open_beton(config.data.train, "data.train", verify=config.data.verify)
     codec = codecs.from_config(config, info.num_classes)
     recipe = train_recipe(config.data, info)
     trajectory = checkpoint.trajectory(config.teacher.run, "teacher.run")
@@ -343,7 +344,7 @@ class TimedPlan(Plan):
 def plan(config: PlanConfig, device: torch.device) -> Plan:
     """Tell what the rest of a caching takes and, with `config.trial_seconds`, cache for so long into a temporary folder
     to tell the time; collective."""
-    wanted, recorder = describe(config, device)
+    wanted, recorder = describe(replace(config, data=replace(config.data, verify=False)), device)
     store, names = Path(config.store), list(wanted.checkpoints)
     manifest = recorder.manifest = dist.on_main(lambda: merged(store, wanted))
     work = dist.on_main(lambda: missing_work(store, manifest, names, config.views, config.teachers_at_once))

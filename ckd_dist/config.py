@@ -81,6 +81,9 @@ class LoaderConfig:
     """Decoding threads of each rank; default: its share of the cores on a GPU node, 1 on a CPU."""
     os_cache: bool = True
     """Read through the system's page cache; false: each rank reads pages into memory of its own."""
+    verify: bool = True
+    """Compare a .beton file with its hash when it is first used, which reads all of it once: X.beton.verified beside
+    it, or a file in ~/.cache/ckd_dist, remembers its size and time."""
 
     def __post_init__(self) -> None:
         require_ranges(self, "data.", batch_size=COUNT, image_size=SIDE, workers=(1, 1024))

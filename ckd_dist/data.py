@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Annotated, Literal
 
 import numpy as np
 import torch
+from pydantic import Field
 
 from ckd_dist import dist
-from ckd_dist.config import UserError, ViewDataConfig, require
+from ckd_dist.config import ViewDataConfig, require
+from ckd_dist.files import read_json
 from ckd_dist.losses import Mixed, over_labels
 from ckd_dist.recipe import ViewRecipe
 
@@ -50,35 +52,65 @@ class DatasetInfo:
         return wanted or (max(self.max_size) if self.small else 224)
 
 
+_Count = Annotated[int, Field(ge=1, lt=2**31)]
+_Mean = Annotated[float, Field(ge=0, le=1)]
+_Deviation = Annotated[float, Field(gt=0, le=1)]
+
+
+@dataclass(frozen=True)
+class _Sizes:
+    min: tuple[_Count, _Count]
+    max: tuple[_Count, _Count]
+
+
+@dataclass(frozen=True)
+class _Normalization:
+    mean: tuple[_Mean, _Mean, _Mean]
+    std: tuple[_Deviation, _Deviation, _Deviation]
+
+
+@dataclass(frozen=True)
+class _Description:
+    """Of the JSON, what is used here."""
+
+    format: Literal[1]
+    dataset: str
+    split: str
+    count: _Count
+    num_classes: _Count
+    content_hash: str
+    beton_bytes: int
+    image_size: _Sizes
+    normalization: _Normalization
+
+
 def read_info(path: str | Path, option: str) -> DatasetInfo:
     """Read the description beside the .beton file `path`, which the user gave as `option`.
 
-    Raises `UserError` where either file is missing or they do not belong together.
+    Raises `UserError` where either file is missing or damaged, or they do not belong together.
     """
     path = Path(path)
     description = Path(f"{path}.json")
     require(path.is_file(), f"{option}: no such file: {path} (write it with python -m data_prep.write_beton)")
     require(description.is_file(), f"{option}: {description} is missing: write {path} anew with data_prep.write_beton")
-    try:
-        values = json.loads(description.read_text())
-        require(values["format"] == 1, f"{option}: {description} has format {values['format']}, this version reads 1")
-        info = DatasetInfo(
-            path=path,
-            dataset=values["dataset"],
-            split=values["split"],
-            count=values["count"],
-            num_classes=values["num_classes"],
-            content_hash=values["content_hash"],
-            mean=tuple(values["normalization"]["mean"]),
-            std=tuple(values["normalization"]["std"]),
-            min_size=tuple(values["image_size"]["min"]),
-            max_size=tuple(values["image_size"]["max"]),
-        )
-        stored, described = path.stat().st_size, values["beton_bytes"]
-    except (json.JSONDecodeError, KeyError, TypeError) as error:
-        raise UserError(f"{option}: {description} is damaged ({error!r}): write {path} anew") from None
-    require(stored == described, f"{option}: {path} has {stored} bytes, {description} says {described}: write it anew")
-    return info
+    values = read_json(description, _Description, option, f"write {path} anew")
+    stored = path.stat().st_size
+    require(
+        stored == values.beton_bytes,
+        f"{option}: {path} has {stored} bytes, {description} says {values.beton_bytes}: write it anew",
+    )
+    return DatasetInfo(
+        path=path,
+        dataset=values.dataset,
+        split=values.split,
+        count=values.count,
+        num_classes=values.num_classes,
+        content_hash=values.content_hash,
+        mean=values.normalization.mean,
+        std=values.normalization.std,
+        min_size=values.image_size.min,
+        max_size=values.image_size.max,
+    )
 
 
 def train_recipe(config: ViewDataConfig, info: DatasetInfo, cached: ViewRecipe | None = None) -> ViewRecipe:

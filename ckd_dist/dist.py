@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import ctypes
 import os
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as td
@@ -115,6 +116,23 @@ def barrier() -> None:
     """Wait for all ranks."""
     if td.is_initialized():
         td.barrier()
+
+
+@contextmanager
+def uneven_work() -> Iterator[None]:
+    """A block in which ranks work each for itself: whoever leaves it waits for the others, for hours if need be, where
+    a collective would soon take them for dead. Collective; a rank that dies ends the others as everywhere."""
+    if not td.is_initialized():
+        yield
+        return
+    td.barrier()  # all are alive and here: so the group, whose making notices no death, is made at once
+    patient: Any = td.new_group(timeout=timedelta(days=30))
+    yield
+    work: Any = td.barrier(patient, async_op=True)
+    while not work.is_completed():
+        time.sleep(0.05)  # signals are heard between these
+    work.wait()
+    td.destroy_process_group(patient)
 
 
 def on_main(function: Callable[[], T]) -> T:

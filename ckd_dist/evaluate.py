@@ -13,12 +13,13 @@ from ckd_dist.config import EvaluateConfig, run_command
 
 def main(config: EvaluateConfig) -> None:
     # Imported here because torch takes seconds: only once the options are known to be good.
-    from ckd_dist import data, dist, engine, log, models, precision
+    from ckd_dist import dist, engine, log, models, precision
+    from ckd_dist.beton import open_beton
     from ckd_dist.loader import BetonLoader
 
     with dist.process_group() as device:
         model, metadata = models.load_model(config.checkpoint, "checkpoint")
-        info = data.read_info(config.data.val, "data.val")
+        info = open_beton(config.data.val, "data.val", verify=config.data.verify)
         models.require_classes(metadata, info.num_classes, "checkpoint")
         loader = BetonLoader.for_evaluation(info, config.data, metadata, device)
         models.require_fits(model, metadata["model"], info.num_classes, loader.image_size, "data.image_size")

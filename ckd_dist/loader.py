@@ -23,10 +23,10 @@ from ckd_dist.views import LabelDecoder, SampleIdDecoder, ViewDecoder, partners,
 def read_labels(info: DatasetInfo) -> np.ndarray:
     """Class index of every sample, int64 [count], without decoding an image."""
     reader = Reader(str(info.path))
-    return _metadata(reader, "label").astype(np.int64).reshape(-1)
+    return field_metadata(reader, "label").astype(np.int64).reshape(-1)
 
 
-def _metadata(reader: Reader, field: str) -> np.ndarray:
+def field_metadata(reader: Reader, field: str) -> np.ndarray:
     """What FFCV's reader knows of a field of every sample."""
     return reader.metadata[f"f{reader.field_names.index(field)}"]
 
@@ -34,7 +34,7 @@ def _metadata(reader: Reader, field: str) -> np.ndarray:
 def stored_images(info: DatasetInfo) -> Callable[[int], tuple[np.ndarray, np.void]]:
     """A function that reads an image, by its id, as FFCV keeps it: its bytes, uint8, and its metadata."""
     reader = Reader(str(info.path))
-    fields = _metadata(reader, "image")
+    fields = field_metadata(reader, "image")
     table = np.sort(reader.alloc_table, order="ptr")
 
     def read(sample: int) -> tuple[np.ndarray, np.void]:
@@ -66,11 +66,11 @@ def image_digests(info: DatasetInfo, recipe: ViewRecipe, seed: int, image_size: 
 def sample_pages(info: DatasetInfo) -> tuple[np.ndarray, int]:
     """The page of the file that each image is on, int64 [count], and the size of a page in bytes."""
     reader = Reader(str(info.path))
-    pointers = _metadata(reader, "image")["data_ptr"]
+    pointers = field_metadata(reader, "image")["data_ptr"]
     return (pointers // reader.page_size).astype(np.int64), int(reader.page_size)
 
 
-class _Readahead:
+class Readahead:
     """Has the system read the pages of images whose turn is near, whole and in the order of their first image."""
 
     def __init__(self, info: DatasetInfo, ids: np.ndarray, pages_ahead: int):
@@ -180,7 +180,7 @@ class BetonLoader:
         if len(ids) == 0:
             return
         self._decoder.view, self._decoder.size = view, image_size or self.image_size
-        readahead = _Readahead(self.info, ids, self._pages_ahead) if self._pages_ahead else None
+        readahead = Readahead(self.info, ids, self._pages_ahead) if self._pages_ahead else None
         epoch = Epoch(self.pipeline, ids.astype(np.uint64), partial(self._extra, view, rows, readahead))
         try:
             ahead = None
@@ -202,7 +202,7 @@ class BetonLoader:
                 readahead.close()
 
     def _extra(
-        self, view: int, rows: Rows | None, readahead: _Readahead | None, ids: np.ndarray
+        self, view: int, rows: Rows | None, readahead: Readahead | None, ids: np.ndarray
     ) -> list[np.ndarray | None]:
         """What comes with the images of a batch: the other labels and the weights of mixed ones, and the rows."""
         if readahead:

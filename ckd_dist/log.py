@@ -22,7 +22,7 @@ from ckd_dist.config import UserError, flatten, require
 from ckd_dist.files import write_bytes_atomically
 
 # Settings that may differ when a run goes on: they change how it is done, not what comes out.
-_FREE = ("data.workers", "data.os_cache", "save_last_every", "log_every", "tensorboard")
+_FREE = ("data.workers", "data.os_cache", "data.verify", "save_last_every", "log_every", "tensorboard")
 
 
 def saved_options(folder: Path) -> dict[str, Any]:

@@ -298,11 +298,12 @@ def choose(trials: list[Trial]) -> list[dict]:
 
 def test(config: SearchConfig, trials: list[Trial], rows: list[dict], device: torch.device) -> None:
     """Add the test figures of the chosen students to their rows; collective."""
-    from ckd_dist import checkpoint, data, engine, models
+    from ckd_dist import checkpoint, engine, models
+    from ckd_dist.beton import open_beton
     from ckd_dist.loader import BetonLoader
 
     assert config.data.test is not None
-    info = data.read_info(config.data.test, "data.test")
+    info = open_beton(config.data.test, "data.test", verify=config.data.verify)
     chosen = [(trial, row) for trial, row in zip(trials, rows, strict=True) if row["chosen"]]
     loader = None
     for start in range(0, len(chosen), config.students_at_once):

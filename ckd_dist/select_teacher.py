@@ -21,12 +21,13 @@ from ckd_dist.config import SelectConfig, require, run_command, to_dict
 
 def main(config: SelectConfig) -> None:
     # Imported here because torch takes seconds: only once the options are known to be good.
-    from ckd_dist import data, dist, log, precision, selection
+    from ckd_dist import dist, log, precision, selection
+    from ckd_dist.beton import open_beton
     from ckd_dist.files import write_bytes_atomically
 
     with dist.process_group() as device:
-        info = data.read_info(config.data.train, "data.train")
-        held_out = data.read_info(config.data.val, "data.val")
+        info = open_beton(config.data.train, "data.train", verify=config.data.verify)
+        held_out = open_beton(config.data.val, "data.val", verify=config.data.verify)
         require(
             held_out.num_classes == info.num_classes,
             f"data.val has {held_out.num_classes} classes, data.train {info.num_classes}",

@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from ckd_dist import caching, checkpoint, data, dist, engine, models, selection, training
+from ckd_dist.beton import open_beton
 from ckd_dist.config import DistillConfig, TeacherConfig, require
 from ckd_dist.data import DatasetInfo
 from ckd_dist.lessons import Lessons
@@ -26,7 +27,7 @@ from ckd_dist.store.reader import StoreReader
 def train(configs: Sequence[DistillConfig], device: torch.device) -> None:
     """Train the students that `configs` describe, side by side; collective. They agree in all but model, optimiser,
     loss, run folder and which of one teacher's checkpoints they hear, if any."""
-    info = data.read_info(configs[0].data.train, "data.train")
+    info = open_beton(configs[0].data.train, "data.train", verify=configs[0].data.verify)
     configs = [replace(each, teacher=resolved(each.teacher)) for each in configs]
     taught = teaching(configs, info, device)
     training.train(

@@ -15,12 +15,13 @@ FIRST_VIEW = 1 << 20
 def main(config: TrainTeacherConfig) -> None:
     # Imported here because torch takes seconds: only once the options are known to be good.
     from ckd_dist import data, dist, engine, losses, precision, training
+    from ckd_dist.beton import open_beton
 
     def loss(logits, batch, epoch):
         return {"loss": losses.cross_entropy(logits, batch.labels, config.label_smoothing, batch.mixed)}
 
     with dist.process_group() as device:
-        info = data.read_info(config.data.train, "data.train")
+        info = open_beton(config.data.train, "data.train", verify=config.data.verify)
         training.train(
             [precision.settle(config, config.run_dir)],
             [loss],

@@ -8,8 +8,9 @@ from functools import partial
 import torch
 
 from ckd_dist import dist, precision
+from ckd_dist.beton import open_beton
 from ckd_dist.config import TrainConfig, require, to_dict
-from ckd_dist.data import DatasetInfo, eval_recipe, rank_share, read_info
+from ckd_dist.data import DatasetInfo, eval_recipe, rank_share
 from ckd_dist.engine import Learner, Loss, Source, fit
 from ckd_dist.loader import BetonLoader, read_labels
 from ckd_dist.log import RunFolder, say
@@ -38,7 +39,7 @@ def train(
         f"data.batch_size {batch_size} is larger than the {info.count} images of {info.path}",
     )
     share = rank_share(batch_size)
-    val_info = read_info(config.data.val, "data.val") if config.data.val else None
+    val_info = open_beton(config.data.val, "data.val", verify=config.data.verify) if config.data.val else None
     require(
         val_info is None or val_info.num_classes == info.num_classes,
         f"data.val has {val_info and val_info.num_classes} classes, data.train {info.num_classes}",

@@ -16,7 +16,7 @@ FLOORS = [
     {"losses", "optim", "views", "checkpoint", "log", "mi", "results"},
     {"data", "models", "precision", "store"},
     {"loader"},
-    {"engine", "lessons"},
+    {"engine", "lessons", "beton"},
     {"training"},
     {"caching", "selection", "findings"},
     {"students", "figures"},

@@ -176,7 +176,8 @@ def info(store: Path, as_json: bool) -> int:
 
 def verify(options: argparse.Namespace) -> int:
     """Compare every shard with its checksum and, asked to, records with the teacher; returns 1 for any difference."""
-    from ckd_dist import caching, data, dist
+    from ckd_dist import caching, dist
+    from ckd_dist.beton import open_beton
     from ckd_dist.store.check import faults
     from ckd_dist.store.manifest import Manifest
 
@@ -188,7 +189,7 @@ def verify(options: argparse.Namespace) -> int:
         bad = [fault for _, fault in faults(options.store, manifest)]
         result["bad"] = bad
         if options.run and not bad:
-            images = data.read_info(options.train, "data.train")
+            images = open_beton(options.train, "data.train")
             loader = LoaderConfig(batch_size=options.batch_size)
             members = manifest.members_of(options.name)
             off = caching.recompute(options.store, images, options.run, members, loader, device, options.records)
@@ -211,7 +212,8 @@ def verify(options: argparse.Namespace) -> int:
 
 def repair(options: argparse.Namespace) -> int:
     """Compute anew what is missing or bad."""
-    from ckd_dist import caching, data, dist
+    from ckd_dist import caching, dist
+    from ckd_dist.beton import open_beton
     from ckd_dist.log import say
     from ckd_dist.store.check import faults
     from ckd_dist.store.manifest import Manifest
@@ -220,7 +222,7 @@ def repair(options: argparse.Namespace) -> int:
     store = options.store
     with dist.process_group() as device:
         manifest = Manifest.load(store, "STORE")
-        images = data.read_info(options.train, "data.train")
+        images = open_beton(options.train, "data.train")
         require_images(manifest, images, "STORE", store)
         loader = LoaderConfig(batch_size=options.batch_size)
         recorder = caching.Recorder(manifest, images, options.run, loader, device)
@@ -254,7 +256,8 @@ def convert(options: argparse.Namespace) -> int:
     import numpy as np
     import torch
 
-    from ckd_dist import caching, data
+    from ckd_dist import caching
+    from ckd_dist.beton import open_beton
     from ckd_dist.loader import read_labels
     from ckd_dist.log import ProgressDisplay, say
     from ckd_dist.store import codecs
@@ -269,7 +272,7 @@ def convert(options: argparse.Namespace) -> int:
     require(source.name == "dense", f"STORE: {options.store} has codec {source.name}, convert reads dense stores only")
     codec = codecs.from_config(asked, source.num_classes)
     require(codec != source, f"convert: {options.store} is {manifest.codec} already: choose another codec")
-    images = data.read_info(options.train, "data.train")
+    images = open_beton(options.train, "data.train", verify=False)
     labels = torch.from_numpy(read_labels(images))
     members = manifest.members
     reader = StoreReader(str(options.store), list(members), images)
