@@ -144,11 +144,11 @@ def test_a_complete_run_is_left_alone_and_another_configuration_is_refused(fashi
 
 
 def test_a_loss_that_is_not_finite_stops_the_run_and_names_step_and_checkpoint(fashion, tmp_path):
+    explosive = ("--optim.lr", 1000, "--optim.weight_decay", 10)  # each step multiplies the weights by -9999
     with pytest.raises(TrainingError, match=r"not finite at step \d+: .* no checkpoint was saved yet"):
-        train_here(*options(fashion, tmp_path / "first", "--optim.lr", 1e30))
-    arguments = options(
-        fashion, tmp_path / "later", "--optim.schedule", "multistep", "--optim.milestones", "[1]", "--optim.gamma", 1e30
-    )
+        train_here(*options(fashion, tmp_path / "first", *explosive))
+    steep = ("--optim.schedule", "multistep", "--optim.milestones", str(30 * [1]), "--optim.gamma", 10)
+    arguments = options(fashion, tmp_path / "later", *steep)
     with pytest.raises(TrainingError, match=r"not finite at step 1[2-9]: .* checkpoint is .*(last|epoch_0001)\.pt"):
         train_here(*arguments)
     for path in (tmp_path / "later" / "checkpoints").iterdir():
