@@ -215,7 +215,7 @@ def test_a_part_that_fails_ends_the_search_within_seconds_and_a_killed_one_leave
         (["--teacher.store", "null"], r"teacher\.store is missing"),
         (["--part", "3/2"], r"part is 3/2: give"),
         (["--part", "1/2", "--processes", "2"], r"part and processes do not go together"),
-        (["--grid.temperatures", "[0]"], r"kd\.temperature is 0"),
+        (["--grid.temperatures", "[0]"], r"grid\.temperatures is 0"),
         (["--students_at_once", "0"], r"students_at_once is 0"),
     ],
 )
