@@ -11,6 +11,7 @@ import difflib
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -54,16 +55,16 @@ def load_model(path: str | Path, option: str) -> tuple[nn.Module, dict]:
     """The network of a trajectory's checkpoint with its weights, and the checkpoint's metadata.
 
     The metadata has `model`, `num_classes`, `epoch`, `image_size` (it was trained at), `val_image_size` (evaluated at),
-    `mean`, `std` and `dataset`.
+    `mean`, `std`, `dataset` and `augment` (the kind of its training views).
     """
     state = checkpoint.load(path, option)
+    metadata: Any = state.get("metadata")
     require(
-        {"weights", "metadata"} <= state.keys(),
+        isinstance(metadata, dict) and {"model", "num_classes", "image_size", "mean", "std"} <= metadata.keys(),
         f"{option}: {path} is no checkpoint of this system: name a file epoch_*.pt of a run",
     )
-    metadata = state["metadata"]
     model = build_model(metadata["model"], metadata["num_classes"])
-    load_fitting(model, state["weights"], f"{option}: {path}", metadata["model"])
+    load_fitting(model, state.get("weights"), f"{option}: {path}", metadata["model"])
     return model, metadata
 
 
@@ -133,7 +134,7 @@ def load_weights(model: nn.Module, path: str) -> None:
     load_fitting(model, state.get("weights", state), f"model.weights: {path}", "the model")
 
 
-def load_fitting(model: nn.Module, weights: dict, what: str, name: str) -> None:
+def load_fitting(model: nn.Module, weights: Any, what: str, name: str) -> None:
     """`model.load_state_dict`; raises `UserError` where names or shapes of the weights, which come from `what`, are not
     those of the model `name`."""
     require(isinstance(weights, dict), f"{what} holds no weights")

@@ -99,17 +99,18 @@ def test_weights_that_do_not_fit_are_refused(tmp_path):
 
 def test_a_checkpoint_whose_weights_are_of_another_network_of_that_name_is_refused(tmp_path):
     weights = build_model("mobilenetv2_075", 10).state_dict()
-    metadata = {"model": "mobilenetv2_075", "num_classes": 10}
-    for change in ("missing", "shape", "no weights"):
-        changed = dict(weights)
-        first = changed.pop("features.0.weight")
-        if change == "shape":
-            changed["features.0.weight"] = first[:, :2]
-        path = tmp_path / f"{change}.pt"
-        checkpoint.save(path, {"weights": None if change == "no weights" else changed, "metadata": metadata})
-        expected = "holds no weights" if change == "no weights" else "does not fit mobilenetv2_075: features.0.weight"
-        with pytest.raises(UserError, match=rf"teacher\.run: .*{change}\.pt {expected}"):
-            load_model(path, "teacher.run")
+    metadata = {"model": "mobilenetv2_075", "num_classes": 10, "image_size": 32, "mean": [0.5], "std": [0.5]}
+    first = weights.pop("features.0.weight")
+    misfit, foreign = "does not fit mobilenetv2_075: features.0.weight missing or different", "is no checkpoint of this"
+    for state, expected in (
+        ({"weights": weights, "metadata": metadata}, misfit),
+        ({"weights": {**weights, "features.0.weight": first[:, :2]}, "metadata": metadata}, misfit),
+        ({"weights": None, "metadata": metadata}, "holds no weights"),
+        ({"weights": weights, "metadata": {}}, foreign),
+    ):
+        checkpoint.save(tmp_path / "x.pt", state)
+        with pytest.raises(UserError, match=rf"teacher\.run: .*x\.pt {expected}"):
+            load_model(tmp_path / "x.pt", "teacher.run")
 
 
 @pytest.mark.parametrize(
