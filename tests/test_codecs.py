@@ -165,6 +165,29 @@ def test_topk_knows_the_mass_of_the_rest_at_other_temperatures():
         torch.testing.assert_close(found, (logits / temperature).logsumexp(1), rtol=0, atol=tolerance)
 
 
+@pytest.mark.parametrize(("temperature", "tolerance"), [(0.9, 2e-3), (0.5, 0.02), (0.25, 0.01)])
+def test_topk_below_temperature_1_is_the_teachers_softmax_within_what_the_record_can_say(temperature, tolerance):
+    logits, labels, draws = case(n=512, classes=1000)
+    logits = (1.5 * logits).half().double()
+    codec = TopK(1000, 8)
+    records = codec.encode(logits.float(), labels, draws)
+    classes, kept, *statistics = codec._fields(records)
+    found = codec._rest_mass(temperature, kept, *statistics)
+    each = codec._rest_mass(torch.full((512, 1), temperature), kept, *statistics)  # as standardized asks
+    torch.testing.assert_close(each, found, rtol=1e-6, atol=1e-6)
+    exact = (logits / temperature).scatter(1, classes, -torch.inf).logsumexp(1, keepdim=True)
+    rest = logits.scatter(1, classes, -torch.inf)
+    mass, largest = rest.logsumexp(1, keepdim=True), kept[:, -2:-1].double()
+    cold = 1 / temperature - 1
+    for value in (found, exact):  # both are within the bounds, but for the rounding of the statistics
+        assert (value < mass + cold * torch.minimum(largest, mass) + 1e-3).all()
+        assert (value > (1 + cold) * mass - cold * np.log(992) - 1e-3).all()
+    top = (logits / temperature).gather(1, classes)
+    ours, theirs = (torch.cat([top, mass], dim=1).log_softmax(1) for mass in (found, exact))
+    divergence = (theirs.exp() * (theirs - ours)).sum(1).mean()
+    assert divergence < tolerance  # of the classes that the codec compares; without the bounds 16 to 200 times
+
+
 @pytest.mark.parametrize("temperature", [1.0, 4.0])
 def test_sampled_targets_are_unbiased_and_those_of_topk_are_not(temperature):
     classes, k, n = 30, 6, 40_000

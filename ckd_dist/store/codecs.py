@@ -69,7 +69,8 @@ class TopK:
 
     From these the softmax at any temperature T: the logits kept are exact; all others together weigh exp(K(1/T)) each,
     where K(s) = log mean exp(s * logit) over them is the cubic with their mean, their variance and, at s = 1, their
-    true weight. So the rest's mass is exact at T = 1 and right to second order at high T.
+    true weight. So the rest's mass is exact at T = 1 and right to second order at high T; below T = 1, where a cubic
+    says little, it is held between bounds, see `_rest_mass`.
 
     How the teacher shares this mass among the rest is not known, and no answer is taught: it is shared as the student
     itself does. Then the divergence of the losses is, gradient included, that of the k classes and one more that stands
@@ -122,7 +123,18 @@ class TopK:
         std: torch.Tensor,
     ) -> torch.Tensor:
         """log of the sum of exp(logit / temperature) over the classes that are not kept, float64 [n, 1]; from a
-        record's logits and statistics, see `_fields`."""
+        record's logits and statistics, see `_fields`.
+
+        With s = 1 / temperature, z the n logits not kept, L the largest that they can be, and the sum S(s) of exp(s z),
+        K(s) = log(S(s) / n) is the cubic of the class's docstring, between what is certain:
+
+            s <= 1:  s mean(z) <= K(s) <= s L
+            s >= 1:  s K(1) <= K(s) <= K(1) + (s - 1) min(L, log S(1))
+
+        The last line, from the left: the mean of the powers x^s of x = exp(z) is at least the power of their mean
+        (Jensen); exp(s z) = exp(z) exp((s - 1) z), where z <= L, and z <= log S(1) since exp(z) is one of the summands
+        of S(1).
+        """
         count, others = self.num_classes, self.num_classes - self.k
         # Everything from the mean on, whence the moments of the others come without cancellation.
         kept = kept.double() - mean
@@ -131,12 +143,15 @@ class TopK:
         log_sum_exp = log_sum_exp - mean
         rest_share = 1 - (kept - log_sum_exp).exp().sum(1, keepdim=True)
         largest = kept[:, -2:-1]  # no other logit is larger (the last place may be the label's)
-        at_one = log_sum_exp + rest_share.clamp(min=1e-30).log() - np.log(others)
+        at_one = (log_sum_exp + rest_share.clamp(min=1e-30).log() - np.log(others)).clamp(first, largest)
         s = 1 / temperature
-        # log mean exp is at least the mean, and at most the largest
-        third = at_one.clamp(first, largest) - first - variance / 2
+        third = at_one - first - variance / 2
         log_mean_exp = s * (first + s * (variance / 2 + s * third))
-        return log_mean_exp.clamp(s * first, s * largest) + s * mean + np.log(others)
+        cold = s > 1  # for each image, where the temperature is
+        least = s * first + cold * s * (at_one - first)
+        steepest = torch.minimum(largest, at_one + np.log(others))
+        most = s * largest - cold * (largest - at_one + (s - 1) * (largest - steepest))
+        return log_mean_exp.clamp(least, most) + s * mean + np.log(others)
 
     def grouped(
         self, records: torch.Tensor, temperature: float, student: torch.Tensor
