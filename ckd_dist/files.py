@@ -8,8 +8,9 @@ import hashlib
 import os
 import secrets
 import stat
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from functools import cache
 from pathlib import Path
 from typing import IO, Any, BinaryIO, TypeVar
 
@@ -39,10 +40,14 @@ class NewFile:
                 return
             self.file.close()
 
-    def publish(self) -> None:
-        """Make the content durable, then give it its name. Whoever calls in between `discard`s it on an error."""
+    def sync(self) -> None:
+        """Make the content durable."""
         self.file.flush()
         os.fsync(self.file.fileno())
+
+    def publish(self) -> None:
+        """Make the content durable, then give it its name. Whoever calls in between `discard`s it on an error."""
+        self.sync()
         os.replace(self.temporary, self.path)
         self.file.close()
         sync_folder(self.path.parent)
@@ -59,12 +64,20 @@ def write_atomically(path: Path, write: Callable[[BinaryIO], Any]) -> None:
     old file or the new one, an error the old one. An `OSError` names `path`."""
     new = NewFile(path)
     try:
-        write(new.file)
-        new.publish()
-    except BaseException as error:
+        with errors_name(path):
+            write(new.file)
+            new.publish()
+    finally:
         new.discard()
-        if isinstance(error, OSError) and error.filename is None:
-            error.filename = str(path)
+
+
+@contextmanager
+def errors_name(path: Path) -> Iterator[None]:
+    """An `OSError` of the block that names no file, as that of a full disk, names `path`."""
+    try:
+        yield
+    except OSError as error:
+        error.filename = error.filename or str(path)
         raise
 
 
@@ -142,11 +155,18 @@ def parse_json(content: bytes | str, kind: type[T]) -> T:
     import pydantic  # takes a fifth of a second
 
     try:
-        return pydantic.TypeAdapter(kind).validate_json(content, strict=True)
+        return _adapter(kind).validate_json(content, strict=True)  # type: ignore[arg-type]  # types have hashes
     except pydantic.ValidationError as error:
         first = error.errors(include_url=False, include_context=False)[0]
         where = ".".join(map(str, first["loc"]))
         raise ValueError(f"{where}: {first['msg']}" if where else first["msg"]) from None
+
+
+@cache
+def _adapter(kind: Any) -> Any:
+    import pydantic
+
+    return pydantic.TypeAdapter(kind)
 
 
 def file_sha256(path: Path) -> str:
