@@ -17,17 +17,13 @@ from ckd_dist.config import CacheConfig, run_command
 def main(config: CacheConfig) -> None:
     # Imported here because torch takes seconds: only once the options are known to be good.
     from ckd_dist import caching, dist, log, precision
-    from ckd_dist.store.writer import locked, merged, open_store
 
     with dist.process_group() as device:
         wanted, recorder = caching.describe(config, device)
         store, names = Path(config.store), list(wanted.checkpoints)
 
         def open_and_look():
-            caching.require_space(store, merged(store, wanted))  # refuses before anything is made
-            with locked(store):
-                manifest = merged(store, wanted)
-                open_store(store, manifest)
+            manifest = caching.begin(store, wanted)
             return manifest, caching.missing_work(store, manifest, names, config.views, config.teachers_at_once)
 
         recorder.manifest, work = dist.on_main(open_and_look)

@@ -11,7 +11,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Generator, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -29,7 +29,18 @@ from ckd_dist.recipe import ViewRecipe
 from ckd_dist.store import codecs
 from ckd_dist.store.manifest import Manifest, Shard, member_name
 from ckd_dist.store.reader import StoreReader, require_images
-from ckd_dist.store.writer import ShardWriter, is_written, merged, shard_size, store_size
+from ckd_dist.store.writer import (
+    ShardWriter,
+    all_shards,
+    clear_leftovers,
+    is_written,
+    locked,
+    merged,
+    open_store,
+    shard_size,
+    size_of,
+    store_size,
+)
 from ckd_dist.views import SAMPLED_CODEC, uniforms
 
 TOLERANCE = 0.1
@@ -167,9 +178,11 @@ class Recorder:
         self, store: Path, teachers: dict[str, nn.Module], ranges: list[list[Shard]]
     ) -> Generator[int, None, None]:
         """Write shards, those of a range in one pass over its images; yields the number of records after each batch."""
-        with Disk(self.device) as disk:
+        with ExitStack() as opened, Disk(self.device) as disk:
             for shards in ranges:
-                writers = {shard.checkpoint: ShardWriter(store, shard, self.manifest) for shard in shards}
+                writers = {
+                    shard.checkpoint: opened.enter_context(ShardWriter(store, shard, self.manifest)) for shard in shards
+                }
                 view, first, last = shards[0].view, shards[0].first, shards[0].last
                 needed = {name: teachers[name] for name in writers}
                 for batch, answers in self.logits(needed, np.arange(first, last + 1), view):
@@ -198,6 +211,7 @@ def describe(config: CacheConfig, device: torch.device) -> tuple[Manifest, Recor
             "epoch": epoch,
             "model": metadata["model"],
             "weights_sha256": checkpoint.weights_sha256(model.state_dict()),
+            "views": config.views,
         }
     image_size = config.data.image_size or metadata["image_size"]
     models.require_fits(model, metadata["model"], info.num_classes, image_size, "data.image_size")
@@ -218,7 +232,6 @@ def describe(config: CacheConfig, device: torch.device) -> tuple[Manifest, Recor
         },
         codec=codecs.to_dict(codec),
         shard_size=config.shard_size,
-        views=config.views,
         checkpoints=members,
         images={},
     )
@@ -259,14 +272,13 @@ def write_work(store: Path, recorder: Recorder, work: Work) -> None:
     mine = [(group, ranges[rank::world]) for group, ranges in work]
     total = sum(count_records(ranges) for _, ranges in mine)
     started, done = time.perf_counter(), 0
-    with ProgressDisplay(total, unit="records") as progress:
+    with dist.uneven_work(), ProgressDisplay(total, unit="records") as progress:
         for number, (group, ranges) in enumerate(mine, start=1):
             teachers = recorder.load(group) if ranges else {}
             title = f"checkpoints {number}/{len(mine)}" if len(mine) > 1 else "caching"
             for count in recorder.write(store, teachers, ranges):
                 done += count
                 progress.update(done, title, f"{format_bytes(done * size)} of {format_bytes(total * size)}")
-    dist.barrier()
     seconds, records = time.perf_counter() - started, sum(count_records(ranges) for _, ranges in work)
     say(
         f"{store}: complete, {records:,} records ({format_bytes(records * size)}) written in {seconds:.1f} s "
@@ -277,7 +289,8 @@ def write_work(store: Path, recorder: Recorder, work: Work) -> None:
 def space(store: Path, manifest: Manifest) -> tuple[int, int]:
     """(bytes still to be written, bytes free on the disk)."""
     folder = next(path for path in (store, *store.absolute().parents) if path.exists())
-    return store_size(manifest)[0] - bytes_below(store), shutil.disk_usage(folder).free
+    missing = [shard for shard in all_shards(manifest) if not is_written(store, shard)]
+    return size_of(manifest, missing), shutil.disk_usage(folder).free
 
 
 def require_space(store: Path, manifest: Manifest) -> None:
@@ -290,13 +303,18 @@ def require_space(store: Path, manifest: Manifest) -> None:
     )
 
 
-def bytes_below(folder: Path) -> int:
-    """Bytes of all files in `folder`; 0 where there is none."""
-    total = 0
-    for path in folder.rglob("*"):
-        with suppress(FileNotFoundError):  # another command's temporary file, which has its name by now
-            total += path.stat().st_size if path.is_file() else 0
-    return total
+def begin(store: Path, wanted: Manifest) -> Manifest:
+    """Make the store, or let it grow by what is `wanted`, and return what it is to hold then; raises `UserError`,
+    before anything is made, where that is something else or does not fit on the disk."""
+    manifest = merged(store, wanted)
+    clear_leftovers(store)
+    require_space(store, manifest)
+    with locked(store) as has_locks:
+        if not has_locks:
+            say(f"warning: {store}: this file system has no locks: let no two commands write to a store at once")
+        manifest = merged(store, wanted)
+        open_store(store, manifest)
+    return manifest
 
 
 def format_bytes(count: float) -> str:
@@ -436,10 +454,10 @@ def recompute(
     if note := manifest.decoding_note(image_digests(manifest, info)):
         say(note)
     rng = np.random.default_rng()
-    views = rng.permutation(manifest.views)[:4]
     off = []
     for number, name in enumerate(members.values()):
         teachers = recorder.load([name])
+        views = rng.permutation(manifest.checkpoints[name]["views"])[:4]
         for view, share in zip(views, np.array_split(np.arange(count), len(views)), strict=True):
             ids = np.sort(rng.integers(0, info.count, len(share)))
             for batch, answers in recorder.logits(teachers, ids, int(view)):

@@ -15,6 +15,8 @@ class ViewRecipe:
     every sample.
     """
 
+    __pydantic_config__ = {"extra": "forbid"}
+
     kind: Literal["random_resized_crop", "pad_crop", "center_crop"]
     """random_resized_crop for photographs, pad_crop for small images of one size, center_crop for evaluation."""
     scale: tuple[float, float] = (0.08, 1.0)

@@ -112,14 +112,16 @@ def list_trials(config: SearchConfig) -> list[Trial]:
 
     grid = config.grid
     manifest = Manifest.load(Path(config.teacher.store or ""), "teacher.store")
-    data = student_data(config, manifest)
     default = checkpoint.choose(manifest.members, config.teacher.checkpoints, "teacher.checkpoints")
+    teachers = grid.teachers or [default]
+    heard = [name for members in teachers for name in members] or default
+    checkpoint.choose(manifest.members, heard, "grid.teachers")
+    data = student_data(config, manifest, manifest.views(heard))
     trials: list[Trial] = []
-    for members in grid.teachers or [default]:
+    for members in teachers:
         teacher = replace(config.teacher, store=None, checkpoints=[], combine="logits")
         settings: list[KDConfig | None] = [None]
         if members:
-            checkpoint.choose(manifest.members, members, "grid.teachers")
             combine = config.teacher.combine if len(members) > 1 else "logits"
             teacher = replace(config.teacher, checkpoints=members, combine=combine)
             settings = [*list_settings(config)]
@@ -161,15 +163,16 @@ def make_trial(
     return Trial(model, label, setting, DistillConfig(**values))
 
 
-def student_data(config: SearchConfig, manifest: Manifest) -> TrainDataConfig:
-    """The images of all students, views written out as the store has them: for students without a teacher too."""
+def student_data(config: SearchConfig, manifest: Manifest, views: int) -> TrainDataConfig:
+    """The images of all students, views written out as the store has them, of every checkpoint `views`: for students
+    without a teacher too."""
     recipe = manifest.recipe
     values: dict[str, Any] = {f.name: getattr(config.data, f.name) for f in fields(TrainDataConfig)}
     cached = {
         "augment": recipe["kind"],
         "crop_scale_min": recipe["scale"][0],
         "flip": recipe["flip"] > 0,
-        "views": manifest.views,
+        "views": views,
         "view_seed": manifest.view_seed,
     }
     values.update({key: value for key, value in cached.items() if values[key] is None})

@@ -68,7 +68,7 @@ def teaching(configs: Sequence[DistillConfig], info: DatasetInfo, device: torch.
 
     seed, views = config.data.view_seed, config.data.views
     if reader:
-        seed, views = reader.manifest.view_seed, views or reader.manifest.views
+        seed, views = reader.manifest.view_seed, views or reader.views
     if views and views < config.epochs:
         say(f"{views} views for {config.epochs} epochs: epoch {views + 1} sees the first view again, and so on")
 
@@ -152,11 +152,12 @@ def cached_teacher(configs: Sequence[DistillConfig], store: str, info: DatasetIn
         seed in (None, manifest.view_seed),
         f"data.view_seed is {seed}, the store holds views of seed {manifest.view_seed}: leave it out",
     )
+    fewest = min(reader.checkpoints, key=lambda name: manifest.views([name]))
     require(
-        (views or 1) <= manifest.views,
-        f"data.views is {views}, {store} holds {manifest.views} views: cache more or ask for less",
+        (views or 1) <= reader.views,
+        f"data.views is {views}, {store} holds {reader.views} views of epoch {fewest}: cache more or ask for less",
     )
-    reader.check_shards()
+    reader.check_shards(views or reader.views)
     _say_teachers(configs, "cached logits")
     temperatures = [each.kd.temperature for each in configs if each.teacher.store and each.kd.loss != "standardized"]
     if isinstance(codec, codecs.TopK) and temperatures:

@@ -6,15 +6,19 @@ import hashlib
 import json
 import multiprocessing
 import os
+import pickle
 import resource
 import shutil
 import signal
 import socket
 import subprocess
 import time
+from contextlib import contextmanager
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
+import psutil
 import pytest
 import torch
 from conftest import ENVIRONMENT, ROOT, VIEWS, cache_options, command_line, contents, kill_and_repeat, run
@@ -22,11 +26,15 @@ from conftest import ENVIRONMENT, ROOT, VIEWS, cache_options, command_line, cont
 from ckd_dist import cache_logits, caching, data, engine, models
 from ckd_dist.bench import storing
 from ckd_dist.config import CacheConfig, KDConfig, TrainingError, UserError, load_config
+from ckd_dist.files import NewFile
 from ckd_dist.loader import BetonLoader
 from ckd_dist.store import codecs
+from ckd_dist.store import manifest as manifests
+from ckd_dist.store.__main__ import main as store_command
+from ckd_dist.store.check import shard_fault
 from ckd_dist.store.manifest import Manifest
 from ckd_dist.store.reader import StoreReader
-from ckd_dist.store.writer import ShardWriter, locked, merged, open_store
+from ckd_dist.store.writer import ShardWriter, is_written, locked, merged, open_store
 
 CPU = torch.device("cpu")
 
@@ -126,7 +134,7 @@ def test_a_caching_killed_60_times_ends_with_the_same_bytes(fashion, teacher, tm
     shards = 3 * VIEWS * -(-1201 // 13)
     kills = [0] * 6 + [i * (shards - 60) // 54 for i in range(54)]
     kill_and_repeat(command, lambda: len(list(path.glob("epoch_*/view_*/*.npy"))), kills, seed=5, longest=0.05)
-    assert len(contents(path)) == 2 * shards + 1
+    assert len(contents(path)) == 2 * shards + 2  # manifest and lock
     assert contents(path) == contents(tmp_path / "whole")
 
 
@@ -143,6 +151,27 @@ def test_checkpoints_and_views_can_be_added_later(store, fashion, teacher, tmp_p
     assert contents(path) == contents(store)
 
 
+def as_format_2(store):
+    """Rewrite the manifest as earlier versions did: views of the store, not of a checkpoint."""
+    path = store / "manifest.json"
+    values = {**json.loads(path.read_text()), "format": 2}
+    del values["checksum"]
+    (values["views"],) = {checkpoint.pop("views") for checkpoint in values["checkpoints"].values()}
+    path.write_text(json.dumps({**values, "checksum": manifests._checksum(values)}))
+
+
+def test_a_store_of_format_2_is_read_and_added_to(copy, store, fashion, teacher):
+    as_format_2(copy)
+    assert Manifest.load(copy, "") == Manifest.load(store, "")
+    assert store_command(["verify", str(copy)]) == 0
+    cache_here(*cache_options(fashion, teacher, copy, "--teacher.checkpoints", "[3]", "--views", VIEWS + 1))
+    assert [each["views"] for each in Manifest.load(copy, "").checkpoints.values()] == [VIEWS, VIEWS, VIEWS + 1]
+    assert store_command(["verify", str(copy)]) == 0
+    before, after = contents(store), contents(copy)
+    assert len(after) == len(before) + 2 * 5
+    assert all(after[name] == digest for name, digest in before.items() if name != "manifest.json")
+
+
 def test_an_ensemble_is_the_mean_of_its_members_and_the_default_is_the_last(store, fashion):
     ids = [5, 1200, 3, 700, 5]
     single = {epoch: rows(store, fashion, [epoch], ids, 1) for epoch in (1, 2, 3)}
@@ -155,6 +184,37 @@ def test_an_ensemble_is_the_mean_of_its_members_and_the_default_is_the_last(stor
         np.testing.assert_array_equal(mean, expected)
     np.testing.assert_array_equal(rows(store, fashion, [], ids, 1), single[3])
     np.testing.assert_array_equal(single[2][1], np.load(next(store.glob("epoch_0002/view_0001/*1200.npy")))[200])
+
+
+def test_a_reader_keeps_no_file_open_and_maps_the_view_at_hand_alone(store, fashion):
+    reader = StoreReader(str(store), [1, 2, 3], data.read_info(fashion["train"], ""))
+    before = len(os.listdir("/proc/self/fd"))
+    found = [reader.rows(np.arange(1201), view) for view in (0, 1, 0)]
+    assert len(os.listdir("/proc/self/fd")) == before
+    np.testing.assert_array_equal(found[0], found[2])
+    maps = Path("/proc/self/maps").read_text()
+    assert maps.count(f"{store}/") == maps.count(f"{store}/epoch_0001/view_0000/") * 3 == 3 * 5
+
+
+def test_a_used_reader_may_go_to_another_process(store, fashion):
+    reader = StoreReader(str(store), [3], data.read_info(fashion["train"], ""))
+    unused = pickle.dumps(reader)
+    rows = reader.rows(np.arange(100), 1)
+    assert pickle.dumps(reader) == unused  # nothing of this process's memory
+    np.testing.assert_array_equal(pickle.loads(unused).rows(np.arange(100), 1), rows)
+
+
+@pytest.mark.parametrize("ids", [[-1], [0, 1201], [2**40]])
+def test_samples_that_a_store_does_not_have_are_refused(store, fashion, ids):
+    with pytest.raises(IndexError, match=r"the store has 0 to 1200"):
+        records(store, fashion, [3], ids, 0)
+
+
+def test_a_shard_that_is_transposed_is_not_read(copy, fashion):
+    path = copy / "epoch_0003" / "view_0000" / "samples_00000000-00000249.npy"
+    np.save(path, np.load(path).T)
+    with pytest.raises(UserError, match=r"teacher\.store: .*249\.npy is no shard of this store .*Fortran order"):
+        records(copy, fashion, [3], [0], 0)
 
 
 def test_a_store_of_something_else_is_refused(copy, store, fashion, teacher, tmp_path):
@@ -180,19 +240,34 @@ def test_a_store_of_something_else_is_refused(copy, store, fashion, teacher, tmp
         cache_here(*cache_options(fashion, teacher, tmp_path / "mine"))
 
 
-def test_a_full_disk_ends_with_one_line_and_the_next_run_completes(store, fashion, teacher, tmp_path):
+@contextmanager
+def full_disk(limit=4096):
+    """A limit on the size of files stands in for a full disk: writes fail in the same way, for any user."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+@pytest.mark.parametrize("command", ["cache_logits", "convert"])
+def test_a_full_disk_is_told_with_the_file_and_leaves_nothing_and_the_next_run_completes(
+    store, fashion, teacher, tmp_path, command
+):
     path = tmp_path / "full"
-    command = command_line("ckd_dist.cache_logits", *cache_options(fashion, teacher, path))
-    # A limit on the size of files stands in for a full disk: writes fail in the same way, for any user.
-    limited = ["bash", "-c", "trap '' XFSZ; ulimit -f 4; exec \"$@\"", "bash", *command]
-    done = subprocess.run(
-        limited, env={**ENVIRONMENT, "NUMBA_CACHE_DIR": ""}, cwd=ROOT, capture_output=True, text=True, timeout=200
-    )
-    assert done.returncode == 2 and done.stderr.startswith("error: rank 0: File too large"), done.stderr[-2000:]
-    assert done.stderr.count("\n") == 1
-    assert not list(path.glob("epoch_*/view_*/samples*.npy"))
-    cache_here(*cache_options(fashion, teacher, path))
-    assert contents(path) == contents(store)
+    words = ["convert", store, path, "--data.train", fashion["train"], "--codec", "dense", "--dtype", "bfloat16"]
+    work = {
+        "cache_logits": lambda: cache_here(*cache_options(fashion, teacher, path)),
+        "convert": lambda: store_command(list(map(str, words))),
+    }[command]
+    with full_disk(), pytest.raises(OSError, match="File too large") as error:
+        work()
+    assert error.value.filename == str(path / "epoch_0001" / "view_0000" / "samples_00000000-00000249.npy")
+    assert sorted(contents(path)) == [".lock", "manifest.json"]
+    work()
+    assert contents(path).keys() == contents(store).keys()
+    assert command == "convert" or contents(path) == contents(store)
 
 
 def test_a_folder_that_cannot_be_written_ends_with_one_line(fashion, teacher, tmp_path):
@@ -236,27 +311,117 @@ def test_a_store_of_imagenets_size_is_written_verified_and_read(tmp_path):
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 < 12e9
 
 
-def test_commands_that_add_to_a_store_at_the_same_time_do_not_harm_each_other(copy):
-    manifest = Manifest.load(copy, "")
-    shutil.rmtree(copy)
-    go = multiprocessing.get_context("fork").Event()
+# ------------------------------------------------------------------------------------------- several writers
 
-    def add(name, values):
-        wanted = replace(manifest, checkpoints={name: values})
-        go.wait()
-        merged(copy, wanted)  # as a command looks before it waits for its turn
-        with locked(copy):
-            open_store(copy, merged(copy, wanted))
 
-    wanted = {f"{run}/{name}": values for run in "abcdefgh" for name, values in manifest.checkpoints.items()}
-    processes = [multiprocessing.get_context("fork").Process(target=add, args=item) for item in wanted.items()]
+def at_once(work, arguments):
+    """Call `work` with each of `arguments` in a process of its own, all at one moment, which `work` waits for by the
+    function that it is given."""
+    fork = multiprocessing.get_context("fork")
+    go = fork.Event()
+    processes = [fork.Process(target=work, args=(go.wait, *each)) for each in arguments]
     for process in processes:
         process.start()
     go.set()
     for process in processes:
         process.join()
         assert process.exitcode == 0
+
+
+def test_commands_that_add_to_a_store_at_the_same_time_do_not_harm_each_other(copy):
+    manifest = Manifest.load(copy, "")
+    shutil.rmtree(copy)
+
+    def add(wait, name, values):
+        wanted = replace(manifest, checkpoints={name: values})
+        wait()
+        merged(copy, wanted)  # as a command looks before it waits for its turn
+        with locked(copy):
+            open_store(copy, merged(copy, wanted))
+
+    wanted = {f"{run}/{name}": values for run in "abcdefgh" for name, values in manifest.checkpoints.items()}
+    at_once(add, wanted.items())
     assert Manifest.load(copy, "").checkpoints == dict(sorted(wanted.items()))
+
+
+def test_of_writers_of_one_shard_the_first_wins_and_its_checksum_is_its_own(store, tmp_path):
+    manifest = Manifest.load(store, "")
+    shards = manifest.checkpoint_shards("epoch_0001")[:4]
+
+    def write(wait, value):
+        for shard in shards:
+            writer = ShardWriter(tmp_path, shard, manifest)
+            writer.append(np.full((shard.count, 20), value, dtype=np.uint8))
+            wait()
+            writer.commit()
+
+    at_once(write, [(value,) for value in range(8)])
+    assert [shard_fault(tmp_path, manifest, shard) for shard in shards] == [None] * 4
+    assert len(contents(tmp_path)) == 2 * 4 + 1  # and the lock
+
+
+def test_a_kill_between_checksum_and_shard_leaves_no_shard(copy, monkeypatch):
+    manifest = Manifest.load(copy, "")
+    shard = manifest.shards("epoch_0001", 0)[0]
+    shard.path(copy).with_suffix(".json").unlink()  # the shard itself is of another writer
+    writer = ShardWriter(copy, shard, manifest)
+    writer.append(np.zeros((shard.count, 20), dtype=np.uint8))
+    publish = NewFile.publish
+
+    def kill(new):
+        if new.path == shard.path(copy):
+            raise KeyboardInterrupt
+        publish(new)
+
+    monkeypatch.setattr(NewFile, "publish", kill)
+    with pytest.raises(KeyboardInterrupt):
+        writer.commit()
+    assert not is_written(copy, shard)
+    assert shard_fault(copy, manifest, shard).endswith(".npy is missing")
+
+
+def test_identical_cachings_at_once_all_end_well_and_a_killed_one_harms_none(store, fashion, teacher, tmp_path):
+    path = tmp_path / "shared"
+    command = command_line("ckd_dist.cache_logits", *cache_options(fashion, teacher, path))
+    first, *others = (
+        subprocess.Popen(command, env=ENVIRONMENT, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+        for _ in range(3)
+    )
+    while not any(file.path.endswith(".tmp") for file in psutil.Process(first.pid).open_files()):
+        assert first.poll() is None
+    first.kill()
+    for process in (first, *others):
+        _, errors = process.communicate(timeout=200)
+        assert process.returncode == 0 or process is first, errors.decode()
+    cache_here(*cache_options(fashion, teacher, path))  # removes what the first has left
+    assert contents(path) == contents(store)
+
+
+def test_what_a_dead_writer_left_is_removed_and_is_not_taken_for_written(copy, store, fashion, teacher, monkeypatch):
+    folder = copy / "epoch_0001" / "view_0000"
+    (folder / "samples_00000000-00000249.npy").unlink()
+    left = [
+        copy / ".manifest.json.5eed.tmp",
+        folder / ".samples_00000000-00000249.npy.5eed.tmp",
+        folder / ".old.npy.tmp",
+    ]
+    for path in left:
+        path.touch()
+        os.truncate(path, 10**6)
+    alive = NewFile(folder / "samples_00000000-00000249.npy")
+    words = cache_options(fashion, teacher, copy)
+    with monkeypatch.context() as full:
+        full.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(10**9, 10**9 - 100, 100))
+        with pytest.raises(UserError, match=r"needs 5\.45 kB more, the disk has 100 bytes free"):
+            cache_here(*words)
+    cache_here(*words)
+    assert alive.temporary.exists() and not any(path.exists() for path in left)
+    alive.discard()
+    assert contents(copy) == contents(store)
+
+
+def test_ranks_wait_for_the_last_one_however_long_it_takes(store):
+    run(str(ROOT / "tests" / "programs" / "uneven_ranks.py"), store, nproc=2)
 
 
 def test_a_caching_told_to_stop_ends_at_once_and_goes_on(store, fashion, teacher, tmp_path):

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
+import os
 import re
 import shutil
 
@@ -11,11 +13,11 @@ import pytest
 import torch
 from conftest import VIEWS, cache_options, contents, run
 
-from ckd_dist import cache_logits, caching, data, distill
-from ckd_dist.config import CacheConfig, DistillConfig, LoaderConfig, UserError, load_config
+from ckd_dist import cache_logits, caching, data, distill, search
+from ckd_dist.config import CacheConfig, DistillConfig, LoaderConfig, SearchConfig, UserError, load_config
 from ckd_dist.store.__main__ import main as store_command
 from ckd_dist.store.manifest import Manifest
-from ckd_dist.store.writer import ShardWriter, store_size
+from ckd_dist.store.writer import ShardWriter, make_room, store_size
 
 
 def store_here(*words):
@@ -99,7 +101,8 @@ def test_info_tells_what_is_there(copy, topk, capsys):
 
 
 def damage(store):
-    """Three bad shards: a flipped bit, a missing file, a missing JSON."""
+    """Bad shards: a flipped bit, a missing JSON, a missing file; a folder and a FIFO in the place of files, a file in
+    that of a folder."""
     bad = [
         store / "epoch_0001" / "view_0000" / "samples_00000500-00000749.npy",
         store / "epoch_0002" / "view_0001" / "samples_00000000-00000249.json",
@@ -110,7 +113,23 @@ def damage(store):
     bad[0].write_bytes(content)
     bad[1].unlink()
     bad[2].unlink()
-    return [f"{bad[0]} does not match its checksum", f"{bad[1]} is missing", f"{bad[2]} is missing"]
+    folder = bad[2].with_name("samples_00000250-00000499.json")
+    folder.unlink()
+    (folder / "notes").mkdir(parents=True)
+    fifo = bad[2].with_name("samples_00000500-00000749.npy")
+    fifo.unlink()
+    os.mkfifo(fifo)
+    view = store / "epoch_0002" / "view_0000"
+    shutil.rmtree(view)
+    view.touch()
+    return [
+        f"{bad[0]} does not match its checksum",
+        *(f"{view}/samples_{i:08d}-{min(i + 249, 1200):08d}.json cannot be read" for i in range(0, 1201, 250)),
+        f"{bad[1]} is missing",
+        f"{folder} is not a regular file",
+        f"{fifo} is not a regular file",
+        f"{bad[2]} is missing",
+    ]
 
 
 def test_verify_names_every_bad_shard_and_repair_mends_them_and_nothing_else(copy, store, fashion, teacher):
@@ -118,12 +137,13 @@ def test_verify_names_every_bad_shard_and_repair_mends_them_and_nothing_else(cop
     expected = damage(copy)
     times = {path: path.stat().st_mtime_ns for path in copy.rglob("*.npy")}
     found = json.loads(run("ckd_dist.store", "verify", copy, "--json", status=1).stdout)
-    assert found == {"shards": 30, "bad": expected}
+    assert found["shards"] == 30
+    assert [line.removesuffix(" (Not a directory)") for line in found["bad"]] == expected
     mend = ["repair", copy, "--teacher.run", teacher, "--data.train", fashion["train"], "--data.batch_size", 64]
     out = run("ckd_dist.store", *mend, nproc=2).stdout
-    assert all(line in out for line in expected) and "701 records" in out.replace(",", "")
+    assert all(line in out for line in expected) and "2402 records" in out.replace(",", "")
     assert contents(copy) == contents(store)
-    assert sum(path.stat().st_mtime_ns != times.get(path) for path in copy.rglob("*.npy")) == 3
+    assert sum(path.stat().st_mtime_ns != times.get(path) for path in copy.rglob("*.npy")) == 10
     assert store_here(*mend) == 0
     assert contents(copy) == contents(store)
 
@@ -138,6 +158,7 @@ def test_verify_with_the_teacher_finds_records_of_other_images(from_dense, copy,
     manifest = Manifest.load(store, "")
     for shard in manifest.checkpoint_shards("epoch_0002"):
         records = np.load(shard.path(store)).reshape(shard.count, -1).view(np.uint8)
+        make_room(store, shard)
         writer = ShardWriter(store, shard, manifest)
         writer.append(np.roll(records, 1, axis=0))
         writer.commit()
@@ -200,6 +221,21 @@ def test_a_converted_store_is_the_cached_one_but_for_the_order_of_equal_logits(t
     assert contents(path) == before
 
 
+def test_converts_may_run_at_once_and_in_several_processes(store, fashion, from_dense, tmp_path):
+    whole = from_dense("--codec", "topk", "--k", 4)
+    words = ["--data.train", fashion["train"], "--codec", "topk", "--k", 4]
+    run("ckd_dist.store", "convert", store, tmp_path / "shared", *words, nproc=2)
+    assert contents(tmp_path / "shared") == contents(whole)
+    fork = multiprocessing.get_context("fork")
+    both = [fork.Process(target=store_here, args=("convert", store, tmp_path / "both", *words)) for _ in range(2)]
+    for process in both:
+        process.start()
+    for process in both:
+        process.join()
+        assert process.exitcode == 0
+    assert contents(tmp_path / "both") == contents(whole)
+
+
 def test_bfloat16_halves_the_digits_not_the_range(store, from_dense):
     path = from_dense("--codec", "dense", "--dtype", "bfloat16")
     name = "epoch_0003/view_0001/samples_00000250-00000499.npy"
@@ -231,6 +267,40 @@ def distill_here(fashion, run_dir, store, *more):
     distill.main(load_config(DistillConfig, [str(word) for word in words]))
     lines = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
     return [line for line in lines if line["split"] == "train"]
+
+
+def test_views_belong_to_a_checkpoint(copy, store, fashion, teacher, tmp_path, capsys):
+    cache_here(*cache_options(fashion, teacher, copy, "--teacher.checkpoints", "[3]", "--views", 3))
+    assert store_here("verify", copy) == 0 and store_here("info", copy, "--json") == 0
+    out = capsys.readouterr().out
+    assert "35 of 35 shards are good" in out
+    assert [each["views"] for each in json.loads(out[out.index("\n{") :])["checkpoints"]] == [2, 2, 3]
+    few = ["--teacher.checkpoints", "[2]", "--epochs", 1]
+    extended, before = (distill_here(fashion, tmp_path / of.parent.name, of, *few) for of in (copy, store))
+    assert [line["loss"] for line in extended] == [line["loss"] for line in before]
+    for names, views, fewest in (
+        ("[2]", 3, "2 views of epoch 2"),
+        ("[3,1]", 3, "2 views of epoch 1"),
+        ("[3]", 4, "3 v"),
+    ):
+        more = ["--teacher.checkpoints", names, "--data.views", views]
+        with pytest.raises(UserError, match=rf"data\.views is {views}, .* holds {fewest}"):
+            distill_here(fashion, tmp_path / "none", copy, *more)
+    searched = ["--data.train", fashion["train"], "--data.val", fashion["holdout"], "--model.name", "resnet8"]
+    searched += ["--teacher.store", copy, "--run_dir", tmp_path / "search", "--grid.teachers"]
+    for teachers, views in (("[[3]]", 3), ("[[3],[],[1,3]]", 2)):
+        config = load_config(SearchConfig, [str(word) for word in [*searched, teachers]])
+        assert {trial.config.data.views for trial in search.list_trials(config)} == {views}
+    # While views are being added, those that were there go on teaching.
+    shutil.rmtree(copy / "epoch_0003" / "view_0002")
+    assert distill_here(fashion, tmp_path / "meanwhile", copy, "--data.views", 2, "--epochs", 1)
+    with pytest.raises(UserError, match=r"view_0002/.* is missing"):
+        distill_here(fashion, tmp_path / "none", copy)
+    mend = ["repair", copy, "--teacher.run", teacher, "--data.train", fashion["train"], "--data.batch_size", 64]
+    assert store_here(*mend) == 0 and store_here("verify", copy) == 0
+    words = ["--data.train", fashion["train"], "--codec", "topk", "--k", 4]
+    assert store_here("convert", copy, tmp_path / "topk", *words) == 0
+    assert len(list((tmp_path / "topk").rglob("*.npy"))) == 35
 
 
 @pytest.mark.parametrize("loss", ["kd", "standardized"])

@@ -4,6 +4,7 @@ it reaches a student; what does no harm is not."""
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 import os
 import shutil
@@ -62,9 +63,30 @@ def save_as(path, values, **options):
     np.save(path, values, **options)
 
 
+def with_digest(path):
+    return lambda found: {**found, "sha256": hashlib.sha256(path.read_bytes()).hexdigest()}
+
+
+def save_with_checksum(path, values):
+    """Other values under a good checksum, as a broken writer or a forger would leave them."""
+    save_as(path, values)
+    sidecar(with_digest(path))(None, path)
+
+
 def replace_by_folder(path):
     path.unlink()
     path.mkdir()
+    (path / "notes.txt").write_text("x")
+
+
+def replace_by_fifo(path):
+    path.unlink()
+    os.mkfifo(path)
+
+
+def replace_view_by_file(path):
+    shutil.rmtree(path.parent)
+    path.parent.write_text("x")
 
 
 def replace_by_dangling_link(path):
@@ -84,7 +106,9 @@ SHARDS = {
     "one byte longer": (lambda s, p: p.write_bytes(p.read_bytes() + b"\0"), CHECKSUM),
     "missing": (lambda s, p: p.unlink(), r"\.npy is missing"),
     "a dangling link": (lambda s, p: replace_by_dangling_link(p), r"\.npy is missing"),
-    "a folder": (lambda s, p: replace_by_folder(p), r"\.npy cannot be read \(Is a directory\)"),
+    "a folder": (lambda s, p: replace_by_folder(p), r"\.npy is not a regular file"),
+    "a FIFO": (lambda s, p: replace_by_fifo(p), r"\.npy is not a regular file"),
+    "its folder a file": (lambda s, p: replace_view_by_file(p), r"\.json cannot be read \(Not a directory\)"),
     "content of the next shard": (lambda s, p: shutil.copy(p.with_name("samples_00000500-00000749.npy"), p), CHECKSUM),
     "content of the other view": (lambda s, p: shutil.copy(s / "epoch_0003/view_0000" / p.name, p), CHECKSUM),
     "content of another checkpoint": (lambda s, p: shutil.copy(s / "epoch_0002/view_0001" / p.name, p), CHECKSUM),
@@ -104,6 +128,22 @@ SHARDS = {
         lambda s, p: transplant(s, codec={"name": "dense", "dtype": "bfloat16"}), "has identity"),
     "of another training of the teacher": (
         lambda s, p: transplant(s, checkpoints={SHARD.checkpoint: {"weights_sha256": "0"}}), "has weights_sha256 0,"),
+    **{
+        f"{what}, with a good checksum": (lambda s, p, change=change: save_with_checksum(p, change(np.load(p))), held)
+        for what, change, held in (
+            ("as float32", lambda x: x.astype(np.float32), r"holds float32 \(250, 10\), the codec's are float16"),
+            ("as uint16", lambda x: x.view(np.uint16), r"holds uint16 \(250, 10\), the codec's are float16"),
+            ("big-endian", lambda x: x.astype(">f2"), r"holds >f2 \(250, 10\), the codec's are float16"),
+            ("in another order", np.asfortranarray, r"holds float16 \(250, 10\) in Fortran order, the codec's"),
+            ("transposed", np.transpose, r"holds float16 \(10, 250\) in Fortran order, the codec's are float16"),
+            ("of other shape", lambda x: x.reshape(10, 250), r"holds float16 \(10, 250\), the codec's are float16"),
+            ("one record short", lambda x: x[1:], r"holds float16 \(249, 10\), the codec's are float16"),
+        )
+    },
+    "no array, with a good checksum": (
+        lambda s, p: (p.write_bytes(b"x" * 5128), sidecar(with_digest(p))(s, p)), "is no shard of this store"),
+    "one byte longer, with a good checksum": (
+        lambda s, p: (p.write_bytes(p.read_bytes() + b"x"), sidecar(with_digest(p))(s, p)), "it has 5129 bytes"),
     "as float32": (lambda s, p: save_as(p, np.load(p).astype(np.float32)), CHECKSUM),
     "in another order": (lambda s, p: save_as(p, np.asfortranarray(np.load(p))), CHECKSUM),
     "as a pickle": (lambda s, p: save_as(p, np.load(p).astype(object), allow_pickle=True), CHECKSUM),
@@ -124,13 +164,17 @@ SIDECARS = {
     "JSON cut short": (lambda s, p: os.truncate(p.with_suffix(".json"), 100), r"\.json is damaged"),
     "JSON not text": (lambda s, p: p.with_suffix(".json").write_bytes(b"\xff\xfe\0"), r"\.json is damaged"),
     "JSON a list": (lambda s, p: p.with_suffix(".json").write_text("[]"), r"\.json is damaged"),
-    "JSON nothing": (lambda s, p: p.with_suffix(".json").write_text("{}"), "has identity None"),
+    "JSON nothing": (lambda s, p: p.with_suffix(".json").write_text("{}"), r"\.json is damaged \(identity: Field req"),
+    "JSON nested deeply": (lambda s, p: p.with_suffix(".json").write_text("[" * 10**5), r"\.json is damaged"),
+    "JSON a folder": (lambda s, p: replace_by_folder(p.with_suffix(".json")), r"\.json is not a regular file"),
+    "JSON a FIFO": (lambda s, p: replace_by_fifo(p.with_suffix(".json")), r"\.json is not a regular file"),
     "JSON of the next shard": (
         lambda s, p: shutil.copy(p.with_name("samples_00000500-00000749.json"), p.with_suffix(".json")),
         "has first 500, the manifest says 250"),
     "bit of the JSON's checksum": (lambda s, p: flip_bit(p.with_suffix(".json"), -6), CHECKSUM),
     **{
-        f"JSON's {key}": (sidecar(lambda values, key=key, value=value: {**values, key: value}), expected)
+        f"JSON's {key} {str(value)[:6]}": (
+            sidecar(lambda values, key=key, value=value: {**values, key: value}), expected)
         for key, value, expected in (
             ("identity", "0" * 64, "has identity 0000"),
             ("weights_sha256", "0" * 64, "has weights_sha256 0000"),
@@ -138,15 +182,19 @@ SIDECARS = {
             ("view", 0, "has view 0, the manifest says 1"),
             ("first", 0, "has first 0, the manifest says 250"),
             ("last", 500, "has last 500, the manifest says 499"),
+            ("last", 499.0, r"\.json is damaged \(last: Input should be a valid integer"),
+            ("last", 10**40, "has last 1000"),
+            ("last", True, r"\.json is damaged \(last: Input should be a valid integer"),
             ("sha256", "0" * 64, CHECKSUM),
+            ("sha256", None, r"\.json is damaged \(sha256: Input should be a valid string"),
+            ("author", "me", r"\.json is damaged \(author: Unexpected"),
         )
     },
     **{
         f"JSON without {key}": (
-            sidecar(lambda values, key=key: {k: v for k, v in values.items() if k != key}), f"has {key} None")
-        for key in ("identity", "weights_sha256", "checkpoint", "view", "first", "last")
+            sidecar(lambda values, key=key: {k: v for k, v in values.items() if k != key}), f"{key}: Field required")
+        for key in ("identity", "weights_sha256", "checkpoint", "view", "first", "last", "sha256")
     },
-    "JSON without sha256": (sidecar(lambda values: {k: v for k, v in values.items() if k != "sha256"}), CHECKSUM),
 }  # fmt: skip
 
 
@@ -157,9 +205,9 @@ def manifest(store):
 @pytest.mark.parametrize("kind", [*SHARDS, *SIDECARS])
 def test_a_damaged_shard_is_refused_by_name(copy, fashion, kind):
     damage, expected = {**SHARDS, **SIDECARS}[kind]
-    read(copy, fashion)
     damage(copy, SHARD.path(copy))
     name = f"({NAME}|epoch_0002/view_0001|epoch_0003/view_0000)" if "swapped" in kind else NAME
+    name = "epoch_0003/view_0001/samples_00000000" if kind == "its folder a file" else name
     with pytest.raises(UserError, match=rf"teacher\.store: .*{name}.*{expected}.*: run .*ckd_dist\.store repair"):
         read(copy, fashion)
 
@@ -185,8 +233,7 @@ FIELDS = [
     "recipe.scale", "recipe.ratio", "recipe.padding", "recipe.center_share", "recipe.flip", "recipe.color_jitter",
     "recipe.erase", "recipe.mixup", "recipe.cutmix", "view_seed",
     "forward.image_size", "forward.mean", "forward.std", "forward.amp", "codec.name", "codec.dtype", "shard_size",
-    "views", "checkpoints.epoch_0003.epoch", "checkpoints.epoch_0003.model", "checkpoints.epoch_0003.weights_sha256",
-    "images.0", "checksum",
+    *(f"checkpoints.epoch_0003.{key}" for key in ("epoch", "model", "weights_sha256", "views")), "images.0", "checksum",
 ]  # fmt: skip
 
 
@@ -208,7 +255,7 @@ def test_an_edited_manifest_is_refused(copy, fashion, field):
     values = json.loads(path.read_text())
     assign(values, field, other_value(flatten(values)[field]))
     path.write_text(json.dumps(values))
-    expected = "has format 3, this version reads 2" if field == "format" else CHECKSUM
+    expected = "has format 4, this version reads 2 and 3" if field == "format" else CHECKSUM
     with pytest.raises(UserError, match=rf"teacher\.store: .*manifest\.json {expected}"):
         read(copy, fashion)
 
@@ -220,23 +267,60 @@ def test_an_edited_manifest_is_refused(copy, fashion, field):
             (lambda m, key=key: assign(m, key, other_value(flatten(m)[key])), r"epoch_0001.* has identity")
             for key in FIELDS
             if key.split(".")[0] in ("recipe", "view_seed", "forward") or key == "dataset.name"
+            if key not in ("recipe.kind", "forward.amp")
         ),
         (lambda m: assign(m, "dataset.content_hash", "x"), "is of images with content_hash x, data.train has"),
         (lambda m: assign(m, "dataset.count", 1200), "is of images with count 1200, data.train has 1201"),
         (lambda m: assign(m, "dataset.num_classes", 11), "is of images with num_classes 11, data.train has 10"),
-        (lambda m: assign(m, "codec", {"name": "zip"}), r"manifest\.json is damaged \('zip'\)"),
+        (lambda m: assign(m, "recipe.kind", "center_crop"), r"epoch_0001.* has identity"),
+        (lambda m: assign(m, "forward.amp", "off"), r"epoch_0001.* has identity"),
+        *(
+            (lambda m, key=key, value=value: assign(m, key, value), rf"manifest\.json is damaged \({wrong}")
+            for key, value, wrong in (
+                ("codec", {"name": "zip"}, "codec zip"),
+                ("codec", {"name": "topk", "k": 4.0}, "k: Input should be a valid integer"),
+                ("codec", {"name": "topk", "k": 10**30}, "k: Input should be less than"),
+                ("codec", {"name": "topk", "k": 4, "level": 1}, "level: Unexpected"),
+                ("recipe.kind", "mirror", "recipe.kind: Input should be"),
+                ("recipe.flip", "0.5", "recipe.flip: Input should be a valid number"),
+                ("recipe.colour", 1, "recipe.colour: Unexpected"),
+                ("forward.amp", "int8", "forward.amp: Input should be"),
+                ("dataset.count", 1201.0, "dataset.count: Input should be a valid integer"),
+                ("dataset.count", 10**30, "dataset.count: Input should be less than"),
+                ("dataset.num_classes", -1, "dataset.num_classes: Input should be greater than"),
+                ("view_seed", None, "view_seed: Input should be a valid integer"),
+                ("shard_size", 0, "shard_size: Input should be greater than"),
+                ("checkpoints", [], "'list' object|checkpoints: "),
+                ("checkpoints.epoch_0002", None, "checkpoints.epoch_0002: Input should be an object"),
+                ("checkpoints.epoch_0002.views", 2.0, "checkpoints.epoch_0002.views: Input should be a valid integer"),
+                ("checkpoints.epoch_0002.views", 0, "checkpoints.epoch_0002.views: Input should be greater than"),
+                ("images", {"0": 0}, "images.0: Input should be a valid string"),
+            )
+        ),
+        (
+            lambda m: m["checkpoints"].update({"../epoch_0004": m["checkpoints"]["epoch_0003"]}),
+            r"manifest\.json is damaged \(checkpoints\.\.\./epoch_0004\.\[key\]: String should match pattern",
+        ),
+        (
+            lambda m: m["checkpoints"].update({"/etc/epoch_0004": m["checkpoints"]["epoch_0003"]}),
+            r"manifest\.json is damaged \(checkpoints\./etc/epoch_0004\.\[key\]: String should match pattern",
+        ),
+        (lambda m: assign(m, "checkpoints.epoch_0002.views", 10**9), "is damaged: no store has .* shards"),
         (lambda m: assign(m, "codec.dtype", "bfloat16"), "epoch_0001.* has identity"),
         (lambda m: assign(m, "codec", {"name": "topk", "k": 4}), "epoch_0001.* has identity"),
         (lambda m: assign(m, "shard_size", 251), r"samples_00000000-00000250\.json is missing"),
-        (lambda m: assign(m, "shard_size", 0), r"manifest\.json is damaged"),
-        (lambda m: assign(m, "views", 3), r"view_0002/samples_00000000-00000249\.json is missing"),
+        (
+            lambda m: assign(m, "checkpoints.epoch_0002.views", 3),
+            r"epoch_0002/view_0002/samples_00000000-00000249\.json is missing",
+        ),
         (lambda m: assign(m, "checkpoints.epoch_0002.epoch", 7), r"no checkpoint of epoch 2; there are 1, 3, 7"),
         (lambda m: assign(m, "checkpoints.epoch_0002.weights_sha256", "0"), "epoch_0002.* has weights_sha256"),
         (lambda m: m["checkpoints"].pop("epoch_0002") and None, r"no checkpoint of epoch 2; there are 1, 3"),
         (lambda m: {k: v for k, v in m.items() if k != "recipe"}, r"manifest\.json is damaged"),
         (lambda m: assign(m, "licence", "MIT"), r"manifest\.json is damaged"),
-        (lambda m: assign(m, "format", 3), "has format 3, this version reads 2"),
-        (lambda m: assign(m, "format", 1), "has format 1, this version reads 2"),
+        (lambda m: assign(m, "format", 4), "has format 4, this version reads 2 and 3"),
+        (lambda m: assign(m, "format", 2), "is damaged"),
+        (lambda m: assign(m, "format", 1), "has format 1, this version reads 2 and 3"),
     ],
 )
 def test_a_forged_manifest_is_refused(copy, fashion, change, expected):
@@ -253,9 +337,13 @@ def test_a_forged_manifest_is_refused(copy, fashion, change, expected):
         (lambda path: os.truncate(path, 300), "is damaged"),
         (lambda path: path.write_bytes(b"\xff" + path.read_bytes()), "is damaged"),
         (lambda path: path.write_text("[]"), "is damaged"),
+        (lambda path: path.write_text("[" * 10**5), "is damaged"),
+        (lambda path: path.write_text('{"format": 1' + 5000 * "0" + "}"), "is damaged|has format"),
+        (replace_by_folder, "is not a regular file"),
+        (replace_by_fifo, "is not a regular file"),
         (lambda path: flip_bit(path, path.read_text().index("sha256:") + 10), CHECKSUM),
     ],
-    ids=["missing", "empty", "cut short", "not text", "a list", "bit"],
+    ids=["missing", "empty", "cut short", "not text", "a list", "nested deeply", "huge", "a folder", "a FIFO", "bit"],
 )
 def test_a_damaged_manifest_is_refused(copy, fashion, damage, expected):
     damage(copy / "manifest.json")

@@ -11,7 +11,7 @@
   python -m ckd_dist.store convert STORE NEW --codec topk --k 8 --data.train X.beton
                                              write a dense store once more with another codec, without the teacher
 
-plan, verify and repair also run under torchrun. --json prints for machines.
+plan, verify, repair and convert also run under torchrun. --json prints for machines.
 """
 
 from __future__ import annotations
@@ -151,22 +151,22 @@ def info(store: Path, as_json: bool) -> int:
         size = sum(path.stat().st_size for path in written)
         members.append({"name": name, **values, "shards": len(shards), "written": len(written), "bytes": size})
     if as_json:
-        print(json.dumps({**manifest.identity, "views": manifest.views, "checkpoints": members}, indent=2))
+        print(json.dumps({**manifest.identity, "checkpoints": members}, indent=2))
         return 0
     dataset, forward = manifest.dataset, manifest.forward
     codec = ", ".join(f"{value}" if key == "name" else f"{key} {value}" for key, value in manifest.codec.items())
     console = Console(highlight=False)
     console.print(
         f"{store}: {dataset['count']:,} images of {dataset['name']} ({dataset['num_classes']} classes), "
-        f"{manifest.views} views ({manifest.recipe['kind']}, seed {manifest.view_seed})\n"
+        f"views: {manifest.recipe['kind']}, seed {manifest.view_seed}\n"
         f"logits: {codec}; of {forward['image_size']} px images, forward pass {forward['amp']}"
     )
     table = Table()
-    for column in ("checkpoint", "model", "weights sha256", "shards", "bytes"):
-        table.add_column(column, justify="right" if column in ("shards", "bytes") else "left")
+    for column in ("checkpoint", "model", "weights sha256", "views", "shards", "bytes"):
+        table.add_column(column, justify="right" if column in ("views", "shards", "bytes") else "left")
     for member in members:
-        there = f"{member['written']} of {member['shards']}"
-        table.add_row(member["name"], member["model"], member["weights_sha256"][:12], there, f"{member['bytes']:,}")
+        numbers = str(member["views"]), f"{member['written']} of {member['shards']}", f"{member['bytes']:,}"
+        table.add_row(member["name"], member["model"], member["weights_sha256"][:12], *numbers)
     console.print(table)
     return 0
 
@@ -218,6 +218,7 @@ def repair(options: argparse.Namespace) -> int:
     from ckd_dist.store.check import faults
     from ckd_dist.store.manifest import Manifest
     from ckd_dist.store.reader import require_images
+    from ckd_dist.store.writer import clear_leftovers, locked, make_room
 
     store = options.store
     with dist.process_group() as device:
@@ -235,10 +236,12 @@ def repair(options: argparse.Namespace) -> int:
             say(fault)
 
         def delete_and_look():
-            for shard, _ in bad:
-                shard.path(store).unlink(missing_ok=True)
-                shard.path(store).with_suffix(".json").unlink(missing_ok=True)
-            return caching.missing_work(store, manifest, names, manifest.views, 1)
+            clear_leftovers(store)
+            with locked(store):
+                for shard, _ in bad:
+                    make_room(store, shard)
+            views = {name: manifest.checkpoints[name]["views"] for name in names}
+            return [each for name in names for each in caching.missing_work(store, manifest, [name], views[name], 1)]
 
         work = dist.on_main(delete_and_look)
         if work:
@@ -256,14 +259,14 @@ def convert(options: argparse.Namespace) -> int:
     import numpy as np
     import torch
 
-    from ckd_dist import caching
+    from ckd_dist import caching, dist
     from ckd_dist.beton import open_beton
     from ckd_dist.loader import read_labels
     from ckd_dist.log import ProgressDisplay, say
     from ckd_dist.store import codecs
     from ckd_dist.store.manifest import Manifest
     from ckd_dist.store.reader import StoreReader
-    from ckd_dist.store.writer import ShardWriter, is_written, merged, open_store
+    from ckd_dist.store.writer import ShardWriter, all_shards, is_written
 
     given = {name: getattr(options, name) for name in ("codec", "k", "dtype", "sample_temperature")}
     asked = load_config(CodecConfig, [f"--{name}={value}" for name, value in given.items() if value is not None])
@@ -274,24 +277,29 @@ def convert(options: argparse.Namespace) -> int:
     require(codec != source, f"convert: {options.store} is {manifest.codec} already: choose another codec")
     images = open_beton(options.train, "data.train", verify=False)
     labels = torch.from_numpy(read_labels(images))
-    members = manifest.members
-    reader = StoreReader(str(options.store), list(members), images)
-    reader.check_shards()
-    new = merged(options.new, replace(manifest, codec=codecs.to_dict(codec)))
-    open_store(options.new, new)
-    shards = [(m, shard) for m, name in enumerate(members.values()) for shard in manifest.checkpoint_shards(name)]
-    missing = [(m, shard) for m, shard in shards if not is_written(options.new, shard)]
-    done = 0
-    with ProgressDisplay(sum(shard.count for _, shard in missing), unit="records") as progress:
-        for member, shard in missing:
-            writer = ShardWriter(options.new, shard, new)
-            for ids in np.array_split(np.arange(shard.first, shard.last + 1), -(-shard.count // 1024)):
-                logits = source.decode(torch.from_numpy(reader.rows(ids, shard.view, [member])[:, 0]), 1.0)
-                writer.append(caching.encode(new, shard, ids, logits, labels[ids]).numpy())
-                done += len(ids)
-                progress.update(done, "converting")
-            writer.commit()
-    say(f"{options.new}: complete, {done:,} records converted to {codec.name}")
+    members = list(manifest.members.values())
+    with dist.process_group():
+        reader = StoreReader(str(options.store), list(manifest.members), images)
+        reader.check_shards()
+
+        def begin_and_look():
+            new = caching.begin(options.new, replace(manifest, codec=codecs.to_dict(codec)))
+            return new, [shard for shard in all_shards(manifest) if not is_written(options.new, shard)]
+
+        new, missing = dist.on_main(begin_and_look)
+        mine = missing[dist.rank() :: dist.world_size()]
+        done = 0
+        with dist.uneven_work(), ProgressDisplay(sum(shard.count for shard in mine), unit="records") as progress:
+            for shard in mine:
+                with ShardWriter(options.new, shard, new) as writer:
+                    for ids in np.array_split(np.arange(shard.first, shard.last + 1), -(-shard.count // 1024)):
+                        rows = reader.rows(ids, shard.view, [members.index(shard.checkpoint)])[:, 0]
+                        logits = source.decode(torch.from_numpy(rows), 1.0)
+                        writer.append(caching.encode(new, shard, ids, logits, labels[ids]).numpy())
+                        done += len(ids)
+                        progress.update(done, "converting")
+                    writer.commit()
+        say(f"{options.new}: complete, {sum(shard.count for shard in missing):,} records converted to {codec.name}")
     return 0
 
 

@@ -2,44 +2,73 @@
 
 from __future__ import annotations
 
-import json
+import os
+from dataclasses import asdict
 from pathlib import Path
+from typing import BinaryIO
+
+import numpy as np
 
 from ckd_dist import dist
-from ckd_dist.files import file_sha256
+from ckd_dist.files import file_sha256, parse_json
 from ckd_dist.log import ProgressDisplay
-from ckd_dist.store.manifest import Manifest, Shard
+from ckd_dist.store.manifest import Manifest, Shard, Sidecar
+
+
+def records_begin(file: BinaryIO, manifest: Manifest, shard: Shard) -> int:
+    """Where the records begin in a shard's .npy file, in bytes; raises `ValueError` unless it holds as many as it
+    should, in the codec's type, in C order, and nothing else."""
+    dtype, shape = manifest.recorded.array(shard.count)
+    if np.lib.format.read_magic(file) != (1, 0):
+        raise ValueError("it is of another version of .npy")
+    found, fortran_order, found_dtype = np.lib.format.read_array_header_1_0(file)
+    if (found_dtype, found) != (dtype, shape) or fortran_order:
+        order = " in Fortran order" if fortran_order else ""
+        raise ValueError(f"it holds {found_dtype} {found}{order}, the codec's are {dtype} {shape}")
+    start, size = file.tell(), os.fstat(file.fileno()).st_size
+    if size != start + dtype.itemsize * int(np.prod(shape)):
+        raise ValueError(f"it has {size} bytes")
+    return start
 
 
 def shard_fault(store: Path, manifest: Manifest, shard: Shard) -> str | None:
-    """What is wrong with a shard, beginning with its path, or None: it is missing, it belongs elsewhere, or its content
-    does not match its checksum. Reads the whole file."""
+    """What is wrong with a shard, beginning with its path, or None: it is missing, it belongs elsewhere, its content
+    does not match its checksum, or is no array of the codec's records. Reads the whole file."""
     path = shard.path(store)
     sidecar_path = path.with_suffix(".json")
     try:
-        sidecar = json.loads(sidecar_path.read_text())
-        digest = file_sha256(path)
+        for each in (sidecar_path, path):
+            if each.exists() and not each.is_file():
+                return f"{each} is not a regular file"
+        found = asdict(parse_json(sidecar_path.read_bytes(), Sidecar))
+        expected = asdict(manifest.sidecar(shard, file_sha256(path)))
     except FileNotFoundError as error:
         return f"{error.filename} is missing"
     except OSError as error:
         return f"{error.filename or path} cannot be read ({error.strerror})"
-    except (json.JSONDecodeError, UnicodeDecodeError):
-        return f"{sidecar_path} is damaged"
-    if not isinstance(sidecar, dict):
-        return f"{sidecar_path} is damaged"
-    for key, value in manifest.sidecar(shard).items():
-        if sidecar.get(key) != value:
-            return f"{path} has {key} {sidecar.get(key)}, the manifest says {value}"
-    return None if sidecar.get("sha256") == digest else f"{path} does not match its checksum"
+    except ValueError as error:
+        return f"{sidecar_path} is damaged ({error})"
+    for key, value in expected.items():
+        if found[key] != value:
+            different = f"has {key} {found[key]}, the manifest says {value}"
+            return f"{path} {different if key != 'sha256' else 'does not match its checksum'}"
+    try:
+        with open(path, "rb") as file:
+            records_begin(file, manifest, shard)
+    except ValueError as error:
+        return f"{path} is no shard of this store ({error})"
+    return None
 
 
-def faults(store: Path, manifest: Manifest, names: list[str] | None = None) -> list[tuple[Shard, str]]:
-    """Every bad shard of the checkpoints `names` (default: all) with what is wrong with it; collective: ranks share the
-    work, and all get the whole list."""
-    shards = [shard for name in names or manifest.checkpoints for shard in manifest.checkpoint_shards(name)]
+def faults(
+    store: Path, manifest: Manifest, names: list[str] | None = None, views: int | None = None
+) -> list[tuple[Shard, str]]:
+    """Every bad shard of the first `views` (default: all) of the checkpoints `names` (default: all) with what is wrong
+    with it; collective: ranks share the work, and all get the whole list."""
+    shards = [shard for name in names or manifest.checkpoints for shard in manifest.checkpoint_shards(name, views)]
     mine = range(dist.rank(), len(shards), dist.world_size())
     found: dict[int, str] = {}
-    with ProgressDisplay(len(mine), unit="shards") as progress:
+    with dist.uneven_work(), ProgressDisplay(len(mine), unit="shards") as progress:
         for done, index in enumerate(mine, start=1):
             if fault := shard_fault(store, manifest, shards[index]):
                 found[index] = fault

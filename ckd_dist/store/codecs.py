@@ -10,24 +10,30 @@ A record is a fixed number of bytes an image, view and checkpoint. Shards are .n
 
 from __future__ import annotations
 
+import json
 from dataclasses import asdict, dataclass
 from functools import partial
-from typing import Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import numpy as np
 import torch
+from pydantic import Field
 
 from ckd_dist import losses
 from ckd_dist.config import CodecConfig, KDConfig, require
+from ckd_dist.files import parse_json
 
 # Logits of a class that a sparse target leaves out are T times this: no probability, and no infinity in a loss.
 _LOG_NOTHING = -1e4
+
+_STRICT = {"extra": "forbid"}
 
 
 @dataclass(frozen=True)
 class Dense:
     """All logits. Serves every loss."""
 
+    __pydantic_config__ = _STRICT
     name: ClassVar[str] = "dense"
     num_classes: int
     dtype: Literal["float16", "bfloat16"] = "float16"
@@ -77,9 +83,10 @@ class TopK:
     for the rest, which the teacher's own softmax minimises. (Shared evenly, it would teach that the rest is equal.)
     """
 
+    __pydantic_config__ = _STRICT
     name: ClassVar[str] = "topk"
     num_classes: int
-    k: int
+    k: Annotated[int, Field(ge=1, le=65536)]
 
     def array(self, count: int) -> tuple[np.dtype, tuple[int, ...]]:
         """(type, shape) of a shard of `count` records."""
@@ -214,10 +221,11 @@ class Sampled:
     2003). With k = classes it is the softmax itself.
     """
 
+    __pydantic_config__ = _STRICT
     name: ClassVar[str] = "sampled"
     num_classes: int
-    k: int
-    temperature: float = 1.0
+    k: Annotated[int, Field(ge=1, le=65536)]
+    temperature: Annotated[float, Field(gt=0)] = 1.0
 
     def array(self, count: int) -> tuple[np.dtype, tuple[int, ...]]:
         """(type, shape) of a shard of `count` records."""
@@ -323,10 +331,12 @@ def to_dict(codec: Codec) -> dict:
 
 
 def from_dict(values: dict, num_classes: int) -> Codec:
-    """Inverse of `to_dict`; raises KeyError or TypeError for what no codec of this version is."""
+    """Inverse of `to_dict`; raises ValueError for what no codec of this version is."""
     kinds: dict[str, type[Codec]] = {"dense": Dense, "topk": TopK, "sampled": Sampled}
     parameters = {key: value for key, value in values.items() if key != "name"}
-    return kinds[values["name"]](num_classes, **parameters)
+    if values.get("name") not in kinds:
+        raise ValueError(f"codec {values.get('name')}")
+    return parse_json(json.dumps({"num_classes": num_classes, **parameters}), kinds[values["name"]])
 
 
 def require_served(codec: Codec, kd: KDConfig, combine: str | None) -> None:

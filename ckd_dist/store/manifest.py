@@ -4,14 +4,20 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import Field
 
 from ckd_dist.config import UserError, flatten, require
-from ckd_dist.files import write_bytes_atomically
+from ckd_dist.files import parse_json, read_json, write_bytes_atomically
+from ckd_dist.recipe import ViewRecipe
 from ckd_dist.store import codecs
 
-FORMAT = 2
+FORMAT = 3
+"""Of manifest.json. Format 2, which is read too, has one number of views for all checkpoints."""
 
 
 @dataclass(frozen=True)
@@ -34,6 +40,21 @@ class Shard:
 
 
 @dataclass(kw_only=True)
+class Sidecar:
+    """What the .json beside a shard holds: what the shard is of, where it belongs, and its checksum."""
+
+    __pydantic_config__ = {"extra": "forbid"}
+
+    identity: str
+    weights_sha256: str
+    checkpoint: str
+    view: int
+    first: int
+    last: int
+    sha256: str
+
+
+@dataclass(kw_only=True)
 class Manifest:
     """What the logits of a store are of. Equal identities mean interchangeable logits."""
 
@@ -48,18 +69,16 @@ class Manifest:
     """What is kept of the logits (`codecs.to_dict`)."""
     shard_size: int
     """Records in every shard but the last of a view."""
-    views: int
-    """Number of views: 0 to views - 1."""
     checkpoints: dict[str, dict]
-    """Member name (`member_name`) -> `epoch`, `model`, `weights_sha256`."""
+    """Member name (`member_name`) -> `epoch`, `model`, `weights_sha256`, and `views`, their number: 0 to views - 1."""
     images: dict[str, str]
     """Sample id -> sha256 of a decoded image, for a few (`loader.image_digests`)."""
 
     @property
     def identity(self) -> dict:
-        """What must be equal for logits to belong together; views and checkpoints may be added later, and where images
-        decode differently that is said, not refused."""
-        mutable = ("views", "checkpoints", "images")
+        """What must be equal for logits to belong together; checkpoints and views of them may be added later, and where
+        images decode differently that is said, not refused."""
+        mutable = ("checkpoints", "images")
         return {key: value for key, value in asdict(self).items() if key not in mutable}
 
     @property
@@ -86,25 +105,32 @@ class Manifest:
         require(bool(found), f"teacher.name: the store holds no such run; named runs are {', '.join(runs) or 'none'}")
         return found
 
+    def views(self, names: Iterable[int | str]) -> int:
+        """Number of views that all of these checkpoints, as users call them, have."""
+        members = self.members
+        return min(self.checkpoints[members[name]]["views"] for name in names)
+
     def shards(self, checkpoint: str, view: int) -> list[Shard]:
         """All shards of one view of one checkpoint, in order."""
         count, size = self.dataset["count"], self.shard_size
         return [Shard(checkpoint, view, first, min(first + size, count) - 1) for first in range(0, count, size)]
 
-    def checkpoint_shards(self, checkpoint: str) -> list[Shard]:
-        """All shards of one checkpoint, view after view."""
-        return [shard for view in range(self.views) for shard in self.shards(checkpoint, view)]
+    def checkpoint_shards(self, checkpoint: str, views: int | None = None) -> list[Shard]:
+        """The shards of one checkpoint, view after view: of the first `views`, default: of all."""
+        views = views or self.checkpoints[checkpoint]["views"]
+        return [shard for view in range(views) for shard in self.shards(checkpoint, view)]
 
-    def sidecar(self, shard: Shard) -> dict:
-        """What stands beside a shard, but for its checksum: what it is of, and where it belongs."""
-        return {
-            "identity": self.identity_hash,
-            "weights_sha256": self.checkpoints[shard.checkpoint]["weights_sha256"],
-            "checkpoint": shard.checkpoint,
-            "view": shard.view,
-            "first": shard.first,
-            "last": shard.last,
-        }
+    def sidecar(self, shard: Shard, sha256: str) -> Sidecar:
+        """What stands beside a shard whose file has the checksum `sha256`."""
+        return Sidecar(
+            identity=self.identity_hash,
+            weights_sha256=self.checkpoints[shard.checkpoint]["weights_sha256"],
+            checkpoint=shard.checkpoint,
+            view=shard.view,
+            first=shard.first,
+            last=shard.last,
+            sha256=sha256,
+        )
 
     def require_same(self, other: Manifest, here: str, there: str) -> None:
         """Raise `UserError` naming the first field in which `self` (described as `here`) differs from `other`."""
@@ -136,16 +162,22 @@ class Manifest:
     def load(cls, store: Path, option: str) -> Manifest:
         """Read manifest.json; raises `UserError` where it is missing, damaged or of another version."""
         path = store / "manifest.json"
-        require(path.is_file(), f"{option}: {store} is not a logit store: it has no manifest.json (see cache_logits)")
+        require(path.exists(), f"{option}: {store} is not a logit store: it has no manifest.json (see cache_logits)")
+        values = read_json(path, dict, option, "put back the one that the store was written with")
+        found = values.get("format")
+        require(found in (2, FORMAT), f"{option}: {path} has format {found}, this version reads 2 and {FORMAT}")
+        checksum = values.pop("checksum", None)
+        require(checksum == _checksum(values), f"{option}: {path} does not match its checksum: it was changed")
+        del values["format"]
         try:
-            values = json.loads(path.read_text())
-            found = values.pop("format")
-            require(found == FORMAT, f"{option}: {path} has format {found}, this version reads {FORMAT}")
-            checksum = values.pop("checksum")
-            expected = _checksum({"format": found, **values})
-            require(checksum == expected, f"{option}: {path} does not match its checksum: it was changed")
+            if found == 2:
+                views = values.pop("views")
+                values["checkpoints"] = {k: {**v, "views": views} for k, v in values["checkpoints"].items()}
+            parse_json(json.dumps(values), _Schema)
             manifest = cls(**values)
-            require(manifest.shard_size >= 1, f"{option}: {path} is damaged (shard_size {manifest.shard_size})")
+            shards = manifest.dataset["count"] // manifest.shard_size + 1
+            total = shards * sum(checkpoint["views"] for checkpoint in manifest.checkpoints.values())
+            require(total < 10**7, f"{option}: {path} is damaged: no store has {total} shards")
             codecs.record_bytes(manifest.recorded)
             return manifest
         except UserError:
@@ -161,3 +193,53 @@ def _checksum(values: dict) -> str:
 def member_name(epoch: int, run: str | None = None) -> str:
     """Name of a checkpoint, and of its folder in a store; `run` names its run in a store of several."""
     return f"{run}/epoch_{epoch:04d}" if run else f"epoch_{epoch:04d}"
+
+
+# ------------------------------------------------------------------------------------------- schema
+
+_Count = Annotated[int, Field(ge=1, le=2**40)]
+_Strict = {"extra": "forbid"}
+
+
+@dataclass(kw_only=True)
+class _Images:
+    __pydantic_config__ = _Strict
+    name: str
+    content_hash: str
+    count: _Count
+    num_classes: _Count
+
+
+@dataclass(kw_only=True)
+class _Forward:
+    __pydantic_config__ = _Strict
+    image_size: _Count
+    mean: tuple[float, float, float]
+    std: tuple[float, float, float]
+    amp: Literal["bfloat16", "float16", "off"]
+
+
+@dataclass(kw_only=True)
+class _Checkpoint:
+    __pydantic_config__ = _Strict
+    epoch: Annotated[int, Field(ge=0)]
+    model: str
+    weights_sha256: str
+    views: _Count
+
+
+@dataclass(kw_only=True)
+class _Schema:
+    """What the fields of a `Manifest` hold. It is checked as it is read, and kept as it was read: its identity is that
+    of its text."""
+
+    __pydantic_config__ = _Strict
+    dataset: _Images
+    recipe: ViewRecipe
+    view_seed: Annotated[int, Field(ge=0, lt=2**31)]
+    forward: _Forward
+    codec: dict
+    shard_size: _Count
+    # The names are folders of the store: none leads out of it.
+    checkpoints: dict[Annotated[str, Field(pattern=r"^([A-Za-z][\w-]*/)?epoch_\d{4,}$")], _Checkpoint]
+    images: dict[str, str]

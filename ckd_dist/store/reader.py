@@ -2,21 +2,23 @@
 
 from __future__ import annotations
 
+import ctypes
 import mmap
 import os
+import weakref
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 from numba import types
 
 from ckd_dist import checkpoint
-from ckd_dist.config import require
+from ckd_dist.config import UserError, require
 from ckd_dist.data import DatasetInfo
 from ckd_dist.recipe import ViewRecipe
 from ckd_dist.store import codecs
-from ckd_dist.store.check import faults
-from ckd_dist.store.manifest import Manifest
+from ckd_dist.store.check import faults, records_begin
+from ckd_dist.store.manifest import Manifest, Shard
 from ckd_dist.views import compiled
 
 _memcpy: Any = types.ExternalFunction("memcpy", types.uintp(types.uintp, types.uintp, types.uintp))
@@ -36,6 +38,28 @@ def require_images(manifest: Manifest, info: DatasetInfo, option: str, store: Pa
     for key, ours in (("content_hash", info.content_hash), ("count", info.count), ("num_classes", info.num_classes)):
         found = manifest.dataset[key]
         require(found == ours, f"{option}: {store} is of images with {key} {found}, data.train has {ours}")
+
+
+_libc = ctypes.CDLL(None, use_errno=True)
+_libc.mmap.restype = ctypes.c_void_p
+_libc.mmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int, ctypes.c_int, ctypes.c_int, ctypes.c_long]
+_libc.munmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t]
+_libc.madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
+
+
+class _MappedFile:
+    """A file in memory, read-only, from `address` on, for as long as this object lives. Python's own mmap keeps a file
+    descriptor for each, and a process may have 1024 of them."""
+
+    def __init__(self, file: BinaryIO, *, random: bool):
+        """`random`: parts of it will be read in random order, and what lies beside them is not worth reading ahead."""
+        size = os.fstat(file.fileno()).st_size
+        self.address = _libc.mmap(None, size, mmap.PROT_READ, mmap.MAP_SHARED, file.fileno(), 0)
+        if self.address == ctypes.c_void_p(-1).value:
+            raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()), file.name)
+        weakref.finalize(self, _libc.munmap, self.address, size).atexit = False
+        if random:
+            _libc.madvise(self.address, size, mmap.MADV_RANDOM)
 
 
 class StoreReader:
@@ -61,9 +85,18 @@ class StoreReader:
         self._members = [available[name] for name in self.checkpoints]
         self.codec = self.manifest.recorded
         self._record_bytes = codecs.record_bytes(self.codec)
-        size = self._record_bytes * self.manifest.dataset["count"] * self.manifest.views * len(self._members)
+        size = self._record_bytes * self.manifest.dataset["count"] * self.views * len(self._members)
         self._outgrows_memory = size > os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 2
-        self._views: dict[tuple[str, int], tuple[list, np.ndarray]] = {}
+        self._mapped: dict[tuple[str, int], tuple[list[_MappedFile], np.ndarray]] = {}
+
+    def __getstate__(self) -> dict:
+        """Without what is in this process's memory."""
+        return {**vars(self), "_mapped": {}}
+
+    @property
+    def views(self) -> int:
+        """Number of views that all of the checkpoints have."""
+        return self.manifest.views(self.checkpoints)
 
     @property
     def recipe(self) -> ViewRecipe:
@@ -75,28 +108,36 @@ class StoreReader:
         `self.checkpoints`, and defaults to all of them."""
         names = [self._members[m] for m in members] if members else self._members
         ids = ids.astype(np.int64)
-        assert ((ids >= 0) & (ids < self.manifest.dataset["count"])).all()  # from here on, nothing else looks
+        count = self.manifest.dataset["count"]
+        if not ((ids >= 0) & (ids < count)).all():  # from here on, nothing else looks
+            raise IndexError(f"sample ids from {ids.min()} to {ids.max()}, the store has 0 to {count - 1}")
+        # What is mapped of other views is not needed again soon. (Mapped, not changed: threads may call this at once.)
+        mapped = {key: each for key, each in self._mapped.items() if key[1] == view}
         out = np.empty((len(ids), len(names), self._record_bytes), dtype=np.uint8)
         for m, name in enumerate(names):
-            _gather(self._addresses(name, view), self.manifest.shard_size, ids, out[:, m])
+            if (name, view) not in mapped:
+                mapped[name, view] = self._map(self.manifest.shards(name, view))
+            _gather(mapped[name, view][1], self.manifest.shard_size, ids, out[:, m])
+        self._mapped = mapped
         return out
 
-    def _addresses(self, member: str, view: int) -> np.ndarray:
-        """Where the records of each shard of a view begin in memory, uint64 [shards]."""
-        if (member, view) not in self._views:
-            arrays = []
-            for shard in self.manifest.shards(member, view):
-                array = np.load(shard.path(self.store), mmap_mode="r")
-                assert array.flags.c_contiguous and array.nbytes == shard.count * self._record_bytes
-                if self._outgrows_memory:  # rows come in random order: what is read ahead of them is read for nothing
-                    array._mmap.madvise(mmap.MADV_RANDOM)
-                arrays.append(array)
-            self._views[member, view] = arrays, np.array([a.ctypes.data for a in arrays], dtype=np.uint64)
-        return self._views[member, view][1]
+    def _map(self, shards: list[Shard]) -> tuple[list[_MappedFile], np.ndarray]:
+        """The shards in memory, and where the records of each begin there, uint64 [shards]."""
+        files, addresses = [], []
+        for shard in shards:
+            path = shard.path(self.store)
+            with open(path, "rb") as file:
+                try:
+                    offset = records_begin(file, self.manifest, shard)
+                except ValueError as error:
+                    raise UserError(f"teacher.store: {path} is no shard of this store ({error})") from None
+                files.append(_MappedFile(file, random=self._outgrows_memory))
+            addresses.append(files[-1].address + offset)
+        return files, np.array(addresses, dtype=np.uint64)
 
-    def check_shards(self) -> None:
-        """Compare every shard that may be read with its checksum; collective: ranks share the work. Raises `UserError`,
-        on every rank, for one that is missing or does not match."""
-        found = faults(self.store, self.manifest, self._members)
+    def check_shards(self, views: int | None = None) -> None:
+        """Compare every shard of the first `views` (default: of all) with its checksum; collective: ranks share the
+        work. Raises `UserError`, on every rank, for one that is missing or does not match."""
+        found = faults(self.store, self.manifest, self._members, views)
         more = f" (and {len(found) - 1} more)" if len(found) > 1 else ""
         require(not found, f"teacher.store: {found and found[0][1]}{more}: run python -m ckd_dist.store repair")

@@ -7,43 +7,45 @@ import fcntl
 import hashlib
 import io
 import json
-import os
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import numpy as np
 
 from ckd_dist.config import require
-from ckd_dist.files import sync_folder, write_bytes_atomically
-from ckd_dist.log import say
+from ckd_dist.files import NewFile, errors_name, remove_leftovers, write_bytes_atomically
 from ckd_dist.store import codecs
 from ckd_dist.store.manifest import Manifest, Shard
 
 
 @contextmanager
-def locked(store: Path) -> Iterator[None]:
-    """Hold the store's manifest against other commands that add to it, on any node; creates the folder."""
+def locked(store: Path) -> Iterator[bool]:
+    """Hold the store against other commands that add to it, on any node; creates the folder. Yields whether this file
+    system has locks: without them, nothing is held."""
     store.mkdir(parents=True, exist_ok=True)
     with open(store / ".lock", "w") as file:
         try:
             fcntl.lockf(file, fcntl.LOCK_EX)
+            has_locks = True
         except OSError as error:
             if error.errno not in (errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK):
                 raise
-            say(f"warning: {store}: this file system has no locks: let no two commands begin a store at the same time")
-        yield
+            has_locks = False
+        yield has_locks
 
 
 def merged(store: Path, wanted: Manifest) -> Manifest:
-    """The manifest of `store` with the views and checkpoints of `wanted` added; `wanted` where there is no store yet.
+    """The manifest of `store` with the checkpoints of `wanted` and their views added; `wanted` where there is no store
+    yet.
 
     Raises `UserError` naming the field that differs when the store holds other logits.
     """
-    # In this order: another command may be making the store, and all but these two come after the manifest.
-    beginning = {".lock", ".manifest.json.tmp"}
-    foreign = store.exists() and any(path.name not in beginning for path in store.iterdir())
+    # In this order: another command may be making the store, and all but these come after the manifest.
+    beginning = (".lock", ".manifest.json.")
+    foreign = store.exists() and any(not path.name.startswith(beginning) for path in store.iterdir())
     if not (store / "manifest.json").exists():
         require(
             not foreign,
@@ -52,16 +54,17 @@ def merged(store: Path, wanted: Manifest) -> Manifest:
         return wanted
     found = Manifest.load(store, "store")
     found.require_same(wanted, f"store: {store}", "this command")
+    checkpoints = dict(found.checkpoints)
     for name, values in wanted.checkpoints.items():
         known = found.checkpoints.get(name, values)
+        checkpoints[name] = {**known, "views": max(known["views"], values["views"])}
         require(
-            known == values,
+            known == {**values, "views": known["views"]},
             f"store: {store} holds {name} of a model {known['model']} with weights "
             f"{known['weights_sha256'][:12]}, this run has {values['model']} {values['weights_sha256'][:12]}: "
             "choose another --store",
         )
-    checkpoints = dict(sorted({**found.checkpoints, **wanted.checkpoints}.items()))
-    return replace(found, checkpoints=checkpoints, views=max(found.views, wanted.views))
+    return replace(found, checkpoints=dict(sorted(checkpoints.items())))
 
 
 def open_store(store: Path, manifest: Manifest) -> None:
@@ -72,10 +75,29 @@ def open_store(store: Path, manifest: Manifest) -> None:
         manifest.save(store)
 
 
+def clear_leftovers(store: Path) -> None:
+    """Remove what dead writers left."""
+    for folder in (store, *store.rglob("view_*")):
+        remove_leftovers(folder)
+
+
 def is_written(store: Path, shard: Shard) -> bool:
     """Whether the shard stands under its name."""
     path = shard.path(store)
-    return path.exists() and path.with_suffix(".json").exists()
+    return path.is_file() and path.with_suffix(".json").is_file()
+
+
+def make_room(store: Path, shard: Shard) -> None:
+    """Remove whatever stands in the place of a shard, of its sidecar, or of the folders that they are in."""
+    path = shard.path(store)
+    for folder in reversed(path.parents[: len(path.relative_to(store).parents) - 1]):
+        if not folder.is_dir():
+            folder.unlink(missing_ok=True)
+    for each in (path, path.with_suffix(".json")):
+        if each.is_dir() and not each.is_symlink():
+            shutil.rmtree(each)
+        else:
+            each.unlink(missing_ok=True)
 
 
 def array_header(manifest: Manifest, shard: Shard) -> bytes:
@@ -89,7 +111,7 @@ def array_header(manifest: Manifest, shard: Shard) -> bytes:
 
 def sidecar_content(manifest: Manifest, shard: Shard, sha256: str) -> bytes:
     """The .json beside a shard whose content has the checksum `sha256`."""
-    return (json.dumps({**manifest.sidecar(shard), "sha256": sha256}, indent=2) + "\n").encode()
+    return (json.dumps(asdict(manifest.sidecar(shard, sha256)), indent=2) + "\n").encode()
 
 
 def shard_size(manifest: Manifest, shard: Shard) -> int:
@@ -97,26 +119,37 @@ def shard_size(manifest: Manifest, shard: Shard) -> int:
     return len(array_header(manifest, shard)) + codecs.record_bytes(manifest.recorded) * shard.count
 
 
+def size_of(manifest: Manifest, shards: list[Shard]) -> int:
+    """Bytes of shards and their sidecars."""
+    sidecars = sum(len(sidecar_content(manifest, shard, 64 * "0")) for shard in shards)
+    return sidecars + sum(shard_size(manifest, shard) for shard in shards)
+
+
+def all_shards(manifest: Manifest) -> list[Shard]:
+    """Every shard of the complete store."""
+    return [shard for name in manifest.checkpoints for shard in manifest.checkpoint_shards(name)]
+
+
 def store_size(manifest: Manifest) -> tuple[int, int]:
     """(bytes, files) of the whole store when it is complete: the sum of its files' lengths, to the byte."""
-    shards = [shard for name in manifest.checkpoints for shard in manifest.checkpoint_shards(name)]
-    sidecars = sum(len(sidecar_content(manifest, shard, 64 * "0")) for shard in shards)
-    total = len(manifest.content()) + sidecars + sum(shard_size(manifest, shard) for shard in shards)
-    return total, 1 + 2 * len(shards)
+    shards = all_shards(manifest)
+    return len(manifest.content()) + size_of(manifest, shards), 1 + 2 * len(shards)
 
 
 class ShardWriter:
-    """Writes one shard, records in order, to a temporary file that `commit` gives its name."""
+    """Writes one shard, records in order, to a file of its own that `commit` gives its name.
+
+    Others may write the same shard meanwhile: the first to commit wins, and what the others have is discarded.
+    """
 
     def __init__(self, store: Path, shard: Shard, manifest: Manifest):
-        self.shard, self._manifest = shard, manifest
-        self._path = shard.path(store)
-        self._temporary = self._path.with_name(f".{self._path.name}.tmp")
-        self._path.parent.mkdir(parents=True, exist_ok=True)
+        self.shard, self._store, self._manifest = shard, store, manifest
+        path = shard.path(store)
+        path.parent.mkdir(parents=True, exist_ok=True)
         self._record_bytes = codecs.record_bytes(manifest.recorded)
         self._digest = hashlib.sha256()
         self._written = 0
-        self._file = open(self._temporary, "wb")  # noqa: SIM115  closed by commit
+        self._new = NewFile(path)
         self._write(array_header(manifest, shard))
 
     def append(self, records: np.ndarray) -> None:
@@ -126,16 +159,30 @@ class ShardWriter:
         self._written += len(records)
 
     def _write(self, data: bytes | memoryview) -> None:
-        self._file.write(data)
+        with errors_name(self._new.path):
+            self._new.file.write(data)
         self._digest.update(data)
 
     def commit(self) -> None:
-        """Make the shard stand: contents and checksum first, its name last."""
+        """Make the shard stand, unless another writer has: its checksum first, its name last.
+
+        A sidecar never stands beside a file of another writer: the store is locked, and what is there of a shard that
+        is not whole is removed first. So a kill at any moment leaves a whole shard or none.
+        """
         assert self._written == self.shard.count
-        self._file.flush()
-        os.fsync(self._file.fileno())
-        self._file.close()
-        sidecar = sidecar_content(self._manifest, self.shard, self._digest.hexdigest())
-        write_bytes_atomically(self._path.with_suffix(".json"), sidecar)
-        os.replace(self._temporary, self._path)
-        sync_folder(self._path.parent)
+        with errors_name(self._new.path):
+            self._new.sync()  # all but the names, so that the lock is held for a moment only
+            with locked(self._store):
+                if not is_written(self._store, self.shard):
+                    make_room(self._store, self.shard)
+                    sidecar = sidecar_content(self._manifest, self.shard, self._digest.hexdigest())
+                    write_bytes_atomically(self._new.path.with_suffix(".json"), sidecar)
+                    self._new.publish()
+        self._new.discard()
+
+    def __enter__(self) -> ShardWriter:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Remove what was written, unless it stands."""
+        self._new.discard()
