@@ -111,7 +111,7 @@ class StoreReader:
         count = self.manifest.dataset["count"]
         if not ((ids >= 0) & (ids < count)).all():  # from here on, nothing else looks
             raise IndexError(f"sample ids from {ids.min()} to {ids.max()}, the store has 0 to {count - 1}")
-        # What is mapped of other views is not needed again soon. (Mapped, not changed: threads may call this at once.)
+        # What is mapped of other views is not needed again soon. A new dict each time: threads may call this at once.
         mapped = {key: each for key, each in self._mapped.items() if key[1] == view}
         out = np.empty((len(ids), len(names), self._record_bytes), dtype=np.uint8)
         for m, name in enumerate(names):
