@@ -275,10 +275,10 @@ def convert(options: argparse.Namespace) -> int:
     require(source.name == "dense", f"STORE: {options.store} has codec {source.name}, convert reads dense stores only")
     codec = codecs.from_config(asked, source.num_classes)
     require(codec != source, f"convert: {options.store} is {manifest.codec} already: choose another codec")
-    images = open_beton(options.train, "data.train", verify=False)
-    labels = torch.from_numpy(read_labels(images))
     members = list(manifest.members.values())
     with dist.process_group():
+        images = open_beton(options.train, "data.train", verify=False)
+        labels = torch.from_numpy(read_labels(images))
         reader = StoreReader(str(options.store), list(manifest.members), images)
         reader.check_shards()
 
