@@ -25,6 +25,8 @@ import jsonargparse
 T = TypeVar("T")
 
 Amp = Literal["auto", "bfloat16", "float16", "off"]
+Scaling = Literal["raw", "minmax", "zscore"]
+"""How I(X;F) and I(Y;F) are scaled over the checkpoints before they are added."""
 
 STOPPED = 75
 """Exit status of a command that SIGUSR2 stopped; the same command goes on where it was (EX_TEMPFAIL of sysexits.h)."""
@@ -273,10 +275,6 @@ class TeacherConfig:
             f"teacher.checkpoints {self.checkpoints} names a checkpoint twice",
         )
         require(
-            self.combine == "logits" or len(self.checkpoints) > 1,
-            f"teacher.combine {self.combine} is for several checkpoints: add --teacher.checkpoints",
-        )
-        require(
             not self.weights or len(self.weights) == len(self.checkpoints),
             f"teacher.weights has {len(self.weights)} values for {len(self.checkpoints)} teacher.checkpoints",
         )
@@ -400,6 +398,17 @@ class DistillConfig(TrainConfig):
     teacher: TeacherConfig = field(default_factory=TeacherConfig)
     kd: KDConfig = field(default_factory=KDConfig)
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require(
+            self.teacher.combine == "logits" or any(len(members) > 1 for members in self._teachers()),
+            f"teacher.combine {self.teacher.combine} is for several checkpoints: name them in --teacher.checkpoints, "
+            "those of a search in --grid.teachers",
+        )
+
+    def _teachers(self) -> list[list[int | str]]:
+        return [self.teacher.checkpoints]
+
 
 @dataclass(kw_only=True)
 class SearchDataConfig(TrainDataConfig):
@@ -467,6 +476,9 @@ class SearchConfig(DistillConfig):
         require(
             found is not None and 1 <= int(found[1]) <= int(found[2]), f"part is {self.part}: give 1/16 to 16/16, say"
         )
+
+    def _teachers(self) -> list[list[int | str]]:
+        return self.grid.teachers or super()._teachers()
 
 
 @dataclass(kw_only=True)
@@ -541,7 +553,7 @@ class SelectConfig:
     probe: ProbeConfig = field(default_factory=ProbeConfig)
     layer: str | None = None
     """Module whose output is F; default: the last feature map before pooling."""
-    scaling: Literal["raw", "minmax", "zscore"] = "raw"
+    scaling: Scaling = "raw"
     """How I(X;F), a value a pixel, and I(Y;F), a value an image, are scaled over the checkpoints before they are added.
     raw is the formula as the paper prints it: I(Y;F), which differs more, decides mostly, so that the choice is never
     far from the last checkpoint. minmax and zscore give both the same range or deviation: in the study of the README

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import numpy as np
 import torch
@@ -123,13 +123,13 @@ def train_recipe(config: ViewDataConfig, info: DatasetInfo, cached: ViewRecipe |
         kind != "pad_crop" or info.min_size == info.max_size,
         "data.augment pad_crop needs images of one size: use random_resized_crop",
     )
-    default = cached or ViewRecipe(kind=kind)
     asked = {
         "kind": kind,
         "scale": config.crop_scale_min and (config.crop_scale_min, 1.0),
         "flip": None if config.flip is None else 0.5 * config.flip,
-        **{name: getattr(config, name) for name in ("color_jitter", "erase", "mixup", "cutmix")},
+        **{name: getattr(config, name) for name in _SAME_IN_BOTH},
     }
+    default = cached or ViewRecipe(kind=kind)
     recipe = replace(default, **{name: value for name, value in asked.items() if value is not None})
     if cached is not None:
         wanted, held = recipe.to_dict(), cached.to_dict()
@@ -140,6 +140,21 @@ def train_recipe(config: ViewDataConfig, info: DatasetInfo, cached: ViewRecipe |
                 f"data.{option}: the store holds views with {name} {held[name]}, not {ours}: leave it out",
             )
     return recipe
+
+
+def view_options(recipe: ViewRecipe) -> dict[str, Any]:
+    """The options of `ViewDataConfig` that ask for the views of `recipe`, every one of them: inverse of
+    `train_recipe`."""
+    return {
+        "augment": recipe.kind,
+        "crop_scale_min": recipe.scale[0],
+        "flip": recipe.flip > 0,
+        **{name: getattr(recipe, name) for name in _SAME_IN_BOTH},
+    }
+
+
+_SAME_IN_BOTH = ("color_jitter", "erase", "mixup", "cutmix")
+"""Options of `ViewDataConfig` that a `ViewRecipe` has under the same name."""
 
 
 def eval_recipe(info: DatasetInfo, augment: str | None) -> ViewRecipe:

@@ -12,6 +12,7 @@ from matplotlib.ticker import MaxNLocator
 
 from ckd_dist.findings import Study, Taught, WayToChoose, chosen_epochs
 from ckd_dist.mi import SCALINGS
+from ckd_dist.results import Bench, Selection
 
 BLUE, ORANGE, GREEN, PURPLE, GREY = "#0072b2", "#d55e00", "#009e73", "#8d5a99", "#777777"
 
@@ -32,7 +33,7 @@ def spread(values: Sequence[float]) -> float:
     return statistics.stdev(values) if len(values) > 1 else 0.0
 
 
-def checkpoints(each: list[Taught], singles: list[Taught], selection: dict | None, split: str) -> Figure:
+def checkpoints(each: list[Taught], singles: list[Taught], selection: Selection | None, split: str) -> Figure:
     """Students' top-1 against the epoch of their teacher, and below it the teacher's own."""
     figure, axes = _axes(
         rows=2 if selection else 1,
@@ -52,13 +53,13 @@ def checkpoints(each: list[Taught], singles: list[Taught], selection: dict | Non
         ax.axhspan(low, high, color=GREY, alpha=0.12, linewidth=0)
     ax.set_ylabel(f"student's {split} top-1, %")
     if selection:
-        label = f"chosen by I(X;F) + I(Y;F), {selection['scaling']}"
+        label = f"chosen by I(X;F) + I(Y;F), {selection.scaling}"
         for one in singles:
-            if one.epoch == selection["choice"]:
+            if one.weights_sha256 == selection.weights_sha256:
                 ax.plot(one.epoch, one.mean, "*", color=ORANGE, markersize=18, zorder=5, label=label)
         below = axes[1, 0]
-        rows = selection["checkpoints"]
-        below.plot([row["epoch"] for row in rows], [row["top1"] for row in rows], color=GREEN, marker="s")
+        rows = selection.checkpoints
+        below.plot([row.epoch for row in rows], [row.top1 for row in rows], color=GREEN, marker="s")
         below.set_ylabel("teacher's own top-1,\nheld out, %")
     axes[-1, 0].set_xticks(epochs)
     axes[-1, 0].set_xlabel("epoch of the teacher's checkpoint")
@@ -106,27 +107,39 @@ def ensembles(base: Taught, ensembles: list[Taught], split: str) -> Figure:
     return figure
 
 
-def information(selections: list[dict]) -> Figure:
-    """I(Y;F) against I(X;F), the checkpoints joined in the order of training; a panel for each layer."""
+def information(selections: list[Selection]) -> Figure:
+    """I(Y;F) against I(X;F), the checkpoints joined in the order of training, the chosen one a star; a panel for each
+    selection."""
     count = len(selections)
     figure, axes = _axes(columns=count, width=max(6.0, 4.6 * count), height=4.4)
     for ax, selection in zip(axes[0], selections, strict=True):
-        rows = selection["checkpoints"]
-        x, y = ([row[f"{key}_information"] for row in rows] for key in ("image", "label"))
-        errors = [[row[f"{key}_information_deviation"] or 0.0 for row in rows] for key in ("image", "label")]
-        ax.errorbar(x, y, errors[1], errors[0], color=BLUE, marker="o", linewidth=1, elinewidth=0.8, capsize=2)
-        for row, a, b in zip(rows, x, y, strict=True):
-            ax.annotate(str(row["epoch"]), (a, b), textcoords="offset points", xytext=(5, 5), fontsize=8)
-            if row["epoch"] == selection["choice"]:
-                ax.plot(a, b, "*", color=ORANGE, markersize=18, zorder=5)
-        ax.set_title(f"F: {selection['layer']}", fontsize=10)
+        rows = selection.checkpoints
+        x, y = [row.image_information for row in rows], [row.label_information for row in rows]
+        errors = [row.image_information_deviation or 0.0 for row in rows]
+        ax.errorbar(
+            x,
+            y,
+            [row.label_information_deviation or 0.0 for row in rows],
+            errors,
+            color=BLUE,
+            marker="o",
+            linewidth=1,
+            elinewidth=0.8,
+            capsize=2,
+        )
+        for row in rows:
+            place = (row.image_information, row.label_information)
+            ax.annotate(str(row.epoch), place, textcoords="offset points", xytext=(5, 5), fontsize=8)
+            if row.epoch == selection.choice:
+                ax.plot(*place, "*", color=ORANGE, markersize=18, zorder=5)
+        ax.set_title(f"F: {selection.layer}; {selection.scaling}, weight {selection.weight:g}", fontsize=10)
         ax.set_xlabel("I(X;F), nats a pixel value")
         ax.set_ylabel("I(Y;F), nats")
     return figure
 
 
-def choice(selections: list[dict]) -> Figure:
-    """The chosen epoch against the weight of I(Y;F), for every scaling; a panel for each layer."""
+def choice(selections: list[Selection]) -> Figure:
+    """The chosen epoch against the weight of I(Y;F), for every scaling; a panel for each selection."""
     weights = np.logspace(-2, 2, 161).tolist()
     count = len(selections)
     figure, axes = _axes(columns=count, width=max(6.0, 4.6 * count), height=3.6, sharey=True)
@@ -142,10 +155,10 @@ def choice(selections: list[dict]) -> Figure:
                 label=scaling,
             )
     for ax, selection in zip(axes[0], selections, strict=True):
-        ax.axvline(selection["weight"], color="black", linewidth=0.8, linestyle=":")
-        ax.set_title(f"F: {selection['layer']}", fontsize=10)
+        ax.axvline(selection.weight, color="black", linewidth=0.8, linestyle=":")
+        ax.set_title(f"F: {selection.layer}", fontsize=10)
         ax.set_xlabel("weight of I(Y;F)")
-        ax.set_yticks([row["epoch"] for row in selection["checkpoints"]])
+        ax.set_yticks([row.epoch for row in selection.checkpoints])
     axes[0, 0].set_ylabel("chosen epoch")
     axes[0, 0].legend(frameon=False, fontsize=9)
     return figure
@@ -191,16 +204,16 @@ def curves(study: Study, best_first: list[Taught], base: Taught | None) -> Figur
     return figure
 
 
-def time(bench: dict) -> Figure:
-    """Epoch times over plain training's."""
-    cases = [row for row in bench["rows"] if row["case"].startswith("epoch") and row["ratio"]]
+def time(bench: Bench) -> Figure | None:
+    """Epoch times over plain training's; None where no epochs were measured."""
+    cases = [(row.what, row.ratio) for row in bench.rows[::-1] if row.case.startswith("epoch") and row.ratio]
+    if not cases:
+        return None
     figure, axes = _axes(height=0.5 * len(cases) + 1.2)
     ax = axes[0, 0]
-    names = [case["what"] for case in cases][::-1]
-    times = [{key: 1 / rate for key, rate in case["ratio"].items()} for case in cases][::-1]
-    middle = [time["median"] for time in times]
-    errors = [[t["median"] - t["max"] for t in times], [t["min"] - t["median"] for t in times]]
-    ax.barh(names, middle, xerr=errors, color=BLUE, height=0.6, capsize=3)
+    middle = [1 / ratio.median for _, ratio in cases]
+    errors = [[1 / r.median - 1 / r.max for _, r in cases], [1 / r.min - 1 / r.median for _, r in cases]]
+    ax.barh([what for what, _ in cases], middle, xerr=errors, color=BLUE, height=0.6, capsize=3)
     ax.axvline(1, color="black", linewidth=0.8)
     ax.set_xlabel("time of an epoch over plain training's")
     return figure

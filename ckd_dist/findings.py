@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -11,9 +10,10 @@ from pathlib import Path
 import numpy as np
 from scipy import stats
 
-from ckd_dist.config import UserError, require
-from ckd_dist.mi import SCALINGS, Scaling, scores
-from ckd_dist.results import grouped, read_table
+from ckd_dist import results
+from ckd_dist.config import Scaling, require
+from ckd_dist.mi import SCALINGS, scores
+from ckd_dist.results import Candidate, Selection
 
 SIGNIFICANT = 0.05
 """A difference whose adjusted p is above is called within the noise."""
@@ -26,6 +26,8 @@ class Taught:
     model: str
     teacher: str
     """Checkpoints joined by +, or none."""
+    weights_sha256: str | None
+    """Of the checkpoints, joined by +; None where there are none, or an older version did not keep it."""
     loss: str | None
     alpha: float | None
     temperature: float | None
@@ -61,13 +63,14 @@ class Taught:
 def taught(rows: Sequence[dict]) -> list[Taught]:
     """The chosen students of results.csv, in its order."""
     found = []
-    for (model, teacher), same in grouped([row for row in rows if row["chosen"]], "model", "teacher"):
+    for (model, teacher), same in results.grouped([row for row in rows if row["chosen"]], "model", "teacher"):
         same = sorted(same, key=lambda row: row["seed"])
         first = same[0]
         found.append(
             Taught(
                 model=model,
                 teacher=teacher,
+                weights_sha256=first["weights_sha256"],
                 loss=first["loss"],
                 alpha=first["alpha"],
                 temperature=first["temperature"],
@@ -81,6 +84,14 @@ def taught(rows: Sequence[dict]) -> list[Taught]:
 
 
 @dataclass(frozen=True)
+class Selected:
+    """What a run of select_teacher left."""
+
+    result: Selection
+    cost: results.Cost | None
+
+
+@dataclass(frozen=True)
 class Study:
     """All there is under a folder of runs."""
 
@@ -88,42 +99,46 @@ class Study:
     """Folder of the search."""
     rows: list[dict]
     """Its results.csv."""
-    selections: list[dict]
-    """Every selection.json, the one of the last feature map first; `cost` is its cost.json, if there is one."""
-    bench: dict | None
-    """bench.json."""
+    selections: list[Selected]
+    """Those among the checkpoints that taught, or might have: the one of the last feature map first."""
+    bench: results.Bench | None
+    notes: list[str]
+    """What is left out, and why."""
 
     def curve(self, student: str) -> list[float]:
         """Top-1 on held-out images after every epoch, empty where its run is not there any more."""
         path = self.search / "students" / student / "metrics.jsonl"
-        lines = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
-        return [line["top1"] for line in lines if line["split"] == "val"]
+        return results.read_curve(path, "RUNS") if path.exists() else []
 
 
 def read_study(runs: Path) -> Study:
-    """Read all there is under `runs`; raises `UserError` when there is no search, or more than one."""
+    """Read all there is under `runs`; raises `UserError` when there is no search, or more than one, or a file is
+    damaged."""
     require(runs.is_dir(), f"RUNS: no such folder: {runs}")
     tables = sorted(runs.rglob("results.csv"))
     require(bool(tables), f"RUNS: no results.csv under {runs}: let ckd_dist.search finish first")
     require(len(tables) == 1, f"RUNS: {', '.join(map(str, tables))}: name a folder with one search")
-    rows = read_table(tables[0])
+    rows = results.read_table(tables[0], "RUNS")
     require(any(row["chosen"] for row in rows), f"RUNS: {tables[0]} has no chosen students")
-    selections = []
+    taught_by = {weights for row in rows for weights in (row["weights_sha256"] or "").split("+")}
+    is_known = all(row["weights_sha256"] or row["teacher"] == "none" for row in rows)
+    selections, notes = [], []
     for path in sorted(runs.rglob("selection.json")):
-        cost = path.with_name("cost.json")
-        selections.append({**_read(path), "cost": _read(cost) if cost.exists() else None})
+        result, cost = results.read_selection(path, "RUNS"), path.with_name("cost.json")
+        if is_known and taught_by.isdisjoint(each.weights_sha256 for each in result.checkpoints):
+            notes.append(f"{path} is of another teacher: by their weights, none of its checkpoints taught the students")
+        else:
+            selections.append(Selected(result, results.read_cost(cost, "RUNS") if cost.exists() else None))
+    if selections and not is_known:
+        notes.append(
+            f"{tables[0]} is of an older version and does not tell the weights that taught: whether the selections are "
+            "of the same teachers is not known, so they are not held against the students"
+        )
     # The last feature map is the output of all features together: its name has the fewest parts, and is the last.
-    selections.sort(key=lambda selection: selection["layer"], reverse=True)
-    selections.sort(key=lambda selection: selection["layer"].count("."))
+    selections.sort(key=lambda selected: selected.result.layer, reverse=True)
+    selections.sort(key=lambda selected: selected.result.layer.count("."))
     benches = sorted(runs.rglob("bench.json"))
-    return Study(tables[0].parent, rows, selections, _read(benches[0]) if benches else None)
-
-
-def _read(path: Path) -> dict:
-    try:
-        return json.loads(path.read_text())
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise UserError(f"RUNS: {path} is damaged ({error})") from None
+    return Study(tables[0].parent, rows, selections, results.read_bench(benches[0], "RUNS") if benches else None, notes)
 
 
 # ------------------------------------------------------------------------------------------- differences
@@ -208,21 +223,26 @@ class WayToChoose:
     """Of the correlation: that no order is behind it."""
 
 
-def ways_to_choose(checkpoints: Sequence[Taught], selection: dict) -> list[WayToChoose]:
-    """All scores of a selection.json and the fixed choices, judged by students of each checkpoint. Only checkpoints
-    that both know count."""
-    known = {row["epoch"]: row for row in selection["checkpoints"]}
-    students = {each.epoch: each for each in checkpoints if each.epoch in known}
-    epochs = [epoch for epoch in known if epoch in students]
-    top1 = np.array([students[epoch].mean for epoch in epochs])
-    val = np.array([statistics.mean(students[epoch].val) for epoch in epochs])
+def in_common(each: Sequence[Taught], selection: Selection) -> list[tuple[Candidate, Taught]]:
+    """The checkpoints that a selection and students both know, by their weights, in the order of training."""
+    by_weights = {one.weights_sha256: one for one in each}
+    candidates = selection.checkpoints
+    return [(found, by_weights[found.weights_sha256]) for found in candidates if found.weights_sha256 in by_weights]
+
+
+def ways_to_choose(pairs: Sequence[tuple[Candidate, Taught]], selection: Selection) -> list[WayToChoose]:
+    """All scores of a selection and the fixed choices, judged by the students of each checkpoint: of what they have
+    `in_common`, at least one checkpoint."""
+    epochs = [found.epoch for found, _ in pairs]
+    top1 = np.array([one.mean for _, one in pairs])
+    val = np.array([statistics.mean(one.val) for _, one in pairs])
 
     def column(key: str) -> np.ndarray:
-        return np.array([known[epoch][key] for epoch in epochs], dtype=float)
+        return np.array([getattr(found, key) for found, _ in pairs], dtype=float)
 
     image, label = column("image_information"), column("label_information")
     found = [
-        _scored(f"I(X;F) + I(Y;F), {s}", epochs, scores(image, label, s, selection["weight"]), top1) for s in SCALINGS
+        _scored(f"I(X;F) + I(Y;F), {s}", epochs, scores(image, label, s, selection.weight), top1) for s in SCALINGS
     ]
     for name, values in (
         ("I(X;F)", image),
@@ -234,9 +254,9 @@ def ways_to_choose(checkpoints: Sequence[Taught], selection: dict) -> list[WayTo
         ("agreement with the last checkpoint", column("agreement_with_last")),
     ):
         found.append(_scored(name, epochs, values, top1))
-    for name, epoch in (("half-way checkpoint", selection["fixed"]["half"]), ("last checkpoint", epochs[-1])):
-        if epoch in students:
-            found.append(WayToChoose(name, epoch, float(top1.max() - students[epoch].mean), None, None))
+    for name, epoch in (("half-way checkpoint", selection.fixed.half), ("last checkpoint", epochs[-1])):
+        if epoch in epochs:
+            found.append(WayToChoose(name, epoch, float(top1.max() - top1[epochs.index(epoch)]), None, None))
     found.append(_scored("students of all, on held-out images", epochs, val, top1))
     return found
 
@@ -245,12 +265,27 @@ def _scored(name: str, epochs: list[int], values: np.ndarray, top1: np.ndarray) 
     best = int(values.argmax())
     correlation = p = None
     if len(epochs) > 2 and np.ptp(values) > 0 and np.ptp(top1) > 0:
-        correlation, p = map(float, stats.spearmanr(values, top1))
+        correlation, p = spearman(values, top1)
     return WayToChoose(name, epochs[best], float(top1.max() - top1[best]), correlation, p)
 
 
-def chosen_epochs(selection: dict, scaling: Scaling, weights: Sequence[float]) -> list[int]:
+def spearman(a: np.ndarray, b: np.ndarray) -> tuple[float, float]:
+    """Spearman's rank correlation and its p, two-sided. Below eight pairs p is exact, from all orders that there are:
+    the usual approximation is far too small there, 0 for three pairs."""
+    correlation, p = map(float, stats.spearmanr(a, b))
+    if len(a) < 8:
+        # For given ranks, the correlation goes with the sum of their products.
+        ranks = stats.rankdata(b) - (len(b) + 1) / 2
+
+        def products(order: np.ndarray, axis: int) -> np.ndarray:
+            return (order * ranks).sum(axis)
+
+        p = float(stats.permutation_test((stats.rankdata(a),), products, permutation_type="pairings").pvalue)
+    return correlation, p
+
+
+def chosen_epochs(selection: Selection, scaling: Scaling, weights: Sequence[float]) -> list[int]:
     """The checkpoint that I(X;F) + weight * I(Y;F) chooses, for each weight."""
-    rows = selection["checkpoints"]
-    image, label = (np.array([row[f"{key}_information"] for row in rows]) for key in ("image", "label"))
-    return [rows[int(scores(image, label, scaling, weight).argmax())]["epoch"] for weight in weights]
+    rows = selection.checkpoints
+    image, label = np.array([[row.image_information, row.label_information] for row in rows]).T
+    return [rows[int(scores(image, label, scaling, weight).argmax())].epoch for weight in weights]

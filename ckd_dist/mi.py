@@ -14,14 +14,15 @@ that tell nothing.
 
 from __future__ import annotations
 
-from typing import Literal, get_args
+from typing import get_args
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-Scaling = Literal["raw", "minmax", "zscore"]
+from ckd_dist.config import Scaling
+
 SCALINGS: tuple[Scaling, ...] = get_args(Scaling)
 
 
@@ -108,8 +109,9 @@ def scores(image: np.ndarray, label: np.ndarray, scaling: Scaling, weight: float
     """I(X;F) + weight * I(Y;F) of each checkpoint, [n] from [n] twice, each term first scaled over the checkpoints.
 
     raw: as they are, nats a pixel value beside nats a label; minmax: to 0 to 1; zscore: to mean 0 and deviation 1. A
-    term that does not differ between checkpoints counts nothing.
+    term that does not differ between checkpoints counts nothing. All values are finite.
     """
+    assert np.isfinite(image).all() and np.isfinite(label).all(), "a score of what is not a number"
 
     def scale(values: np.ndarray) -> np.ndarray:
         if scaling == "raw":

@@ -8,6 +8,7 @@ changes; here, as in most published distillation results, these shortcuts are 1x
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -16,10 +17,11 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.autograd.graph import Node
 from torch.func import functional_call
 
 from ckd_dist import checkpoint, dist
-from ckd_dist.config import require
+from ckd_dist.config import UserError, require
 
 
 def build_model(name: str, num_classes: int) -> nn.Module:
@@ -107,25 +109,51 @@ def require_fits(
 
 
 def feature_layer(model: nn.Module, image_size: int) -> str:
-    """Name of the module that gives the last feature map before pooling: of all modules with an output of shape [n,
-    channels, h, w] larger than 1x1, the one that ends last. Raises `UserError` when there is none (a transformer)."""
-    last: list[str] = []
+    """Name of the module that gives the last feature map before the global pooling or the flattening.
+
+    A module counts whose output all of the logits' dependence on the image goes through: no branch of a block, nothing
+    that the logits do not use. The last of them that still tells positions apart must give a map [n, channels, h, w],
+    square as the image is. Raises `UserError` when it gives something else, as the tokens of a transformer, and when
+    there is none.
+    """
+    image = torch.zeros(1, 3, image_size, image_size, device=next(model.parameters()).device, requires_grad=True)
+    outputs: list[tuple[str, torch.Size, Node]] = []
 
     def note(name: str) -> Callable:
         def hook(module: nn.Module, inputs: object, output: object) -> None:
-            if isinstance(output, torch.Tensor) and output.ndim == 4 and output.shape[2] * output.shape[3] > 1:
-                last[:] = [name]
+            if isinstance(output, torch.Tensor) and output.grad_fn is not None:
+                # The node as it is now: an operation in place that follows gives the tensor another.
+                outputs.append((name, output.shape, output.grad_fn))
 
         return hook
 
     hooks = [module.register_forward_hook(note(name)) for name, module in model.named_modules() if name]
-    parameter = next(model.parameters())
-    with torch.inference_mode():
-        model(torch.zeros(1, 3, image_size, image_size, device=parameter.device))
+    with torch.enable_grad():
+        entrance = image.clone()
+        logits = model(entrance)
     for hook in hooks:
         hook.remove()
-    require(bool(last), "layer: the teacher has no feature map before a pooling: name a layer that has one")
-    return last[0]
+    for name, shape, node in reversed(outputs):
+        has_positions = sum(size > 1 for size in shape) > 1
+        is_pooled = re.match("Adaptive(Avg|Max)Pool", node.name())  # to 7x7, say, as that of VGG
+        if has_positions and not is_pooled and not _is_reached(entrance.grad_fn, logits.grad_fn, around=node):
+            if len(shape) == 4 and shape[2] == shape[3]:
+                return name
+            break
+    raise UserError("layer: the teacher has no feature map before a pooling: name a layer that has one")
+
+
+def _is_reached(end: Node | None, start: Node | None, around: Node) -> bool:
+    """Whether a path of the autograd graph leads from `start` to `end` without the node `around`."""
+    seen, todo = {around}, [start]
+    while todo:
+        node = todo.pop()
+        if node is end:
+            return True
+        if node is not None and node not in seen:
+            seen.add(node)
+            todo += [each for each, _ in node.next_functions]
+    return False
 
 
 def load_weights(model: nn.Module, path: str) -> None:

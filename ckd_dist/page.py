@@ -11,25 +11,40 @@ from pathlib import Path
 from matplotlib.figure import Figure
 
 from ckd_dist import figures
-from ckd_dist.findings import Difference, Study, Taught, differences, last_checkpoint, taught, ways_to_choose
+from ckd_dist.findings import (
+    Difference,
+    Study,
+    Taught,
+    differences,
+    in_common,
+    last_checkpoint,
+    taught,
+    ways_to_choose,
+)
 from ckd_dist.results import mean_and_deviation
 
 
 def write(study: Study, out: Path) -> None:
     """Write the page, its pictures and the table."""
-    out.mkdir(parents=True, exist_ok=True)
     each = taught(study.rows)
     sections: list[str] = []
+    pictures: dict[str, bytes] = {}
     for model in dict.fromkeys(one.model for one in each):
-        sections += list(_model_sections(study, [one for one in each if one.model == model], out))
-    sections += list(_selection_sections(study, out))
-    if study.bench:
-        sections.append(_section("Cached against online", _picture(figures.time(study.bench), "time", out), TIME_TEXT))
+        sections += list(_model_sections(study, [one for one in each if one.model == model], pictures))
+    sections += list(_selection_sections(study, pictures))
+    if study.bench and (figure := figures.time(study.bench)):
+        sections.append(_section("Cached against online", _picture(figure, "time", pictures), TIME_TEXT))
+    if study.notes:
+        sections.append(_section("Left out", *map(_paragraph, study.notes)))
     sections.append(
         _section("All students", f"<details><summary>{len(study.rows)} rows</summary>{_all_rows(study.rows)}</details>")
     )
-    (out / "report.html").write_text(PAGE.format(title=html.escape(str(study.search)), body="\n".join(sections)))
-    (out / "table.md").write_text("\n".join(markdown(each)) + "\n")
+    content = PAGE.format(title=html.escape(str(study.search)), body="\n".join(sections))
+    out.mkdir(parents=True, exist_ok=True)
+    for name, picture in pictures.items():
+        (out / f"{name}.png").write_bytes(picture)
+    (out / "report.html").write_text(content, encoding="utf-8")
+    (out / "table.md").write_text("\n".join(markdown(each)) + "\n", encoding="utf-8")
 
 
 # ------------------------------------------------------------------------------------------- text
@@ -90,7 +105,7 @@ def markdown(each: Sequence[Taught]) -> list[str]:
 
 
 def _all_rows(rows: Sequence[dict]) -> str:
-    keys = list(rows[0])
+    keys = [key for key in rows[0] if key != "weights_sha256"]
     texts = [
         ["" if row[k] is None else f"{row[k]:.4g}" if isinstance(row[k], float) else str(row[k]) for k in keys]
         for row in rows
@@ -101,12 +116,13 @@ def _all_rows(rows: Sequence[dict]) -> str:
 # ------------------------------------------------------------------------------------------- sections
 
 
-def _model_sections(study: Study, each: list[Taught], out: Path) -> Iterator[str]:
+def _model_sections(study: Study, each: list[Taught], pictures: dict[str, bytes]) -> Iterator[str]:
     """Everything about the students of one model."""
     model = each[0].model
     split = "test" if any(one.test for one in each) else "held-out"
     singles = sorted((one for one in each if one.epoch is not None), key=lambda one: one.epoch or 0)
-    selection = study.selections[0] if study.selections else None
+    selection = next((s.result for s in study.selections if in_common(singles, s.result)), None)
+    pairs = in_common(singles, selection) if selection else []
     settings = len({(row["loss"], row["alpha"], row["temperature"]) for row in study.rows if row["teacher"] != "none"})
     seeds = len({row["seed"] for row in study.rows})
     base = last_checkpoint(each)
@@ -125,14 +141,14 @@ def _model_sections(study: Study, each: list[Taught], out: Path) -> Iterator[str
     name = f"{model}_".replace("/", "_")
     if len(singles) > 1:
         figure = figures.checkpoints(each, singles, selection, split)
-        yield _section("Student against teacher checkpoint", _picture(figure, f"{name}checkpoints", out))
+        yield _section("Student against teacher checkpoint", _picture(figure, f"{name}checkpoints", pictures))
     ensembles = [one for one in each if "+" in one.teacher]
     if ensembles and base:
         figure = figures.ensembles(base, ensembles, split)
-        yield _section("Student against ensemble size", _picture(figure, f"{name}ensembles", out))
-    if selection and len(singles) > 1:
-        ways = ways_to_choose(singles, selection)
-        figure = figures.regret(ways, singles)
+        yield _section("Student against ensemble size", _picture(figure, f"{name}ensembles", pictures))
+    if selection and len(pairs) > 1:
+        ways = ways_to_choose(pairs, selection)
+        figure = figures.regret(ways, [one for _, one in pairs])
         rows = []
         for way in sorted(ways, key=lambda way: way.regret):
             correlation = ["", ""]
@@ -141,18 +157,18 @@ def _model_sections(study: Study, each: list[Taught], out: Path) -> Iterator[str
             rows.append([way.name, str(way.epoch), f"{way.regret:.2f}", *correlation])
         text = (
             f"Regret: {split} top-1 of the best checkpoint's students minus that of the chosen one's, in points. The "
-            f"best of {len(singles)} noisy means is partly luck, so even the right choice has some. Spearman's rank "
-            f"correlation of the score with the students' top-1 over {len(singles)} checkpoints, its p not adjusted."
+            f"best of {len(pairs)} noisy means is partly luck, so even the right choice has some. Spearman's rank "
+            f"correlation of the score with the students' top-1 over {len(pairs)} checkpoints, its p not adjusted."
         )
         yield _section(
             "What each way to choose costs",
             _paragraph(text),
-            _picture(figure, f"{name}regret", out),
+            _picture(figure, f"{name}regret", pictures),
             _table(("choice by", "epoch", "regret", "rank correlation", "p"), rows),
         )
     curves = figures.curves(study, sorted(each, key=lambda one: -one.mean), base)
     if curves:
-        yield _section("Learning curves", _picture(curves, f"{name}curves", out))
+        yield _section("Learning curves", _picture(curves, f"{name}curves", pictures))
 
 
 def _headline(each: Sequence[Taught], split: str) -> str:
@@ -174,30 +190,30 @@ def _headline(each: Sequence[Taught], split: str) -> str:
     return f"Students' top-1 on {split} images: {'; '.join(parts)}."
 
 
-def _selection_sections(study: Study, out: Path) -> Iterator[str]:
+def _selection_sections(study: Study, pictures: dict[str, bytes]) -> Iterator[str]:
     """Everything about the choice by mutual information."""
     if not study.selections:
         return
-    first = study.selections[0]
+    first, selections = study.selections[0], [selected.result for selected in study.selections]
     text = ""
-    if cost := first["cost"]:
+    if cost := first.cost:
         text = (
-            f"The selection took {cost['seconds']:.0f} s, {100 * cost['share']:.1f} % of training one student from "
-            f"each of the {len(first['checkpoints'])} checkpoints."
+            f"The selection took {cost.seconds:.0f} s, {100 * cost.share:.1f} % of training one student from "
+            f"each of the {len(first.result.checkpoints)} checkpoints."
         )
     yield _section(
         "The information plane",
         _paragraph(
             "Estimates by probes, in nats, with the deviation over the probes' seeds; the numbers are epochs. The star "
-            f"is the checkpoint that {first['scaling']} scaling with weight {first['weight']:g} chooses."
+            "is the checkpoint that the selection chose, by the scaling and the weight of I(Y;F) that it was made with."
         ),
         _paragraph(text),
-        _picture(figures.information(study.selections), "information", out),
+        _picture(figures.information(selections), "information", pictures),
     )
     yield _section(
         "How the choice moves with scaling, weight and layer",
         _paragraph("The chosen epoch against the weight of I(Y;F), for every scaling; one panel for each layer."),
-        _picture(figures.choice(study.selections), "choice", out),
+        _picture(figures.choice(selections), "choice", pictures),
     )
 
 
@@ -210,11 +226,11 @@ TIME_TEXT = _paragraph(
 # ------------------------------------------------------------------------------------------- pictures
 
 
-def _picture(figure: Figure, name: str, out: Path) -> str:
-    """Save a figure as PNG, and as an element of the page."""
+def _picture(figure: Figure, name: str, pictures: dict[str, bytes]) -> str:
+    """A figure as an element of the page, and as PNG among the pictures."""
     content = io.BytesIO()
     figure.savefig(content, format="png", dpi=150, metadata={"Software": None})
-    (out / f"{name}.png").write_bytes(content.getvalue())
+    pictures[name] = content.getvalue()
     data = base64.b64encode(content.getvalue()).decode()
     return f'<img alt="{html.escape(name)}" src="data:image/png;base64,{data}">'
 

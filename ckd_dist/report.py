@@ -31,6 +31,8 @@ def main() -> None:
     study = findings.read_study(options.runs)
     out = options.out or options.runs / "report"
     page.write(study, out)
+    for note in study.notes:
+        print(f"left out: {note}")
     print(f"{out / 'report.html'}: {len(study.rows)} students, {len(study.selections)} selections")
 
 

@@ -55,6 +55,8 @@ class Trial:
     model: str
     teacher: str
     """Its checkpoints, joined by +, or none."""
+    weights_sha256: str | None
+    """Of these checkpoints, joined by +."""
     setting: KDConfig | None
     """Loss, alpha and temperature; None without a teacher."""
     config: DistillConfig
@@ -96,7 +98,7 @@ def main(config: SearchConfig) -> None:
                 test(config, trials, rows, device)
             dist.on_main(lambda: results.write_table(table, rows))
         if dist.rank() == 0:
-            show(results.read_table(table))
+            show(results.read_table(table, "run_dir"))
             log.say(f"{table}: {len(trials)} students")
 
 
@@ -117,6 +119,7 @@ def list_trials(config: SearchConfig) -> list[Trial]:
     heard = [name for members in teachers for name in members] or default
     checkpoint.choose(manifest.members, heard, "grid.teachers")
     data = student_data(config, manifest, manifest.views(heard))
+    hashes = {name: manifest.checkpoints[member]["weights_sha256"] for name, member in manifest.members.items()}
     trials: list[Trial] = []
     for members in teachers:
         teacher = replace(config.teacher, store=None, checkpoints=[], combine="logits")
@@ -130,7 +133,8 @@ def list_trials(config: SearchConfig) -> list[Trial]:
         ):
             if setting:
                 codecs.require_served(manifest.recorded, setting, teacher.at_once)
-            trials.append(make_trial(config, data, teacher, setting, model, seed))
+            weights = "+".join(hashes[name] for name in members) or None
+            trials.append(make_trial(config, data, teacher, weights, setting, model, seed))
     return trials
 
 
@@ -150,7 +154,13 @@ def list_settings(config: SearchConfig) -> list[KDConfig]:
 
 
 def make_trial(
-    config: SearchConfig, data: TrainDataConfig, teacher: TeacherConfig, setting: KDConfig | None, model: str, seed: int
+    config: SearchConfig,
+    data: TrainDataConfig,
+    teacher: TeacherConfig,
+    weights_sha256: str | None,
+    setting: KDConfig | None,
+    model: str,
+    seed: int,
 ) -> Trial:
     """One student, with the options that distill would train it with."""
     label = "+".join(map(str, teacher.checkpoints)) or "none"
@@ -160,21 +170,18 @@ def make_trial(
     values: dict[str, Any] = {f.name: getattr(config, f.name) for f in fields(DistillConfig)}
     values.update(data=data, model=replace(config.model, name=model), teacher=teacher, kd=setting or config.kd)
     values.update(seed=seed, run_dir=str(Path(config.run_dir) / "students" / f"{name}_seed_{seed}"))
-    return Trial(model, label, setting, DistillConfig(**values))
+    return Trial(model, label, weights_sha256, setting, DistillConfig(**values))
 
 
 def student_data(config: SearchConfig, manifest: Manifest, views: int) -> TrainDataConfig:
     """The images of all students, views written out as the store has them, of every checkpoint `views`: for students
     without a teacher too."""
-    recipe = manifest.recipe
+    from ckd_dist.data import view_options
+    from ckd_dist.recipe import ViewRecipe
+
     values: dict[str, Any] = {f.name: getattr(config.data, f.name) for f in fields(TrainDataConfig)}
-    cached = {
-        "augment": recipe["kind"],
-        "crop_scale_min": recipe["scale"][0],
-        "flip": recipe["flip"] > 0,
-        "views": views,
-        "view_seed": manifest.view_seed,
-    }
+    cached = view_options(ViewRecipe.from_dict(manifest.recipe))
+    cached.update(views=views, view_seed=manifest.view_seed)
     values.update({key: value for key, value in cached.items() if values[key] is None})
     return TrainDataConfig(**values)
 
@@ -221,15 +228,16 @@ def share_out(config: SearchConfig) -> None:
     the others, and this process with its status; they end too when this process is killed."""
     import torch
 
-    from ckd_dist import log
+    from ckd_dist import dist, log
 
     log.RunFolder(config.run_dir, shared_options(config))
     options = ["--config", str(Path(config.run_dir) / "config.yaml"), f"--students_at_once={config.students_at_once}"]
-    threads = max(1, len(os.sched_getaffinity(0)) // config.processes)
+    threads = str(max(1, dist.cores_per_rank() // config.processes))
     workers, copies = [], []
     try:
         for number in range(1, config.processes + 1):
-            environment = {**os.environ, "OMP_NUM_THREADS": str(threads), PARENT: str(os.getpid())}
+            environment = {**os.environ, "OMP_NUM_THREADS": threads, PARENT: str(os.getpid())}
+            environment.pop("CKD_DIST_CORES", None)  # of all of us
             if gpus := torch.cuda.device_count():
                 visible = os.environ.get("CUDA_VISIBLE_DEVICES", ",".join(map(str, range(gpus)))).split(",")
                 environment["CUDA_VISIBLE_DEVICES"] = visible[(number - 1) % gpus]
@@ -286,7 +294,8 @@ def choose(trials: list[Trial]) -> list[dict]:
         setting = {key: getattr(trial.setting, key, None) for key in ("loss", "alpha", "temperature")}
         figures = {f"val_{key}": summary[key] for key in ("top1", "top5", "loss")}
         took = {key: summary[key] for key in ("train_seconds", "side_by_side")}
-        named = {"student": trial.name, "model": trial.model, "teacher": trial.teacher, **setting}
+        named = {"student": trial.name, "weights_sha256": trial.weights_sha256}
+        named.update({"model": trial.model, "teacher": trial.teacher, **setting})
         rows.append({**named, "seed": trial.config.seed, "epochs": trial.config.epochs, **figures, **took})
     for _, same_teacher in results.grouped(rows, "model", "teacher"):
         means = {

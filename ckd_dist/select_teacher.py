@@ -12,10 +12,10 @@ runs/selection` takes it.
 
 from __future__ import annotations
 
-import json
 import time
 from pathlib import Path
 
+from ckd_dist import results
 from ckd_dist.config import SelectConfig, require, run_command, to_dict
 
 
@@ -23,7 +23,6 @@ def main(config: SelectConfig) -> None:
     # Imported here because torch takes seconds: only once the options are known to be good.
     from ckd_dist import dist, log, precision, selection
     from ckd_dist.beton import open_beton
-    from ckd_dist.files import write_bytes_atomically
 
     with dist.process_group() as device:
         info = open_beton(config.data.train, "data.train", verify=config.data.verify)
@@ -37,8 +36,10 @@ def main(config: SelectConfig) -> None:
         dist.on_main(lambda: log.require_same_options(folder, to_dict(config)))
         if dist.on_main((folder / "selection.json").exists):
             log.say(f"{folder}: complete already")
+            result = dist.on_main(lambda: results.read_selection(folder / "selection.json", "run_dir"))
+            cost = dist.on_main(lambda: results.read_cost(folder / "cost.json", "run_dir"))
             if dist.rank() == 0:
-                show(config, *(json.loads((folder / name).read_text()) for name in ("selection.json", "cost.json")))
+                show(config, result, cost)
             return
         trajectory = selection.load_trajectory(config, info, device)
         log.RunFolder(config.run_dir, to_dict(config))
@@ -54,15 +55,15 @@ def main(config: SelectConfig) -> None:
         seconds = training.seconds + time.perf_counter() - started
         result = selection.decide(config, trajectory, found, constants)
         student = selection.student_seconds(config, trajectory, info)
-        cost = {"seconds": seconds, "student_seconds": student, "share": seconds / (student * len(trajectory.models))}
+        cost = results.Cost(seconds, student, share=seconds / (student * len(trajectory.models)))
         if dist.rank() == 0:
-            for path, values in ((folder / "cost.json", cost), (folder / "selection.json", result)):
-                write_bytes_atomically(path, (json.dumps(values, indent=2) + "\n").encode())
+            results.write_json(folder / "cost.json", cost)
+            results.write_json(folder / "selection.json", result)
             training.discard()
             show(config, result, cost)
 
 
-def show(config: SelectConfig, result: dict, cost: dict) -> None:
+def show(config: SelectConfig, result: results.Selection, cost: results.Cost) -> None:
     """Print the estimates and the choice."""
     from rich.console import Console
     from rich.table import Table
@@ -79,29 +80,31 @@ def show(config: SelectConfig, result: dict, cost: dict) -> None:
         "CMI",
     ):
         table.add_column(column, justify="right")
-    for row in result["checkpoints"]:
+    for each in result.checkpoints:
         cells = []
-        for key in ("image_information", "label_information"):
-            deviation = row[f"{key}_deviation"]
-            cells.append(f"{row[key]:.4f}" + (f" ± {deviation:.4f}" if deviation is not None else ""))
-        chosen = row["epoch"] == result["choice"]
+        for value, deviation in (
+            (each.image_information, each.image_information_deviation),
+            (each.label_information, each.label_information_deviation),
+        ):
+            cells.append(f"{value:.4f}" + (f" ± {deviation:.4f}" if deviation is not None else ""))
+        chosen = each.epoch == result.choice
         table.add_row(
-            f"{row['epoch']}{' *' if chosen else ''}",
+            f"{each.epoch}{' *' if chosen else ''}",
             *cells,
-            f"{row['scores'][config.scaling]:.3f}",
-            f"{row['top1']:.2f}",
-            f"{row['calibration_error']:.4f}",
-            f"{row['entropy']:.4f}",
-            f"{row['conditional_mutual_information']:.4f}",
+            f"{each.scores[config.scaling]:.3f}",
+            f"{each.top1:.2f}",
+            f"{each.calibration_error:.4f}",
+            f"{each.entropy:.4f}",
+            f"{each.conditional_mutual_information:.4f}",
             style="bold" if chosen else None,
         )
     console = Console(highlight=False, width=120)
     console.print(table)
-    others = ", ".join(f"{scaling}: epoch {epoch}" for scaling, epoch in result["choices"].items())
-    count = len(result["checkpoints"])
+    others = ", ".join(f"{scaling}: epoch {epoch}" for scaling, epoch in result.choices.items())
+    count = len(result.checkpoints)
     console.print(
-        f"Chosen: epoch {result['choice']} ({others}). It took {cost['seconds']:.0f} s, {100 * cost['share']:.1f} % of "
-        f"the {cost['student_seconds'] * count:.0f} s that training {config.student} from each of {count} checkpoints "
+        f"Chosen: epoch {result.choice} ({others}). It took {cost.seconds:.0f} s, {100 * cost.share:.1f} % of "
+        f"the {cost.student_seconds * count:.0f} s that training {config.student} from each of {count} checkpoints "
         f"for {config.student_epochs} epochs would take."
     )
 

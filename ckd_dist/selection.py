@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import statistics
 import time
@@ -15,10 +14,11 @@ import torch
 from torch import nn
 
 from ckd_dist import checkpoint, data, dist, engine, mi, models
-from ckd_dist.config import LoaderConfig, SelectConfig, UserError, require
+from ckd_dist.config import LoaderConfig, SelectConfig, TrainingError, require
 from ckd_dist.data import Batch, DatasetInfo
 from ckd_dist.loader import BetonLoader
 from ckd_dist.log import ProgressDisplay, say
+from ckd_dist.results import Candidate, FixedChoices, Selection, read_selection
 
 FIRST_VIEW = 1 << 21
 """Probes see views that neither the teacher nor a student is trained on."""
@@ -281,8 +281,17 @@ def _gather(parts: list[torch.Tensor]) -> torch.Tensor:
 
 def decide(
     config: SelectConfig, trajectory: Trajectory, found: dict[int, Estimates], constants: dict[str, float]
-) -> dict:
-    """What selection.json holds: the estimates, and which checkpoint they and simpler rules choose."""
+) -> Selection:
+    """The estimates, and which checkpoint they and simpler rules choose.
+
+    Raises `TrainingError` that names a checkpoint whose estimates are not finite: no score could be told from it.
+    """
+    for epoch, each in found.items():
+        if not np.isfinite([*each.image, *each.label, *each.logits.values()]).all():
+            raise TrainingError(
+                f"epoch {epoch} of {config.teacher.run}: what its features or logits tell is not a finite number: "
+                "lower --probe.lr, or name the other checkpoints in --teacher.checkpoints"
+            )
     epochs = list(found)
     image, label = (
         np.array([statistics.mean(getattr(found[epoch], key)) for epoch in epochs]) for key in ("image", "label")
@@ -290,32 +299,33 @@ def decide(
     scores = {scaling: mi.scores(image, label, scaling, config.weight) for scaling in mi.SCALINGS}
     choices = {scaling: epochs[int(values.argmax())] for scaling, values in scores.items()}
     choice = choices[config.scaling]
-    return {
-        "format": 1,
-        "choice": choice,
-        "weights_sha256": trajectory.weights_sha256[choice],
-        "scaling": config.scaling,
-        "weight": config.weight,
-        "choices": choices,
-        "fixed": {"half": min(epochs, key=lambda epoch: (abs(epoch - epochs[-1] / 2), epoch)), "full": epochs[-1]},
-        "layer": trajectory.layer,
-        "seed": config.seed,
-        "probe": {"steps": config.probe.steps, "lr": config.probe.lr, "repeats": config.probe.repeats},
-        "constants": constants,
-        "checkpoints": [
-            {
-                "epoch": epoch,
-                "weights_sha256": trajectory.weights_sha256[epoch],
-                "image_information": image[e],
-                "image_information_deviation": _deviation(found[epoch].image),
-                "label_information": label[e],
-                "label_information_deviation": _deviation(found[epoch].label),
-                "scores": {scaling: values[e] for scaling, values in scores.items()},
+    half = min(epochs, key=lambda epoch: (abs(epoch - epochs[-1] / 2), epoch))
+    return Selection(
+        format=1,
+        choice=choice,
+        weights_sha256=trajectory.weights_sha256[choice],
+        scaling=config.scaling,
+        weight=config.weight,
+        choices=choices,
+        fixed=FixedChoices(half=half, full=epochs[-1]),
+        layer=trajectory.layer,
+        seed=config.seed,
+        probe={"steps": config.probe.steps, "lr": config.probe.lr, "repeats": config.probe.repeats},
+        constants=constants,
+        checkpoints=[
+            Candidate(
+                epoch=epoch,
+                weights_sha256=trajectory.weights_sha256[epoch],
+                image_information=image[e],
+                image_information_deviation=_deviation(found[epoch].image),
+                label_information=label[e],
+                label_information_deviation=_deviation(found[epoch].label),
+                scores={scaling: values[e] for scaling, values in scores.items()},
                 **found[epoch].logits,
-            }
+            )
             for e, epoch in enumerate(epochs)
         ],
-    }
+    )
 
 
 def _deviation(values: list[float]) -> float | None:
@@ -325,14 +335,9 @@ def _deviation(values: list[float]) -> float | None:
 def read_choice(path: str, option: str) -> tuple[int, str]:
     """(epoch, sha256 of its weights) that a selection.json, or the folder with one, chooses."""
     file = Path(path) / "selection.json" if Path(path).is_dir() else Path(path)
-    try:
-        values = json.loads(file.read_text())
-        require(values["format"] == 1, f"{option}: {file} has format {values['format']}, this version reads 1")
-        return int(values["choice"]), str(values["weights_sha256"])
-    except FileNotFoundError:
-        raise UserError(f"{option}: no such file: {file} (write it with ckd_dist.select_teacher)") from None
-    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
-        raise UserError(f"{option}: {file} is damaged ({error!r}): run select_teacher again") from None
+    require(file.exists(), f"{option}: no such file: {file} (write it with ckd_dist.select_teacher)")
+    found = read_selection(file, option)
+    return found.choice, found.weights_sha256
 
 
 def student_seconds(config: SelectConfig, trajectory: Trajectory, info: DatasetInfo, steps: int = 15) -> float:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import re
 import shutil
@@ -10,11 +11,12 @@ import subprocess
 
 import numpy as np
 import pytest
-from conftest import ROOT, run
+from conftest import ROOT
 from PIL import Image
 from scipy import stats
 
-from ckd_dist import findings, page
+from ckd_dist import figures, findings, page, report
+from ckd_dist.config import UserError
 from ckd_dist.results import COLUMNS, read_table, write_table
 
 TOP1 = {
@@ -26,6 +28,34 @@ TOP1 = {
     "6+b/6": (84.1, 84.8, 84.3),
 }
 """Test top-1 of the chosen students, a value a seed."""
+
+
+def weights(teacher):
+    """What stands for the sha256 of its checkpoints' weights."""
+    return "+".join(f"weights of {name}" for name in teacher.split("+")) if teacher != "none" else None
+
+
+def write_selection(folder, layer, image, scaling, choice, of="{}", **more):
+    """selection.json of the epochs 2, 4 and 6."""
+    checkpoints = [
+        {
+            "epoch": epoch, "weights_sha256": weights(of.format(epoch)), "image_information": i,
+            "image_information_deviation": 0.01, "label_information": l, "label_information_deviation": None,
+            "scores": {"raw": i + l, "minmax": 0.0, "zscore": 0.0}, "top1": t, "calibration_error": c, "entropy": e,
+            "conditional_mutual_information": 0.1 * e, "agreement_with_last": t,
+        }
+        for epoch, i, l, t, c, e in zip(
+            (2, 4, 6), image, (1.0, 1.5, 1.6), (80, 85, 90), (0.05, 0.01, 0.02), (0.9, 0.6, 0.3), strict=True
+        )
+    ]  # fmt: skip
+    result = {
+        "format": 1, "choice": choice, "weights_sha256": weights(of.format(choice)), "scaling": scaling, "weight": 1.0,
+        "choices": {"raw": 6, "minmax": 4, "zscore": 4}, "fixed": {"half": 4, "full": 6}, "layer": layer, "seed": 0,
+        "probe": {"steps": 9, "lr": 0.1, "repeats": 2}, "constants": {"label_entropy": 2.3},
+        "checkpoints": checkpoints, **more,
+    }  # fmt: skip
+    folder.mkdir()
+    (folder / "selection.json").write_text(json.dumps(result))
 
 
 @pytest.fixture(scope="module")
@@ -41,6 +71,7 @@ def study(tmp_path_factory):
                 name = f"{teacher.replace('/', '.')}_T{temperature}_{seed}"
                 row.update(student=name, model="resnet8", teacher=teacher, seed=seed, epochs=3, chosen=int(chosen))
                 row.update(val_top1=value - 2 + chosen, val_top5=99.0, val_loss=0.5, train_seconds=9.0, side_by_side=4)
+                row.update(weights_sha256=weights(teacher))
                 if temperature:
                     row.update(loss="kd", alpha=0.1, temperature=temperature)
                 if chosen:
@@ -51,21 +82,8 @@ def study(tmp_path_factory):
                 path.parent.mkdir(parents=True)
                 path.write_text("".join(json.dumps(line) + "\n" for line in lines))
     write_table(runs / "search" / "results.csv", rows)
-    for layer, image in (("features", (0.2, 0.3, 0.25)), ("features.5", (0.4, 0.3, 0.2))):
-        checkpoints = [
-            {
-                "epoch": epoch, "image_information": i, "image_information_deviation": 0.01, "label_information": l,
-                "label_information_deviation": None, "top1": t, "calibration_error": c, "entropy": e,
-                "conditional_mutual_information": 0.1 * e, "agreement_with_last": t,
-            }
-            for epoch, i, l, t, c, e in zip(
-                (2, 4, 6), image, (1.0, 1.5, 1.6), (80, 85, 90), (0.05, 0.01, 0.02), (0.9, 0.6, 0.3), strict=True
-            )
-        ]  # fmt: skip
-        result = {"layer": layer, "choice": 4, "scaling": "zscore", "weight": 1.0, "checkpoints": checkpoints}
-        folder = runs / layer
-        folder.mkdir()
-        (folder / "selection.json").write_text(json.dumps({**result, "fixed": {"half": 4, "full": 6}}))
+    write_selection(runs / "features", "features", (0.2, 0.3, 0.25), "raw", 6)
+    write_selection(runs / "features.5", "features.5", (0.4, 0.3, 0.2), "zscore", 4)
     (runs / "features" / "cost.json").write_text(json.dumps({"seconds": 12.0, "student_seconds": 40.0, "share": 0.1}))
     spread = {"median": 1.0, "min": 0.9, "max": 1.2}
     rows = [
@@ -74,6 +92,11 @@ def study(tmp_path_factory):
     ]
     (runs / "bench.json").write_text(json.dumps({"rows": rows}))
     return runs
+
+
+def report_here(monkeypatch, *words):
+    monkeypatch.setattr("sys.argv", ["report", *map(str, words)])
+    report.main()
 
 
 def test_differences_are_paired_tested_and_adjusted(study):
@@ -107,8 +130,10 @@ def test_holms_adjustment():
 
 def test_a_choice_is_judged_by_what_its_students_lose(study):
     everything = findings.read_study(study)
-    assert [selection["layer"] for selection in everything.selections] == ["features", "features.5"]
-    ways = {w.name: w for w in findings.ways_to_choose(findings.taught(everything.rows), everything.selections[0])}
+    first, second = (selected.result for selected in everything.selections)
+    assert [first.layer, second.layer] == ["features", "features.5"] and not everything.notes
+    each = findings.taught(everything.rows)
+    ways = {way.name: way for way in findings.ways_to_choose(findings.in_common(each, first), first)}
     best = statistics.mean(TOP1["4"])
     for name, epoch in {
         "I(X;F) + I(Y;F), zscore": 4, "I(X;F)": 4, "I(Y;F)": 6, "least calibration error": 4, "largest entropy": 2,
@@ -118,7 +143,63 @@ def test_a_choice_is_judged_by_what_its_students_lose(study):
         assert ways[name].regret == pytest.approx(best - statistics.mean(TOP1[str(epoch)])), name
     assert ways["I(X;F)"].correlation == pytest.approx(1) and ways["largest entropy"].correlation == pytest.approx(-0.5)
     assert ways["last checkpoint"].correlation is None
-    assert findings.chosen_epochs(everything.selections[1], "zscore", [0.01, 100]) == [2, 6]
+    assert findings.chosen_epochs(second, "zscore", [0.01, 100]) == [2, 6]
+
+
+def test_a_rank_correlation_of_few_checkpoints_has_the_p_of_all_their_orders():
+    for a in ([3, 1, 2], [3, 1, 4, 2], [1, 1, 2, 3, 2], [2, 4, 1, 3, 6, 5]):
+        b = np.arange(len(a)) ** 2 // 2
+        found, p = findings.spearman(np.array(a), b)
+        everyone = np.array([stats.spearmanr(order, b).statistic for order in itertools.permutations(a)])
+        tails = np.mean(everyone >= found - 1e-9), np.mean(everyone <= found + 1e-9)
+        assert (found, p) == pytest.approx((stats.spearmanr(a, b).statistic, min(1, 2 * min(tails))))
+    assert findings.spearman(np.arange(3), np.arange(3))[1] == pytest.approx(1 / 3)
+    a = np.array([2, 1, 4, 3, 6, 5, 8, 7])
+    assert findings.spearman(a, np.arange(8)) == pytest.approx(tuple(stats.spearmanr(a, np.arange(8))))
+
+
+def stars(figure):
+    """(x, label) of every star."""
+    lines = [line for ax in figure.axes for line in ax.lines if line.get_marker() == "*"]
+    return [(line.get_xdata()[0], line.get_label()) for line in lines]
+
+
+def test_a_star_is_at_what_the_selection_chose_by_its_own_scaling(study):
+    everything = findings.read_study(study)
+    each = findings.taught(everything.rows)
+    singles = [one for one in each if one.epoch]
+    results = [selected.result for selected in everything.selections]
+    raw = figures.checkpoints(each, singles, results[0], "test")
+    assert stars(raw) == [(6, "chosen by I(X;F) + I(Y;F), raw")]
+    plane = figures.information(results)
+    assert [x for x, _ in stars(plane)] == [0.25, 0.3]
+    assert ["raw" in ax.get_title() for ax in plane.axes] == [True, False]
+
+
+@pytest.mark.parametrize(
+    ("of", "table", "expected"),
+    [
+        ("{}", "older", "results.csv is of an older version and does not tell the weights that taught: whether"),
+        ("other/{}", "today's", "selection.json is of another teacher: by their weights, none of its checkpoints"),
+    ],
+)
+def test_a_selection_is_held_against_students_of_the_same_weights_only(
+    study, tmp_path, monkeypatch, capsys, of, table, expected
+):
+    runs = shutil.copytree(study, tmp_path / "runs", ignore=shutil.ignore_patterns("metrics.jsonl", "features*"))
+    write_selection(runs / "selection", "features", (0.2, 0.3, 0.25), "raw", 6, of)  # of the students' epochs
+    if table == "older":
+        path = runs / "search" / "results.csv"
+        path.write_text("".join(line.rpartition(",")[0] + "\n" for line in path.read_text().splitlines()))
+    report_here(monkeypatch, runs)
+    assert capsys.readouterr().out.count(expected) == 1
+    text = (runs / "report" / "report.html").read_text(encoding="utf-8")
+    assert text.count(expected) == 1 and "What each way to choose costs" not in text
+    assert ("The information plane" in text) == (table == "older")
+    write_selection(runs / "ours", "features.5", (0.2, 0.3, 0.25), "raw", 6)
+    report_here(monkeypatch, runs)
+    text = (runs / "report" / "report.html").read_text(encoding="utf-8")
+    assert text.count(expected) == 1 and ("What each way to choose costs" in text) == (table != "older")
 
 
 def open_page(browser, page, shot):
@@ -133,9 +214,9 @@ def open_page(browser, page, shot):
     return done.stderr
 
 
-def test_the_page_needs_nothing_else_and_opens_without_errors(study, tmp_path):
-    done = run("ckd_dist.report", study, "--out", tmp_path / "report")
-    assert "report.html: 33 students, 2 selections" in done.stdout
+def test_the_page_needs_nothing_else_and_opens_without_errors(study, tmp_path, monkeypatch, capsys):
+    report_here(monkeypatch, study, "--out", tmp_path / "report")
+    assert "report.html: 33 students, 2 selections" in capsys.readouterr().out
     text = (tmp_path / "report" / "report.html").read_text()
     sources = re.findall(r"""(?:src|href|url)\s*[=(]\s*["']?([^"' )>]{1,30})""", text)
     assert len(sources) == 7 and all(source.startswith("data:image/png;base64") for source in sources)
@@ -161,24 +242,70 @@ def test_the_page_needs_nothing_else_and_opens_without_errors(study, tmp_path):
     assert np.flatnonzero((pixels < 128).any(axis=(1, 2))).max() > 3000
 
 
+def changed(path, **values):
+    """A change of fields of a JSON file; a field that becomes None is left out."""
+
+    def change(runs):
+        old = json.loads((runs / path).read_text())
+        new = {key: value for key, value in {**old, **values}.items() if value is not None}
+        (runs / path).write_text(json.dumps(new))
+
+    return change
+
+
+def rewritten(path, old, new):
+    return lambda runs: (runs / path).write_text((runs / path).read_text().replace(old, new))
+
+
+TABLE, SELECTION, CURVE = "search/results.csv", "features/selection.json", "search/students/4_T4.0_0/metrics.jsonl"
+
+
 @pytest.mark.parametrize(
     ("spoil", "expected"),
     [
-        (lambda runs: (runs / "search" / "results.csv").unlink(), "no results.csv under"),
+        (lambda runs: (runs / TABLE).unlink(), "no results.csv under"),
         (lambda runs: shutil.copytree(runs / "search", runs / "again"), "name a folder with one search"),
-        (lambda runs: (runs / "features" / "selection.json").write_text("{"), r"selection\.json is damaged"),
         (lambda runs: shutil.rmtree(runs), "no such folder"),
+        (rewritten(TABLE, "student,", "pupil,"), r"results\.csv is not a table of this version: its columns are pupil"),
+        (
+            rewritten(TABLE, "85.7", "high"),
+            r"results\.csv is damaged \(test_top1 of student \d+: .* number.*: remove it",
+        ),
+        (rewritten(TABLE, "85.7", "nan"), r"results\.csv is damaged \(test_top1 of student \d+: .* finite"),
+        (rewritten(TABLE, ",85.7", ""), r"results\.csv is damaged \(line \[\d+\] has not"),
+        (lambda runs: (runs / TABLE).write_bytes(b"\xff\xfe"), r"results\.csv is damaged"),
+        (lambda runs: (runs / SELECTION).write_text("{"), r"selection\.json is damaged .*: remove it, and run"),
+        (lambda runs: (runs / SELECTION).write_text("[" * 10**5), r"selection\.json is damaged"),
+        (
+            changed(SELECTION, checkpoints=[]),
+            r"selection\.json is damaged \(.*the choice is not one of the checkpoints",
+        ),
+        (changed(SELECTION, choice=None), r"selection\.json is damaged \(choice: Field required"),
+        (changed(SELECTION, choice=4.0), r"selection\.json is damaged \(choice: .* integer"),
+        (changed(SELECTION, format=2), r"selection\.json is damaged \(format: "),
+        (
+            rewritten(SELECTION, "0.25", "NaN"),
+            r"selection\.json is damaged \(checkpoints\.2\.image_information: .* finite",
+        ),
+        (changed("features/cost.json", share="12 %"), r"cost\.json is damaged \(share: .*: remove it and selection"),
+        (
+            changed("bench.json", rows=None),
+            r"bench\.json is damaged \(rows: .*: remove it, or run ckd_dist\.bench again",
+        ),
+        (rewritten("bench.json", "0.9", "0.0"), r"bench\.json is damaged \(rows\.1\.ratio: .* not a rate"),
+        (rewritten(CURVE, '"val", "epoch": 1', "5"), r"line 2 of .*metrics\.jsonl is damaged \(.*: remove the file"),
     ],
 )
-def test_what_is_no_study_is_refused_in_one_line(study, tmp_path, spoil, expected):
+def test_what_is_no_study_is_refused_in_one_line(study, tmp_path, monkeypatch, spoil, expected):
     runs = shutil.copytree(study, tmp_path / "runs")
     spoil(runs)
-    done = run("ckd_dist.report", runs, status=2)
-    assert re.fullmatch(rf"error: RUNS: .*{expected}.*\n", done.stderr), done.stderr
+    with pytest.raises(UserError) as refusal:
+        report_here(monkeypatch, runs)
+    assert re.fullmatch(rf"RUNS: .*{expected}.*", str(refusal.value)), refusal.value
     assert not (runs / "report").exists()
 
 
 def test_every_number_of_the_readmes_study_table_is_in_the_committed_results():
-    each = findings.taught(read_table(ROOT / "configs" / "study" / "results" / "results.csv"))
+    each = findings.taught(read_table(ROOT / "configs" / "study" / "results" / "results.csv", ""))
     readme = (ROOT / "README.md").read_text().splitlines()
     assert len(each) == 15 and [line for line in readme if line in page.markdown(each)] == page.markdown(each)

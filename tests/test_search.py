@@ -2,38 +2,51 @@
 
 from __future__ import annotations
 
-import csv
 import json
 import os
+import shutil
 import signal
 import subprocess
 import time
+from dataclasses import fields
 
 import numpy as np
 import psutil
 import pytest
 import torch
 import yaml
-from conftest import ENVIRONMENT, ROOT, VIEWS, command_line, kill_and_repeat, run
+from conftest import ENVIRONMENT, ROOT, VIEWS, cache_options, command_line
 
-from ckd_dist import cache_logits, checkpoint, distill, search
-from ckd_dist.config import CacheConfig, DistillConfig, SearchConfig, UserError, load_config
+from ckd_dist import cache_logits, checkpoint, data, distill, evaluate, search, train_teacher
+from ckd_dist.config import (
+    CacheConfig,
+    DistillConfig,
+    EvaluateConfig,
+    LoaderConfig,
+    SearchConfig,
+    TrainTeacherConfig,
+    UserError,
+    ViewDataConfig,
+    load_config,
+)
+from ckd_dist.recipe import ViewRecipe
 from ckd_dist.results import read_table
+from ckd_dist.store.__main__ import main as store_command
 from ckd_dist.store.manifest import Manifest
+
+
+def here(command, cls, *words):
+    command.main(load_config(cls, [str(word) for word in words]))
 
 
 @pytest.fixture(scope="module")
 def two_runs(fashion, teacher, store, tmp_path_factory):
     """The shared store with the last checkpoint of a second run, `other`, in it."""
-    import shutil
-
     folder = tmp_path_factory.mktemp("two_runs")
     path = shutil.copytree(store, folder / "store")
-    data = ["--data.train", fashion["train"], "--data.batch_size", 64]
-    words = [*data, "--model.name", "resnet8", "--epochs", 1, "--seed", 1, "--run_dir", folder / "run"]
-    run("ckd_dist.train_teacher", *words)
-    words = [*data, "--teacher.run", folder / "run", "--teacher.name", "other", "--store", path, "--views", VIEWS]
-    cache_logits.main(load_config(CacheConfig, [str(word) for word in [*words, "--shard_size", 250]]))
+    model = ["--model.name", "resnet8", "--epochs", 1, "--seed", 1, "--run_dir", folder / "run"]
+    here(train_teacher, TrainTeacherConfig, "--data.train", fashion["train"], "--data.batch_size", 64, *model)
+    here(cache_logits, CacheConfig, *cache_options(fashion, folder / "run", path, "--teacher.name", "other"))
     return path
 
 
@@ -46,7 +59,7 @@ def options(fashion, store, run_dir, *more):
 def search_here(*words):
     config = load_config(SearchConfig, list(words))
     search.main(config)
-    return read_table(search.Path(config.run_dir) / "results.csv")
+    return read_table(search.Path(config.run_dir) / "results.csv", "run_dir") if config.part is None else []
 
 
 def weights(run_dir, epoch=2):
@@ -66,11 +79,13 @@ def test_students_side_by_side_are_those_of_separate_runs_bit_for_bit(fashion, t
         (teacher, model) for teacher in ("none", "2", "3+other/1") for model in ("resnet8", "resnet20")
     ]
     assert {row["side_by_side"] for row in rows} == {6} and all(row["test_top1"] is None for row in rows)
+    known = Manifest.load(two_runs, "").checkpoints
+    hashes = [known[name]["weights_sha256"] for name in ("epoch_0002", "epoch_0003", "other/epoch_0001")]
+    assert [row["weights_sha256"] for row in rows[::2]] == [None, hashes[0], f"{hashes[1]}+{hashes[2]}"]
     for row in rows:
         student = tmp_path / "search" / "students" / row["student"]
         alone = tmp_path / "alone" / row["student"]
-        words = ["--config", student / "config.yaml", "--run_dir", alone]
-        distill.main(load_config(DistillConfig, [str(word) for word in words]))
+        here(distill, DistillConfig, "--config", student / "config.yaml", "--run_dir", alone)
         assert same(weights(student, 1), weights(alone, 1)), row["student"]
         assert json.loads((alone / "summary.json").read_text())["top1"] == row["val_top1"]
     plain = options(fashion, two_runs, tmp_path / "plain", *once, "--teacher.store", "null", "--data.views", VIEWS)
@@ -78,29 +93,44 @@ def test_students_side_by_side_are_those_of_separate_runs_bit_for_bit(fashion, t
     assert same(weights(tmp_path / "plain", 1), weights(tmp_path / "search" / "students" / rows[0]["student"], 1))
 
 
-def test_a_sequence_is_taught_beside_others_as_it_is_alone(fashion, two_runs, tmp_path):
-    mix = ["--teacher.checkpoints", "[3,1]", "--teacher.combine", "sequence"]
+def test_the_options_of_a_recipe_ask_for_it_and_name_all_that_training_can_vary(fashion):
+    info = data.read_info(fashion["train"], "data.train")
+    varied = {"scale": (0.3, 1.0), "flip": 0.0, "color_jitter": 0.1, "erase": 0.2, "mixup": 0.3, "cutmix": 0.4}
+    recipe = ViewRecipe(kind="random_resized_crop", **varied)
+    options = data.view_options(recipe)
+    assert data.train_recipe(ViewDataConfig(train="", **options), info) == recipe
+    views, elsewhere = ({field.name for field in fields(cls)} for cls in (ViewDataConfig, LoaderConfig))
+    assert options.keys() == views - elsewhere - {"train"}
+    assert {field.name for field in fields(ViewRecipe)} == {"kind", *varied, "ratio", "padding", "center_share"}
+
+
+def test_a_plain_student_sees_what_the_taught_ones_see_whatever_its_group(fashion, teacher, tmp_path):
+    views = ["--data.mixup", 0.4, "--data.cutmix", 1, "--data.erase", 0.5, "--data.color_jitter", 0.4, "--views", 1]
+    cache = cache_options(fashion, teacher, tmp_path / "store", "--teacher.checkpoints", "[3]", *views)
+    here(cache_logits, CacheConfig, *cache)
+    grid = ["--grid.teachers", "[[],[3]]", "--epochs", 1]
+    search_here(*options(fashion, tmp_path / "store", tmp_path / "alone", *grid, "--part", "1/2"))
+    rows = search_here(*options(fashion, tmp_path / "store", tmp_path / "beside", *grid))
+    assert [path.name for path in (tmp_path / "alone" / "students").iterdir()] == [rows[0]["student"]]
+    assert rows[0]["teacher"] == "none" and rows[0]["side_by_side"] == 2
+    a, b = (tmp_path / name / "students" / rows[0]["student"] for name in ("alone", "beside"))
+    assert same(weights(a, 1), weights(b, 1))
+
+
+@pytest.mark.parametrize("combine", ["sequence", "probabilities"])
+def test_an_ensemble_is_taught_beside_others_as_it_is_alone(fashion, two_runs, tmp_path, combine):
+    mix = ["--teacher.combine", combine]
     rows = search_here(*options(fashion, two_runs, tmp_path / "search", *mix, "--grid.teachers", "[[2],[3,1]]"))
-    distill.main(load_config(DistillConfig, options(fashion, two_runs, tmp_path / "alone", *mix)))
+    alone = options(fashion, two_runs, tmp_path / "alone", *mix, "--teacher.checkpoints", "[3,1]")
+    here(distill, DistillConfig, *alone)
     assert same(weights(tmp_path / "alone"), weights(tmp_path / "search" / "students" / rows[1]["student"]))
 
 
 def test_settings_are_chosen_on_held_out_images_and_only_those_are_tested(fashion, two_runs, tmp_path, capsys):
-    grid = [
-        "--grid.teachers",
-        "[[],[1],[3]]",
-        "--grid.alphas",
-        "[0.1,1]",
-        "--grid.temperatures",
-        "[2,4]",
-        "--epochs",
-        1,
-    ]
-    words = options(
-        fashion, two_runs, tmp_path / "search", *grid, "--grid.seeds", "[0,1]", "--data.test", fashion["train"]
-    )
+    grid = ["--grid.teachers", "[[],[1],[3]]", "--grid.alphas", "[0.1,1]", "--grid.seeds", "[0,1]", "--epochs", 1]
+    words = options(fashion, two_runs, tmp_path / "search", *grid, "--data.test", fashion["train"])
     rows = search_here(*words)
-    assert len(rows) == 2 * (1 + 2 * 4)
+    assert len(rows) == 2 * (1 + 2 * 2)
     means = {}
     for row in rows:
         key = row["teacher"], row["alpha"], row["temperature"]
@@ -112,10 +142,10 @@ def test_settings_are_chosen_on_held_out_images_and_only_those_are_tested(fashio
     assert all((row["test_top1"] is not None) == bool(row["chosen"]) for row in rows)
     row = next(row for row in rows if row["chosen"])
     path = tmp_path / "search" / "students" / row["student"] / "checkpoints" / "epoch_0001.pt"
-    done = run("ckd_dist.evaluate", "--data.val", fashion["train"], "--checkpoint", path, "--data.batch_size", 64)
-    assert json.loads(done.stdout)["top1"] == pytest.approx(row["test_top1"])
-    # Again: nothing is trained, nothing is tested.
     capsys.readouterr()
+    here(evaluate, EvaluateConfig, "--data.val", fashion["train"], "--checkpoint", path, "--data.batch_size", 64)
+    assert json.loads(capsys.readouterr().out.splitlines()[-1])["top1"] == pytest.approx(row["test_top1"])
+    # Again: nothing is trained, nothing is tested.
     os.rename(fashion["train"].with_suffix(".beton.json"), tmp_path / "away")
     try:
         assert search_here(*words) == rows
@@ -150,43 +180,56 @@ def test_groups_are_of_one_seed_and_fill_the_parts(fashion, two_runs, tmp_path):
         assert sorted(t.name for group in groups for t in group) == sorted(t.name for t in trials)
 
 
-def test_a_killed_search_of_two_processes_ends_as_one_that_never_was(fashion, two_runs, tmp_path):
+def start(command, **more):
+    return subprocess.Popen(command, env=ENVIRONMENT, cwd=ROOT, stdout=subprocess.DEVNULL, **more)
+
+
+def test_a_killed_search_of_two_processes_leaves_nobody_and_then_ends_as_one_that_never_was(
+    fashion, two_runs, tmp_path, monkeypatch
+):
+    monkeypatch.setitem(ENVIRONMENT, "CKD_DIST_CORES", "2")  # of a job, that the processes share
     grid = ["--grid.teachers", "[[],[1],[2,3]]", "--grid.seeds", "[0,1]", "--save_last_every", 5, "--log_every", 1]
     whole = search_here(*options(fashion, two_runs, tmp_path / "whole", *grid))
     killed = tmp_path / "killed"
     command = command_line("ckd_dist.search", *options(fashion, two_runs, killed, *grid, "--processes", 2))
-
-    def progress():
-        return sum(path.read_bytes().count(b"\n") for path in killed.glob("students/*/metrics.jsonl"))
-
-    kill_and_repeat(command, progress, kills=[130], longest=0.5)
-    rows = read_table(killed / "results.csv")
+    process = start(command)
+    while sum(path.read_bytes().count(b"\n") for path in killed.glob("students/*/metrics.jsonl")) < 130:
+        assert process.poll() is None
+        time.sleep(0.01)
+    family = psutil.Process(process.pid).children(recursive=True)
+    process.kill()
+    _, alive = psutil.wait_procs(family, timeout=20)
+    assert len(family) == 2 and not alive and process.wait(timeout=10) == -signal.SIGKILL
+    again = start(command, stderr=subprocess.PIPE, text=True)
+    assert again.communicate(timeout=300)[1] == "" and again.returncode == 0
+    rows = read_table(killed / "results.csv", "run_dir")
     for a, b in zip(whole, rows, strict=True):
         differ = {"train_seconds", "side_by_side"}
         assert {k: v for k, v in a.items() if k not in differ} == {k: v for k, v in b.items() if k not in differ}
         folders = [path / "students" / a["student"] for path in (tmp_path / "whole", killed)]
         assert same(*map(weights, folders))
+        assert json.loads((folders[1] / "env.json").read_text())["threads"] == 1
         lines = [(folder / "metrics.jsonl").read_text().splitlines() for folder in folders]
         first, second = ([(x["split"], x["step"], x["loss"]) for x in map(json.loads, each)] for each in lines)
         assert first == second
 
 
-def test_parts_of_a_job_array_and_a_last_command_make_the_whole(fashion, two_runs, tmp_path):
+def test_parts_of_a_job_array_and_a_last_command_make_the_whole(fashion, two_runs, tmp_path, capsys):
     words = options(fashion, two_runs, tmp_path / "run", "--grid.teachers", "[[1],[2],[3]]", "--epochs", 1)
     for part in ("1/2", "2/2"):
-        run("ckd_dist.search", *words, "--part", part)
+        search_here(*words, "--part", part)
         assert not (tmp_path / "run" / "results.csv").exists()
-    done = run("ckd_dist.search", *words)
-    assert "side by side" not in done.stdout and "results.csv: 3 students" in done.stdout
+    capsys.readouterr()
+    search_here(*words)
+    out = capsys.readouterr().out.replace("\n", "")
+    assert "side by side" not in out and "results.csv: 3 students" in out
     saved = yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())
     assert saved["grid"]["teachers"] == [[1], [2], [3]] and "part" not in saved
 
 
-def test_a_part_that_fails_ends_the_search_within_seconds_and_a_killed_one_leaves_nobody(fashion, two_runs, tmp_path):
+def test_a_part_that_fails_ends_the_search_within_seconds(fashion, two_runs, tmp_path):
     words = options(fashion, two_runs, tmp_path / "run", "--grid.seeds", "[0,1]", "--epochs", 500, "--processes", 2)
-    process = subprocess.Popen(
-        command_line("ckd_dist.search", *words), env=ENVIRONMENT, cwd=ROOT, stdout=subprocess.PIPE, text=True
-    )
+    process = start(command_line("ckd_dist.search", *words, "--log_every", 1))
     while len(list(tmp_path.glob("run/students/*/metrics.jsonl"))) < 2:
         assert process.poll() is None
         time.sleep(0.1)
@@ -195,15 +238,6 @@ def test_a_part_that_fails_ends_the_search_within_seconds_and_a_killed_one_leave
     assert process.wait(timeout=20) == 1
     _, alive = psutil.wait_procs(family, timeout=10)
     assert not alive
-    process = subprocess.Popen(
-        command_line("ckd_dist.search", *words), env=ENVIRONMENT, cwd=ROOT, stdout=subprocess.DEVNULL
-    )
-    while not (family := psutil.Process(process.pid).children(recursive=True)):
-        time.sleep(0.1)
-    time.sleep(2)
-    process.kill()
-    _, alive = psutil.wait_procs(family, timeout=20)
-    assert not alive and process.wait(timeout=10) == -signal.SIGKILL
 
 
 @pytest.mark.parametrize(
@@ -217,6 +251,10 @@ def test_a_part_that_fails_ends_the_search_within_seconds_and_a_killed_one_leave
         (["--part", "1/2", "--processes", "2"], r"part and processes do not go together"),
         (["--grid.temperatures", "[0]"], r"grid\.temperatures is 0"),
         (["--students_at_once", "0"], r"students_at_once is 0"),
+        (
+            ["--teacher.combine", "probabilities", "--grid.teachers", "[[1],[2]]"],
+            r"teacher\.combine probabilities is for several checkpoints: name them in .*--grid\.teachers",
+        ),
     ],
 )
 def test_a_search_that_cannot_be_is_refused(fashion, two_runs, tmp_path, more, expected):
@@ -225,9 +263,11 @@ def test_a_search_that_cannot_be_is_refused(fashion, two_runs, tmp_path, more, e
     assert not (tmp_path / "run").exists()
 
 
-def test_a_store_of_two_runs_is_verified_and_repaired_run_by_run(fashion, teacher, two_runs, tmp_path):
-    import shutil
+def store_here(*words):
+    return store_command([str(word) for word in words])
 
+
+def test_a_store_of_two_runs_is_verified_and_repaired_run_by_run(fashion, teacher, two_runs, tmp_path, capsys):
     store = shutil.copytree(two_runs, tmp_path / "store")
     manifest = Manifest.load(store, "")
     assert list(manifest.members) == [1, 2, 3, "other/1"]
@@ -235,25 +275,14 @@ def test_a_store_of_two_runs_is_verified_and_repaired_run_by_run(fashion, teache
     before = shard.path(store).read_bytes()
     shard.path(store).unlink()
     base = [store, "--data.train", fashion["train"], "--teacher.run"]
-    done = run("ckd_dist.store", "repair", *base, teacher)
-    assert "nothing to repair" in done.stdout and not shard.path(store).exists()
-    done = run("ckd_dist.store", "repair", *base, teacher, "--teacher.name", "other", status=2)
-    assert "the store's other/epoch_0001 is of weights" in done.stderr
-    run("ckd_dist.store", "repair", *base, two_runs.parent / "run", "--teacher.name", "other")
+    assert store_here("repair", *base, teacher) == 0
+    assert "nothing to repair" in capsys.readouterr().out and not shard.path(store).exists()
+    with pytest.raises(UserError, match=r"the store's other/epoch_0001 is of weights"):
+        store_here("repair", *base, teacher, "--teacher.name", "other")
+    assert store_here("repair", *base, two_runs.parent / "run", "--teacher.name", "other") == 0
     assert shard.path(store).read_bytes() == before
     words = [*base, two_runs.parent / "run", "--records", 16]
-    done = run("ckd_dist.store", "verify", *words, "--teacher.name", "other")
-    assert "16 of 16 records are the teacher's" in done.stdout
-    done = run("ckd_dist.store", "verify", *words, "--teacher.name", "third", status=2)
-    assert "teacher.name: the store holds no such run; named runs are other" in done.stderr
-
-
-def test_a_table_that_is_none_is_refused(tmp_path):
-    path = tmp_path / "results.csv"
-    path.write_text("a,b\n1,2\n")
-    with pytest.raises(UserError, match="is not a table of this version"):
-        read_table(path)
-    with open(path, "w", newline="") as file:
-        csv.writer(file).writerows([search.results.COLUMNS, ["x"] * len(search.results.COLUMNS)])
-    with pytest.raises(UserError, match="is damaged"):
-        read_table(path)
+    assert store_here("verify", *words, "--teacher.name", "other") == 0
+    assert "16 of 16 records are the teacher's" in capsys.readouterr().out
+    with pytest.raises(UserError, match=r"teacher\.name: the store holds no such run; named runs are other"):
+        store_here("verify", *words, "--teacher.name", "third")
