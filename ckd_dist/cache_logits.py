@@ -11,7 +11,8 @@ digits of the logits.
 
 from pathlib import Path
 
-from ckd_dist.config import CacheConfig, run_command
+from ckd_dist.config import CacheConfig
+from ckd_dist.process import run_command
 
 
 def main(config: CacheConfig) -> None:

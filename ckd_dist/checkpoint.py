@@ -5,14 +5,17 @@ from __future__ import annotations
 import hashlib
 import io
 import re
+import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import pydantic
 import torch
+from typing_extensions import NotRequired, TypedDict
 
 from ckd_dist.config import UserError, require
-from ckd_dist.files import write_atomically
+from ckd_dist.files import first_fault, require_regular, write_atomically
 
 
 def save(path: Path, state: dict) -> None:
@@ -23,24 +26,66 @@ def save(path: Path, state: dict) -> None:
     write_atomically(path, lambda file: file.write(content.getbuffer()))
 
 
-def load(path: str | Path, option: str) -> dict:
-    """Read a file of `save` onto the CPU, executing nothing of it; raises `UserError` naming `option`."""
+Weights = dict[str, pydantic.InstanceOf[torch.Tensor]]
+
+
+class TrainingState(TypedDict):
+    """What exact resume of a training needs: the file last.pt."""
+
+    weights: Weights
+    averaged: Weights | None
+    optimizer: dict[str, Any]
+    scaler: dict[str, Any]
+    step: pydantic.NonNegativeInt
+    seconds: float
+    seconds_waited: float
+    evaluation: dict[str, float]
+
+
+class Metadata(TypedDict):
+    """What the weights of a file epoch_*.pt need to be used alone."""
+
+    model: str
+    num_classes: pydantic.PositiveInt
+    image_size: pydantic.PositiveInt
+    """It was trained at."""
+    val_image_size: NotRequired[pydantic.PositiveInt]
+    """It was evaluated at."""
+    augment: NotRequired[str]
+    """Kind of its training views."""
+    mean: list[float]
+    std: list[float]
+    epoch: NotRequired[int]
+    dataset: NotRequired[dict[str, Any]]
+    evaluation: NotRequired[dict[str, float]]
+
+
+class KeptState(TypedDict):
+    """A point of a run's trajectory: a file epoch_*.pt."""
+
+    weights: Weights
+    metadata: Metadata
+
+
+def load(path: str | Path, option: str, kind: Any = dict[str, Any], mend: str = "give one with a state dict") -> Any:
+    """Read a file of `save` onto the CPU, executing nothing of it; raises `UserError` naming `option` where it is none,
+    or its content is not of the `kind`, a dict in any case; then it says the `mend`, too."""
+    path = Path(path)
+    require_regular(path, option)
     try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except FileNotFoundError:
-        raise UserError(f"{option}: no such file: {path}") from None
-    except IsADirectoryError:
-        raise UserError(f"{option}: {path} is a folder: name a file") from None
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch raises many kinds here: for a damaged archive, a pickle that it refuses, ...
-        raise UserError(
-            f"{option}: {path} is not a file of tensors that torch loads safely ({_first(error)})"
-        ) from None
-    require(isinstance(state, dict), f"{option}: {path} holds a {type(state).__name__}, not a checkpoint")
+        found = re.search(r"Unsupported global: GLOBAL (\S+)", str(error))  # the rest of it is advice to trust the file
+        why = f"it holds a {found[1]}, which might run code" if found else "it is damaged, or of another kind"
+        raise UserError(f"{option}: {path} is not a file of tensors that torch loads safely ({why}): {mend}") from None
+    try:
+        pydantic.TypeAdapter(kind).validate_python(state, strict=True)
+    except pydantic.ValidationError as error:
+        why = first_fault(error)
+        raise UserError(f"{option}: {path} is no checkpoint of this system ({why}): {mend}") from None
     return state
-
-
-def _first(error: Exception) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0][:120]
 
 
 # ------------------------------------------------------------------------------------------- trajectory

@@ -67,9 +67,9 @@ TASKS = (
 def main(folder: Path) -> None:
     """Run what is missing in `folder`, print and write the table."""
     results = [compare(folder / task.dataset, task) for task in TASKS]
-    (folder / "codecs.json").write_text(json.dumps(results, indent=2) + "\n")
+    (folder / "codecs.json").write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
     table = "\n".join(markdown(results))
-    (folder / "codecs.md").write_text(table + "\n")
+    (folder / "codecs.md").write_text(table + "\n", encoding="utf-8")
     print(table)
 
 
@@ -114,8 +114,8 @@ def compare(folder: Path, task: Task) -> dict:
             measured = fidelity(dense, stores[name], temperature)
             accuracy = [top1[temperature, name, seed] for seed in SEEDS]
             rows.append({"temperature": temperature, "codec": name, **measured, "top1": accuracy})
-    last = json.loads((teacher / "summary.json").read_text())["top1"]
-    classes = json.loads(Path(f"{train}.json").read_text())["num_classes"]
+    last = json.loads((teacher / "summary.json").read_text(encoding="utf-8"))["top1"]
+    classes = json.loads(Path(f"{train}.json").read_text(encoding="utf-8"))["num_classes"]
     return {"dataset": task.dataset, "classes": classes, "images": task.images, "teacher_top1": last, "rows": rows}
 
 
@@ -132,11 +132,16 @@ def train_students(title: str, runs: dict) -> dict:
 
     def train(words: list[object]) -> float:
         done = subprocess.run(
-            [sys.executable, "-m", *map(str, words)], env=environment, capture_output=True, text=True, check=False
+            [sys.executable, "-m", *map(str, words)],
+            env=environment,
+            capture_output=True,
+            encoding="utf-8",
+            errors="replace",
+            check=False,
         )
         if done.returncode:
             raise RuntimeError(f"{words[-1]}: {done.stderr.strip()}")
-        top1 = json.loads((Path(str(words[-1])) / "summary.json").read_text())["top1"]
+        top1 = json.loads((Path(str(words[-1])) / "summary.json").read_text(encoding="utf-8"))["top1"]
         console.print(f"{words[-1]}: top-1 {top1:.2f} %", soft_wrap=True)
         return top1
 

@@ -11,11 +11,8 @@ import difflib
 import json
 import os
 import re
-import signal
 import sys
-import time
-import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, NoReturn, TypeVar
@@ -27,11 +24,6 @@ T = TypeVar("T")
 Amp = Literal["auto", "bfloat16", "float16", "off"]
 Scaling = Literal["raw", "minmax", "zscore"]
 """How I(X;F) and I(Y;F) are scaled over the checkpoints before they are added."""
-
-STOPPED = 75
-"""Exit status of a command that SIGUSR2 stopped; the same command goes on where it was (EX_TEMPFAIL of sysexits.h)."""
-PEER_LOST = 76
-"""Exit status of a rank that has lost another one: not its own fault, and perhaps only a node's (EX_PROTOCOL)."""
 
 
 class UserError(ValueError):
@@ -744,63 +736,3 @@ def _one_line(message: str, parser: jsonargparse.ArgumentParser) -> str:
     if unknown and (near := difflib.get_close_matches(unknown, known, n=1)):
         message += f"; did you mean --{near[0]}?"
     return f"{message} (see --help)"
-
-
-# ------------------------------------------------------------------------------------------- running
-
-
-def run_command(main: Callable[[T], None], cls: type[T], module: str) -> NoReturn:
-    """Run an entry point with the options of the command line as a process of a user's command, see `run_process`."""
-
-    def read_and_run() -> None:
-        if int(os.environ.get("RANK", "0")) and {"-h", "--help"} & set(sys.argv):
-            raise SystemExit(0)
-        main(load_config(cls, prog=f"python -m {module}", description=main.__globals__["__doc__"]))
-
-    run_process(read_and_run)
-
-
-def run_process(main: Callable[[], int | None]) -> NoReturn:
-    """Call `main` and end the process with the status that it returns.
-
-    SIGUSR2, a scheduler's warning, ends rank 0 with status `STOPPED`: at once, unless the command, a training, has a
-    handler of its own that saves first. Other ranks ignore it and end when rank 0 is gone, with status `PEER_LOST`.
-
-    Bad input is one line on stderr and status 2. Input is bad on every rank of a node alike, so the first of them
-    alone speaks; what befalls one rank only (a full disk, a bug) that rank reports, with its number. Always ends the
-    process at once: a rank that fails must not wait for its peers, its loader threads or a collective.
-    """
-    rank = int(os.environ.get("RANK", "0"))
-    speaks = os.environ.get("LOCAL_RANK", "0") == "0"
-    status = 0
-    signal.signal(signal.SIGUSR2, signal.SIG_IGN if rank else lambda *_: os._exit(STOPPED))
-    try:
-        status = main() or 0
-    except UserError as error:
-        status = 2
-        if speaks:
-            print(f"error: {error}", file=sys.stderr)
-        else:
-            time.sleep(3)  # torchrun ends all at the first failure: let the one that speaks be first
-    except TrainingError as error:
-        status = 1
-        if speaks:
-            print(f"error: {error}", file=sys.stderr)
-    except OSError as error:
-        status = 2
-        where = f": {error.filename}" if error.filename else ""
-        print(f"error: rank {rank}: {error.strerror or error}{where}", file=sys.stderr)
-    except KeyboardInterrupt:
-        status = 130
-    except SystemExit as error:
-        status = error.code if isinstance(error.code, int) else 1
-    except BaseException as error:
-        status = 1
-        if re.search(r"Connection (closed|reset) by peer|Broken pipe|ncclRemoteError", str(error)):
-            status = PEER_LOST
-            print(f"error: rank {rank}: stopped, another rank has failed", file=sys.stderr)
-        else:
-            traceback.print_exc()
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(status)

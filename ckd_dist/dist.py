@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import ctypes
+import json
 import os
+import socket
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any, TypeVar
@@ -22,8 +24,9 @@ T = TypeVar("T")
 def process_group() -> Iterator[torch.device]:
     """Join the ranks that torchrun or srun started, if any, and yield this rank's device.
 
-    nccl where every rank has a GPU of its own; gloo on CPUs, and where ranks share a GPU. A process started
-    plainly is rank 0 of 1. Raises `UserError` when the environment is half set.
+    nccl or gloo, see `backend`. A process started plainly is rank 0 of 1. Raises `UserError` when the environment is
+    half set. An error inside leaves the group as it is: to take it down means to wait for all ranks under nccl, and the
+    process is about to end.
     """
     names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
     missing = [name for name in names if name not in os.environ]
@@ -42,17 +45,37 @@ def process_group() -> Iterator[torch.device]:
         torch.set_num_threads(cores_per_rank())
         _keep_freed_memory()
     if launched:
-        backend = "nccl" if gpus >= local_world_size() else "gloo"
-        td.init_process_group(
-            backend,
-            timeout=timedelta(minutes=10),
-            device_id=device if backend == "nccl" else None,
-        )
-    try:
-        yield device
-    finally:
-        if launched:
-            td.destroy_process_group()
+        _join(device)
+    yield device
+    if launched:
+        td.destroy_process_group()
+
+
+def _join(device: torch.device) -> None:
+    """Make the group, of what each rank says in the store of its device."""
+    timeout = timedelta(minutes=10)
+    store, number, count = next(td.rendezvous("env://", timeout=timeout))
+    gpu = str(torch.cuda.get_device_properties(device).uuid) if device.type == "cuda" else None
+    store.set(f"ckd_dist/device/{number}", json.dumps([socket.gethostname(), gpu]))
+    devices = [tuple(json.loads(store.get(f"ckd_dist/device/{other}"))) for other in range(count)]
+    name, why = backend(devices)
+    if why and number == 0:
+        print(f"gloo instead of nccl, which is faster: {why}; start one process on every GPU")
+    own = device if name == "nccl" else None
+    td.init_process_group(name, store=store, rank=number, world_size=count, timeout=timeout, device_id=own)
+
+
+def backend(devices: Sequence[tuple[str, str | None]]) -> tuple[str, str | None]:
+    """nccl or gloo, and why not nccl, for ranks with these (host, GPU or None): nccl needs a GPU of its own for each.
+    Where no rank has one, gloo needs no reason."""
+    if all(gpu is None for _, gpu in devices):
+        return "gloo", None
+    for number, (host, gpu) in enumerate(devices):
+        if gpu is None:
+            return "gloo", f"rank {number} on {host} has no GPU"
+        if (first := devices.index((host, gpu))) < number:
+            return "gloo", f"ranks {first} and {number} share a GPU of {host}"
+    return "nccl", None
 
 
 def _keep_freed_memory() -> None:

@@ -8,7 +8,8 @@ from the other. --teacher.run runs/teacher, instead of --teacher.store, runs the
 the plain student, for the baseline. The same command again goes on from the last saved step.
 """
 
-from ckd_dist.config import DistillConfig, run_command
+from ckd_dist.config import DistillConfig
+from ckd_dist.process import run_command
 
 
 def main(config: DistillConfig) -> None:

@@ -10,7 +10,6 @@ from __future__ import annotations
 import inspect
 import math
 import resource
-import signal
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -22,11 +21,12 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from ckd_dist import checkpoint, dist, losses
-from ckd_dist.config import STOPPED, TrainConfig, TrainingError
+from ckd_dist.config import TrainConfig, TrainingError, require
 from ckd_dist.data import Batch, Rows, train_ids
 from ckd_dist.log import ProgressDisplay, RunFolder, format_seconds, say
 from ckd_dist.models import load_fitting
 from ckd_dist.optim import MovingAverage, build_optimizer, image_size, learning_rate
+from ckd_dist.process import StopRequest
 from ckd_dist.store.codecs import Dense
 
 if TYPE_CHECKING:
@@ -262,12 +262,19 @@ class Learner:
         if not dist.on_main(path.exists):
             self.run.rewind(0)
             return
-        state = checkpoint.load(path, "run_dir")
-        load_fitting(self.model, state["weights"], f"run_dir: {path}", self.config.model.name)
-        if self.averaged is not None:
-            self.averaged.module.load_state_dict(state["averaged"])
-        self.optimizer.load_state_dict(state["optimizer"])
-        self.scaler.load_state_dict(state["scaler"])
+        mend = "remove it, and the run starts anew"
+        state = checkpoint.load(path, "run_dir", checkpoint.TrainingState, mend)
+        last, why = self.config.epochs * self.steps_per_epoch, ""
+        try:
+            load_fitting(self.model, state["weights"], "it", self.config.model.name)
+            if self.averaged is not None:
+                self.averaged.module.load_state_dict(state["averaged"])
+            self.optimizer.load_state_dict(state["optimizer"])
+            self.scaler.load_state_dict(state["scaler"])
+        except Exception as error:  # torch raises many kinds here
+            why = " ".join(str(error).split())[:200]
+        require(not why, f"run_dir: {path} is not of this run ({why}): {mend}")
+        require(state["step"] <= last, f"run_dir: {path} is of step {state['step']}, this run has {last}: {mend}")
         self.step, self.evaluation = state["step"], state["evaluation"]
         self.seconds, self.seconds_waited = state["seconds"], state["seconds_waited"]
         self.run.rewind(self.step)
@@ -333,14 +340,15 @@ def fit(
     one.
 
     Learners that were saved at different steps by a kill meet again: one that is ahead waits for the batch it needs.
-    SIGUSR2 makes rank 0 save after the step that it is at and end the process with status `STOPPED`.
+    SIGUSR2 or Ctrl-C makes rank 0 save after the step that it is at and end the process, see `StopRequest`. Only rank 0
+    heeds it, alone: other ranks may be a step behind or ahead, and end when it is gone.
     """
     batch_size, steps_per_epoch = config.data.batch_size, learners[0].steps_per_epoch
     start = min(learner.step for learner in learners)
     clock = _Clock(loader)
     note = ""
-    stop = _StopRequest()
-    with ProgressDisplay(config.epochs * steps_per_epoch * batch_size, done=start * batch_size) as progress:
+    images = config.epochs * steps_per_epoch * batch_size
+    with StopRequest() as stop, ProgressDisplay(images, done=start * batch_size) as progress:
         for epoch in range(start // steps_per_epoch, config.epochs):
             first = max(start, epoch * steps_per_epoch)
             order = loader.epoch_ids(config.data, config.seed, epoch)
@@ -363,14 +371,14 @@ def fit(
                         learner.check_weights()
                         learner.save_last()
                     clock.restart()
-                if stop.requested and not epoch_ends:
-                    stop.save_and_exit(active)
+                if stop.signal and dist.rank() == 0 and not epoch_ends:
+                    _save_and_stop(active, stop)
                 progress.update(done * batch_size, f"epoch {epoch + 1}/{config.epochs}", note)
             _end_epoch(active, epoch + 1, config, val_loader, keep=(epoch + 1) % save_every == 0)
-            if stop.requested and epoch + 1 < config.epochs:
-                stop.save_and_exit([])  # all is saved
-    for learner in learners:
-        learner.write_summary(side_by_side=len(learners))
+            if stop.signal and dist.rank() == 0 and epoch + 1 < config.epochs:
+                _save_and_stop([], stop)  # all is saved
+        for learner in learners:
+            learner.write_summary(side_by_side=len(learners))
 
 
 def _end_epoch(
@@ -401,23 +409,12 @@ def _end_epoch(
         learner.save_last()
 
 
-class _StopRequest:
-    """Whether SIGUSR2 came: a scheduler is about to end the job. Only rank 0 heeds it, alone: other ranks may be a step
-    behind or ahead, and end when it is gone."""
-
-    def __init__(self) -> None:
-        self.requested = False
-        signal.signal(signal.SIGUSR2, self._note if dist.rank() == 0 else signal.SIG_IGN)
-
-    def _note(self, *_: object) -> None:
-        self.requested = True
-
-    def save_and_exit(self, learners: list[Learner]) -> NoReturn:
-        for learner in learners:
-            learner.check_weights()
-            learner.save_last()
-        say(f"stopped by SIGUSR2 and saved: the same command goes on (exit status {STOPPED})")
-        raise SystemExit(STOPPED)
+def _save_and_stop(learners: list[Learner], stop: StopRequest) -> NoReturn:
+    for learner in learners:
+        learner.check_weights()
+        learner.save_last()
+    say(f"stopped by {stop.name} and saved: the same command goes on (exit status {stop.status})")
+    raise SystemExit(stop.status)
 
 
 def _span(values: list[float]) -> str:

@@ -8,7 +8,8 @@ Prints one JSON object: top1 and top5 in percent, the mean loss in nats, the num
 
 import json
 
-from ckd_dist.config import EvaluateConfig, run_command
+from ckd_dist.config import EvaluateConfig
+from ckd_dist.process import run_command
 
 
 def main(config: EvaluateConfig) -> None:

@@ -12,9 +12,12 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from functools import cache
 from pathlib import Path
-from typing import IO, Any, BinaryIO, TypeVar
+from typing import IO, TYPE_CHECKING, Any, BinaryIO, TypeVar
 
 from ckd_dist.config import UserError, require
+
+if TYPE_CHECKING:
+    import pydantic
 
 T = TypeVar("T")
 
@@ -130,6 +133,8 @@ def require_regular(path: Path, option: str) -> None:
     """Raise `UserError` unless `path` is a file that can be read to its end: not a folder, not a FIFO."""
     try:
         mode = path.stat().st_mode
+    except FileNotFoundError:
+        raise UserError(f"{option}: no such file: {path}") from None
     except OSError as error:
         raise UserError(f"{option}: {path}: {error.strerror}") from None
     require(stat.S_ISREG(mode), f"{option}: {path} is not a regular file")
@@ -157,9 +162,14 @@ def parse_json(content: bytes | str, kind: type[T]) -> T:
     try:
         return _adapter(kind).validate_json(content, strict=True)  # type: ignore[arg-type]  # types have hashes
     except pydantic.ValidationError as error:
-        first = error.errors(include_url=False, include_context=False)[0]
-        where = ".".join(map(str, first["loc"]))
-        raise ValueError(f"{where}: {first['msg']}" if where else first["msg"]) from None
+        raise ValueError(first_fault(error)) from None
+
+
+def first_fault(error: pydantic.ValidationError) -> str:
+    """What is wrong, and where, on one line."""
+    first = error.errors(include_url=False, include_context=False, include_input=False)[0]
+    where = ".".join(map(str, first["loc"]))
+    return f"{where}: {first['msg']}" if where else first["msg"]
 
 
 @cache

@@ -6,11 +6,14 @@ import importlib.metadata
 import json
 import os
 import platform
+import socket
 import subprocess
 import sys
+import threading
 import time
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import torch
 import yaml
@@ -18,96 +21,223 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from ckd_dist import dist
-from ckd_dist.config import UserError, flatten, require
-from ckd_dist.files import write_bytes_atomically
+from ckd_dist.config import UserError, flatten, read_yaml, require
+from ckd_dist.files import errors_name, read_json, require_regular, try_lock, write_bytes_atomically
 
 # Settings that may differ when a run goes on: they change how it is done, not what comes out.
 _FREE = ("data.workers", "data.os_cache", "data.verify", "save_last_every", "log_every", "tensorboard")
+# What a selection and a search leave when they are complete.
+_RESULTS = ("selection.json", "results.csv")
 
 
 def saved_options(folder: Path) -> dict[str, Any]:
-    """The options of the run in `folder`, with dotted keys; empty where there is none."""
-    saved = folder / "config.yaml"
-    return flatten(yaml.safe_load(saved.read_text()) or {}) if saved.exists() else {}
+    """The options of the run in `folder`, with dotted keys; empty where there is none: a try that ended before it saved
+    anything is no run. Raises `UserError` where they are damaged."""
+    path = folder / "config.yaml"
+    if not _holds_work(folder) or not path.exists():
+        return {}
+    try:
+        return flatten(read_yaml(path, "run_dir"))
+    except UserError as error:
+        raise UserError(f"{error}: restore it, or choose another run_dir") from None
+
+
+def _holds_work(folder: Path) -> bool:
+    """Whether a command has saved anything in `folder`."""
+    return any((folder / name).exists() for name in ("summary.json", *_RESULTS)) or any(folder.rglob("*.pt"))
 
 
 def require_same_options(folder: Path, config: dict) -> None:
-    """Raise `UserError` when `folder` holds a run of another configuration."""
+    """Raise `UserError` when `folder` holds a run of another configuration.
+
+    More epochs are no other configuration where the run would have gone the same way with them from the start.
+    """
     old, new = saved_options(folder), flatten(config)
     if not old:
         return
     for key in sorted((old.keys() | new.keys()) - set(_FREE)):
-        require(
-            old.get(key) == new.get(key),
-            f"run_dir: {folder} holds a run with {key} {old.get(key)}, not {new.get(key)}: "
-            "repeat its options to go on, or choose another run_dir",
-        )
+        before, now, why = old.get(key), new.get(key), ""
+        if key == "epochs" and isinstance(before, int) and before < config[key] and "grid" not in config:
+            depends = _depends_on_epochs(new)
+            if depends is None:
+                continue
+            why = f", and {depends} depends on their number"
+        message = f"run_dir: {folder} holds a run with {key} {before}, not {now}{why}"
+        require(before == now, f"{message}: repeat its options to go on, or choose another run_dir")
+
+
+def _depends_on_epochs(options: dict[str, Any]) -> str | None:
+    """What makes the first epochs of a training depend on how many there are in all, if anything does."""
+    if options["optim.schedule"] in ("cosine", "linear"):
+        return f"optim.schedule {options['optim.schedule']}"
+    if options["data.start_image_size"] is not None:
+        return "data.start_image_size"
+    if options.get("teacher.combine") == "sequence":
+        return "teacher.combine sequence"
+    return None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Summary:
+    """What summary.json tells at least."""
+
+    epochs: int
+    steps: int
+    train_seconds: float
+    side_by_side: int
+    images_per_s: float
+    top1: float | None = None
+    """Percent, as top5; None where there was no data.val."""
+    top5: float | None = None
+    loss: float | None = None
+
+
+def read_summary(folder: Path) -> Summary | None:
+    """The final figures of a run, None until there are any; raises `UserError` where the file is damaged."""
+    path = folder / "summary.json"
+    if not path.exists():
+        return None
+    return read_json(path, Summary, "run_dir", "remove it, and the run's command writes it again")
+
+
+def is_complete(folder: Path, config: dict) -> bool:
+    """Whether the run in `folder` is at its end; raises `UserError` where it is one of another configuration."""
+    require_same_options(folder, config)
+    if any((folder / name).exists() for name in _RESULTS):
+        return True
+    summary = read_summary(folder)
+    return summary is not None and summary.epochs == config["epochs"]
 
 
 class RunFolder:
-    """The folder of one run. Only rank 0 writes; on other ranks every method does nothing."""
+    """The folder of one run. Only rank 0 writes; on other ranks every method does nothing.
+
+    Unless the run is complete, rank 0's process works in it alone, until it is complete or the process ends, however
+    that comes about.
+    """
 
     def __init__(self, path: str, config: dict, *, tensorboard: bool = False):
         """Create the folder with config.yaml and env.json, or go on in it.
 
-        Collective. Raises `UserError` on every rank when it holds a run with another configuration.
+        Collective. Raises `UserError` on every rank when it holds a run with another configuration, or when another
+        process is at work in it.
         """
         self.path = Path(path)
         self._writer: Any = None
-        dist.on_main(lambda: self._prepare(config))
+        self.complete = dist.on_main(lambda: self._prepare(config))
+        """Whether nothing is left to do."""
         if dist.rank() == 0 and tensorboard:
             try:
                 from torch.utils.tensorboard import SummaryWriter
             except ImportError:
                 raise UserError("tensorboard: not installed; pip install 'ckd_dist[tensorboard]'") from None
-            self._writer = SummaryWriter(str(self.path))
+            # What fails in its thread is raised in `log`, and need not be shown twice.
+            shown = threading.excepthook
+            threading.excepthook = lambda failed: (
+                None if "tensorboard" in type(failed.thread).__module__ else shown(failed)
+            )
+            with errors_name(self.path):
+                self._writer = SummaryWriter(str(self.path))
 
-    def _prepare(self, config: dict) -> None:
-        require_same_options(self.path, config)
+    def _prepare(self, config: dict) -> bool:
+        if is_complete(self.path, config):
+            return True  # its environment was that of then
         self.path.mkdir(parents=True, exist_ok=True)
-        if self.summary is not None:
-            return  # complete: its environment was that of then
+        _lock(self.path)
+        if is_complete(self.path, config):  # by one who held the lock until now
+            _unlock(self.path)
+            return True
         self._write("config.yaml", yaml.safe_dump(config, sort_keys=False))
         self._write("env.json", json.dumps(environment(), indent=2) + "\n")
+        (self.path / "summary.json").unlink(missing_ok=True)  # of fewer epochs
+        return False
 
     def rewind(self, step: int) -> None:
-        """Forget the metrics of steps after `step`: the run goes on from there."""
+        """Forget the metrics of steps after `step`: the run goes on from there. Collective; raises `UserError` where
+        the file is damaged."""
+        dist.on_main(lambda: self._rewind(step))
+
+    def _rewind(self, step: int) -> None:
         record = self.path / "metrics.jsonl"
-        if dist.rank() == 0 and record.exists():
-            lines = record.read_text().splitlines(keepends=True)
-            self._write("metrics.jsonl", "".join(line for line in lines if _step_of(line) <= step))
+        if not record.exists():
+            return
+        require_regular(record, "run_dir")
+        before, kept = record.read_bytes(), b""
+        for number, line in enumerate(before.splitlines(keepends=True), start=1):
+            found = _step_of(line)
+            require(
+                found is not None or not line.endswith(b"\n"),
+                f"run_dir: {record} is damaged: remove its line {number}, or the file",
+            )
+            if found is None or found > step:  # None: cut short by a kill or a full disk
+                break
+            kept += line.rstrip(b"\n") + b"\n"
+        if kept != before:
+            write_bytes_atomically(record, kept)
 
     def log(self, split: str, step: int, epoch: int, **values: float) -> None:
         """Append one JSON object to metrics.jsonl."""
         if dist.rank():
             return
-        with open(self.path / "metrics.jsonl", "a") as file:
+        record = self.path / "metrics.jsonl"
+        with errors_name(record), open(record, "a", encoding="utf-8") as file:
             file.write(json.dumps({"split": split, "step": step, "epoch": epoch, **values}) + "\n")
         if self._writer is not None:
-            for name, value in values.items():
-                self._writer.add_scalar(f"{split}/{name}", value, step)
-            self._writer.flush()  # a process may end without notice
+            with errors_name(self.path / "events.out.tfevents"):
+                for name, value in values.items():
+                    self._writer.add_scalar(f"{split}/{name}", value, step)
+                self._writer.flush()  # a process may end without notice
 
     def write_summary(self, values: dict) -> None:
-        """Write summary.json, the final figures."""
+        """Write summary.json, the final figures: the run is complete."""
         if dist.rank() == 0:
             self._write("summary.json", json.dumps(values, indent=2) + "\n")
-
-    @property
-    def summary(self) -> dict | None:
-        """The final figures, if the run is complete."""
-        path = self.path / "summary.json"
-        return json.loads(path.read_text()) if path.exists() else None
+            _unlock(self.path)
 
     def _write(self, name: str, text: str) -> None:
         write_bytes_atomically(self.path / name, text.encode())
 
 
-def _step_of(line: str) -> float:
+def _show_unless_tensorboard(failed: threading.ExceptHookArgs) -> None:
+    """What fails in the thread of a SummaryWriter is raised where it is used, too."""
+    if "tensorboard" not in type(failed.thread).__module__:
+        threading.__excepthook__(failed)
+
+
+_locked: dict[Path, IO] = {}
+"""The open lock file of every folder that this process works in."""
+
+
+def _lock(folder: Path) -> None:
+    """Lock the file `.lock` for this process; raises `UserError` where another one has it.
+
+    The file stays for good: who removed it might do so just when somebody has opened it to lock it.
+    """
+    _unlock(folder)  # of an earlier try of this process
+    file = open(folder / ".lock", "a+", encoding="utf-8")  # noqa: SIM115  closed by _unlock
+    if not try_lock(file):
+        file.seek(0)
+        who = " ".join(file.read(200).split()) or "another process"
+        raise UserError(f"run_dir: {folder} is in use by {who}: wait until it ends, or choose another run_dir")
+    _locked[folder.resolve()] = file
+    file.truncate(0)
+    file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
+    file.flush()
+
+
+def _unlock(folder: Path) -> None:
+    file = _locked.pop(folder.resolve(), None)
+    if file is not None:
+        file.close()
+
+
+def _step_of(line: bytes) -> int | None:
+    """Of a line of metrics.jsonl; None where it is none."""
     try:
-        return json.loads(line)["step"]
-    except (json.JSONDecodeError, KeyError):
-        return float("inf")  # a line cut short by a kill
+        step = json.loads(line)["step"]
+    except (ValueError, KeyError, TypeError, RecursionError):
+        return None
+    return step if isinstance(step, int) else None
 
 
 def environment() -> dict:
@@ -122,7 +252,7 @@ def environment() -> dict:
     source = Path(__file__).parent
     copied = source.parent / "commit.json"  # of the copy that a job of `launch` runs
     if copied.exists():
-        code = json.loads(copied.read_text())
+        code = json.loads(copied.read_text(encoding="utf-8"))
     else:
         code = {
             "commit": _git("rev-parse", "HEAD", cwd=source),
@@ -143,7 +273,9 @@ def environment() -> dict:
 
 def _git(*arguments: str, cwd: Path) -> str | None:
     try:
-        done = subprocess.run(["git", *arguments], cwd=cwd, capture_output=True, text=True, timeout=10)
+        done = subprocess.run(
+            ["git", *arguments], cwd=cwd, capture_output=True, encoding="utf-8", errors="replace", timeout=10
+        )
     except (OSError, subprocess.TimeoutExpired):
         return None
     return done.stdout.strip() if done.returncode == 0 else None

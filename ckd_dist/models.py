@@ -54,19 +54,11 @@ def model_names() -> list[str]:
 
 
 def load_model(path: str | Path, option: str) -> tuple[nn.Module, dict]:
-    """The network of a trajectory's checkpoint with its weights, and the checkpoint's metadata.
-
-    The metadata has `model`, `num_classes`, `epoch`, `image_size` (it was trained at), `val_image_size` (evaluated at),
-    `mean`, `std`, `dataset` and `augment` (the kind of its training views).
-    """
-    state = checkpoint.load(path, option)
-    metadata: Any = state.get("metadata")
-    require(
-        isinstance(metadata, dict) and {"model", "num_classes", "image_size", "mean", "std"} <= metadata.keys(),
-        f"{option}: {path} is no checkpoint of this system: name a file epoch_*.pt of a run",
-    )
+    """The network of a trajectory's checkpoint with its weights, and the checkpoint's metadata."""
+    state = checkpoint.load(path, option, checkpoint.KeptState, "name a file epoch_*.pt of a run")
+    metadata = state["metadata"]
     model = build_model(metadata["model"], metadata["num_classes"])
-    load_fitting(model, state.get("weights"), f"{option}: {path}", metadata["model"])
+    load_fitting(model, state["weights"], f"{option}: {path}", metadata["model"])
     return model, metadata
 
 

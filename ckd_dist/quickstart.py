@@ -77,7 +77,7 @@ def report(folder: Path, teacher: Path, students: dict[str, str], caching: float
             table.add_row(str(line["epoch"] + 1), f"{line['top1']:.2f}")
     console.print(table)
 
-    summaries = {name: json.loads((folder / name / "summary.json").read_text()) for name in students}
+    summaries = {name: json.loads((folder / name / "summary.json").read_text(encoding="utf-8")) for name in students}
     table = Table(title="Students, resnet8", title_justify="left")
     for column in ("teacher", "top-1 %", "training s", "images/s"):
         table.add_column(column, justify="left" if column == "teacher" else "right")
@@ -99,7 +99,7 @@ def report(folder: Path, teacher: Path, students: dict[str, str], caching: float
 
 
 def _metrics(run: Path, split: str) -> list[dict]:
-    lines = map(json.loads, (run / "metrics.jsonl").read_text().splitlines())
+    lines = map(json.loads, (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines())
     return [line for line in lines if line["split"] == split]
 
 

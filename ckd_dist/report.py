@@ -13,7 +13,8 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-from ckd_dist.config import Parser, UserError, option_words, run_process
+from ckd_dist.config import Parser, UserError, option_words
+from ckd_dist.process import run_process
 
 
 def main() -> None:

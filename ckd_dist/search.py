@@ -17,9 +17,9 @@ on where it was. As a job array: with --part 1/16, --part 2/16, ..., and, once a
 from __future__ import annotations
 
 import itertools
-import json
 import os
 import random
+import signal
 import statistics
 import subprocess
 import sys
@@ -31,16 +31,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ckd_dist import results
-from ckd_dist.config import (
-    DistillConfig,
-    KDConfig,
-    SearchConfig,
-    TeacherConfig,
-    TrainDataConfig,
-    require,
-    run_command,
-    to_dict,
-)
+from ckd_dist.config import DistillConfig, KDConfig, SearchConfig, TeacherConfig, TrainDataConfig, require, to_dict
+from ckd_dist.process import PARENT, STOPPED, StopRequest, run_command
 
 if TYPE_CHECKING:
     import torch
@@ -77,11 +69,13 @@ def main(config: SearchConfig) -> None:
     if config.processes > 1:
         require("RANK" not in os.environ, "processes is for one plain process: leave it out under torchrun")
         require(config.part is None, "part and processes do not go together: give one of them")
-        share_out(precision.settle(config, folder))
+        settled = precision.settle(config, folder)
+        if not log.RunFolder(config.run_dir, shared_options(settled)).complete:
+            share_out(settled)
     with dist.process_group() as device:
         config = precision.settle(config, began_in(folder))
         trials = list_trials(config)
-        if config.part is None and config.processes == 1:  # parts may start all at once; share_out has made it
+        if config.part is None and config.processes == 1:  # parts may be at work all at once
             log.RunFolder(config.run_dir, shared_options(config))
         groups = side_by_side(trials, config.students_at_once, parts)[number - 1 :: parts]
         for count, group in enumerate(groups, start=1):
@@ -208,15 +202,15 @@ def is_complete(trial: Trial) -> bool:
     """Whether the student is trained out; raises `UserError` where its folder holds a run of other options."""
     from ckd_dist import log
 
-    folder = Path(trial.config.run_dir)
-    log.require_same_options(folder, to_dict(trial.config))
-    return (folder / "summary.json").exists()
+    return log.is_complete(Path(trial.config.run_dir), to_dict(trial.config))
 
 
 def began_in(folder: Path) -> Path:
     """The folder that tells the precision which a search began in: its own or, of parts that have no whole yet, that of
     any student."""
-    students = (path.parent for path in sorted(folder.glob("students/*/config.yaml")))
+    from ckd_dist import log
+
+    students = (path for path in sorted(folder.glob("students/*")) if log.saved_options(path))
     return folder if (folder / "config.yaml").exists() else next(students, folder)
 
 
@@ -225,43 +219,50 @@ def began_in(folder: Path) -> Path:
 
 def share_out(config: SearchConfig) -> None:
     """Train the students in processes of this machine, a part each, and return when all are done. One that fails ends
-    the others, and this process with its status; they end too when this process is killed."""
+    the others, and this process with its status; they end too when this process is killed, and save first when it is
+    asked to stop."""
     import torch
 
-    from ckd_dist import dist, log
+    from ckd_dist import dist
 
-    log.RunFolder(config.run_dir, shared_options(config))
     options = ["--config", str(Path(config.run_dir) / "config.yaml"), f"--students_at_once={config.students_at_once}"]
     threads = str(max(1, dist.cores_per_rank() // config.processes))
     workers, copies = [], []
-    try:
-        for number in range(1, config.processes + 1):
-            environment = {**os.environ, "OMP_NUM_THREADS": threads, PARENT: str(os.getpid())}
-            environment.pop("CKD_DIST_CORES", None)  # of all of us
-            if gpus := torch.cuda.device_count():
-                visible = os.environ.get("CUDA_VISIBLE_DEVICES", ",".join(map(str, range(gpus)))).split(",")
-                environment["CUDA_VISIBLE_DEVICES"] = visible[(number - 1) % gpus]
-            part = f"{number}/{config.processes}"
-            words = [sys.executable, "-m", "ckd_dist.search", *options, "--part", part]
-            pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
-            worker = subprocess.Popen(words, env=environment, text=True, **pipes)
-            workers.append(worker)
-            copies.append(threading.Thread(target=_copy_lines, args=(worker, part), daemon=True))
-            copies[-1].start()
-        while any(worker.poll() is None for worker in workers) and not any(worker.returncode for worker in workers):
-            time.sleep(0.1)
-        failed = [worker.returncode for worker in workers if worker.returncode]
-    finally:
-        for worker in workers:
-            worker.kill()
-        for copy in copies:
-            copy.join()
-    if failed:
-        raise SystemExit(failed[0] if failed[0] > 0 else 1)
+    with StopRequest() as stop:
+        try:
+            for number in range(1, config.processes + 1):
+                environment = {**os.environ, "OMP_NUM_THREADS": threads, PARENT: str(os.getpid())}
+                environment.pop("CKD_DIST_CORES", None)  # of all of us
+                if gpus := torch.cuda.device_count():
+                    visible = os.environ.get("CUDA_VISIBLE_DEVICES", ",".join(map(str, range(gpus)))).split(",")
+                    environment["CUDA_VISIBLE_DEVICES"] = visible[(number - 1) % gpus]
+                part = f"{number}/{config.processes}"
+                words = [sys.executable, "-m", "ckd_dist.search", *options, "--part", part]
+                pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "encoding": "utf-8"}
+                # A session of its own: Ctrl-C is for this process, which tells the others.
+                worker = subprocess.Popen(words, env=environment, errors="replace", start_new_session=True, **pipes)
+                workers.append(worker)
+                copies.append(threading.Thread(target=_copy_lines, args=(worker, part), daemon=True))
+                copies[-1].start()
+            while any(worker.poll() is None for worker in workers) and not failures(workers):
+                for worker in workers if stop.signal else ():
+                    worker.send_signal(signal.SIGUSR2)  # again and again: it may still be at its imports
+                time.sleep(0.1)
+            if failed := failures(workers):
+                raise SystemExit(failed[0] if failed[0] > 0 else 1)
+        finally:
+            for worker in workers:
+                worker.kill()
+            for copy in copies:
+                copy.join()
+    if any(worker.returncode for worker in workers):
+        raise SystemExit(STOPPED)
 
 
-PARENT = "CKD_DIST_SEARCH_PARENT"
-"""Environment variable: the process that started this part."""
+def failures(workers: list[subprocess.Popen]) -> list[int]:
+    """Exit statuses of parts that have ended otherwise than by their end or by SIGUSR2."""
+    fine = (None, 0, STOPPED, -signal.SIGUSR2)
+    return [worker.returncode for worker in workers if worker.returncode not in fine]
 
 
 def _copy_lines(worker: subprocess.Popen, part: str) -> None:
@@ -270,30 +271,20 @@ def _copy_lines(worker: subprocess.Popen, part: str) -> None:
         print(f"{part}  {line}", end="", flush=True)
 
 
-def _end_with_parent() -> None:
-    parent = os.environ.get(PARENT)
-
-    def watch() -> None:
-        while str(os.getppid()) == parent:
-            time.sleep(0.5)
-        os._exit(1)
-
-    if parent:
-        threading.Thread(target=watch, daemon=True).start()
-
-
 # ------------------------------------------------------------------------------------------- choice
 
 
 def choose(trials: list[Trial]) -> list[dict]:
     """The rows of results.csv, without test figures: for each model and teacher, the setting with the best mean top-1
     on data.val over the seeds is chosen; of equals the one with the lower loss there, then the first."""
+    from ckd_dist import log
+
     rows = []
     for trial in trials:
-        summary = json.loads((Path(trial.config.run_dir) / "summary.json").read_text())
+        summary = log.read_summary(Path(trial.config.run_dir))
         setting = {key: getattr(trial.setting, key, None) for key in ("loss", "alpha", "temperature")}
-        figures = {f"val_{key}": summary[key] for key in ("top1", "top5", "loss")}
-        took = {key: summary[key] for key in ("train_seconds", "side_by_side")}
+        figures = {f"val_{key}": getattr(summary, key) for key in ("top1", "top5", "loss")}
+        took = {key: getattr(summary, key) for key in ("train_seconds", "side_by_side")}
         named = {"student": trial.name, "weights_sha256": trial.weights_sha256}
         named.update({"model": trial.model, "teacher": trial.teacher, **setting})
         rows.append({**named, "seed": trial.config.seed, "epochs": trial.config.epochs, **figures, **took})
@@ -350,5 +341,4 @@ def show(rows: list[dict]) -> None:
 
 
 if __name__ == "__main__":
-    _end_with_parent()
     run_command(main, SearchConfig, "ckd_dist.search")

@@ -16,7 +16,8 @@ import time
 from pathlib import Path
 
 from ckd_dist import results
-from ckd_dist.config import SelectConfig, require, run_command, to_dict
+from ckd_dist.config import SelectConfig, require, to_dict
+from ckd_dist.process import run_command
 
 
 def main(config: SelectConfig) -> None:

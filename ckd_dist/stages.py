@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shlex
+import signal
 import subprocess
 import sys
 import time
@@ -11,6 +12,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 from rich.console import Console
+
+from ckd_dist.process import StopRequest, run_process
 
 console = Console(highlight=False)
 
@@ -21,7 +24,7 @@ def run_in_folder(main: Callable[[Path], None], default: str) -> None:
     if {"-h", "--help"} & set(words) or len(words) > 1:
         print(main.__globals__["__doc__"])
         sys.exit(0 if len(words) <= 1 else 2)
-    main(Path(words[0] if words else default))
+    run_process(lambda: main(Path(words[0] if words else default)))
 
 
 def stage(title: str, *words: object, processes: int = 0) -> float:
@@ -34,7 +37,8 @@ def stage(title: str, *words: object, processes: int = 0) -> float:
     launcher = ["-m", "torch.distributed.run", *torchrun[1:]] if processes else []
     started = time.perf_counter()
     threads = {"OMP_NUM_THREADS": "1"} if processes else {}
-    done = subprocess.run([sys.executable, *launcher, *command], env={**threads, **os.environ})
+    with StopRequest(signal.SIGINT):  # Ctrl-C is for the stage, which saves; then this process ends too
+        done = subprocess.run([sys.executable, *launcher, *command], env={**threads, **os.environ})
     if done.returncode:
         console.print(f"this command failed with exit status {done.returncode}", style="red")
         sys.exit(done.returncode)

@@ -13,7 +13,8 @@ import sys
 import time
 from pathlib import Path
 
-from ckd_dist.config import require, run_process
+from ckd_dist.config import require
+from ckd_dist.process import run_process
 from ckd_dist.stages import console, stage
 
 CONFIGS, RUNS = Path("configs/study"), Path("runs/study")

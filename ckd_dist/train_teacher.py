@@ -6,7 +6,8 @@
 The same command again goes on from the last saved step.
 """
 
-from ckd_dist.config import TrainTeacherConfig, run_command
+from ckd_dist.config import TrainTeacherConfig
+from ckd_dist.process import run_command
 
 # Students use views 0, 1, 2, ...: the teacher must not have been fitted to the very images that it is asked about.
 FIRST_VIEW = 1 << 20

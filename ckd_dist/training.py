@@ -13,7 +13,7 @@ from ckd_dist.config import TrainConfig, require, to_dict
 from ckd_dist.data import DatasetInfo, eval_recipe, rank_share
 from ckd_dist.engine import Learner, Loss, Source, fit
 from ckd_dist.loader import BetonLoader, read_labels
-from ckd_dist.log import RunFolder, say
+from ckd_dist.log import RunFolder, read_summary, say
 from ckd_dist.models import build_model, load_weights, require_fits
 from ckd_dist.recipe import ViewRecipe
 
@@ -68,13 +68,13 @@ def train(
     learners = []
     for each, model, its_loss in zip(configs, models, loss, strict=True):
         run = RunFolder(each.run_dir, to_dict(each), tensorboard=each.tensorboard)
-        its_metadata = {"model": each.model.name, **metadata}
-        learner = Learner(model, each, its_loss, run, device, its_metadata, info.count // batch_size)
-        if run.summary is not None and learner.step == config.epochs * learner.steps_per_epoch:
-            found = f", top1 {run.summary['top1']:.2f}" if "top1" in run.summary else ""
+        if run.complete:
+            summary = read_summary(run.path)
+            found = f", top1 {summary.top1:.2f}" if summary and summary.top1 is not None else ""
             say(f"{run.path}: complete already{found}")
-        else:
-            learners.append(learner)
+            continue
+        its_metadata = {"model": each.model.name, **metadata}
+        learners.append(Learner(model, each, its_loss, run, device, its_metadata, info.count // batch_size))
     if not learners:
         return
     make_loader = partial(

@@ -208,7 +208,7 @@ class Records:
         path = self.path(job, "json")
         if not path.exists():
             return None
-        values = json.loads(path.read_text())
+        values = json.loads(path.read_text(encoding="utf-8"))
         return Record(values["job_id"], values["executor"], Path(values["folder"]))
 
     def write(self, job: Job, record: Record) -> None:
@@ -236,7 +236,7 @@ def _require_same_images(job: Job, path: Path) -> None:
     """Raise `UserError` where a file that was there before the graph is not what the task would write."""
     asked = _words_to_options(job.command.words)
     described = Path(f"{path}.json")
-    known = json.loads(described.read_text()) if described.exists() else {}
+    known = json.loads(described.read_text(encoding="utf-8")) if described.exists() else {}
     known = {**known.get("recipe", {}), **known}
     for key in ("dataset", "split", "subset", "holdout", "max-resolution", "write-mode"):
         there = known.get(key.replace("-", "_"))

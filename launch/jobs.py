@@ -172,7 +172,7 @@ def check_store(command: Command) -> None:
         words = command.command_line(Path(folder) / "options.yaml")
         environment = {**os.environ, "PYTHONPATH": str(root())}
         program = [sys.executable, "-m", "ckd_dist.store", "plan", *words, "--trial_seconds=0", "--json"]
-        done = subprocess.run(program, capture_output=True, text=True, env=environment)
+        done = subprocess.run(program, capture_output=True, encoding="utf-8", errors="replace", env=environment)
     if done.returncode == 2 or not done.stdout.startswith("{"):
         raise UserError(done.stderr.strip().removeprefix("error: ") or "store plan failed")
     plan = json.loads(done.stdout)
@@ -213,7 +213,7 @@ def copy_code(folder: Path) -> Path:
         with contextlib.suppress(FileNotFoundError):  # numba has just replaced it
             shutil.copy2(path, copy)
     commit, changes = git("rev-parse", "HEAD"), git("status", "--porcelain", "--", *PACKAGES)
-    (staged / "commit.json").write_text(json.dumps({"commit": commit, "dirty": bool(changes)}))
+    (staged / "commit.json").write_text(json.dumps({"commit": commit, "dirty": bool(changes)}), encoding="utf-8")
     staged.chmod(0o755)
     try:
         staged.rename(target)
@@ -224,7 +224,7 @@ def copy_code(folder: Path) -> Path:
 
 def describe_code(code: Path) -> str:
     """One line on the copied code: its commit, and whether the work tree was dirty."""
-    known = json.loads((code / "commit.json").read_text())
+    known = json.loads((code / "commit.json").read_text(encoding="utf-8"))
     commit = (known["commit"] or "no commit")[:12]
     return f"code: {code} ({commit}{', with uncommitted changes' if known['dirty'] else ''})"
 
@@ -232,7 +232,9 @@ def describe_code(code: Path) -> str:
 def git(*words: str) -> str | None:
     """Output of git in the work tree, None outside one."""
     try:
-        done = subprocess.run(["git", *words], cwd=root(), capture_output=True, text=True, timeout=20)
+        done = subprocess.run(
+            ["git", *words], cwd=root(), capture_output=True, encoding="utf-8", errors="replace", timeout=20
+        )
     except (OSError, subprocess.TimeoutExpired):
         return None
     return done.stdout.strip() if done.returncode == 0 else None
@@ -293,7 +295,7 @@ def batch_script(executor: Any) -> str:
 
 def try_script(script: str) -> str:
     """`sbatch --test-only`: when and where it would start; raises `UserError` where it is refused."""
-    with tempfile.NamedTemporaryFile("w", suffix=".sh") as file:
+    with tempfile.NamedTemporaryFile("w", suffix=".sh", encoding="utf-8") as file:
         file.write(script)
         file.flush()
         done = slurm.command("sbatch", "--test-only", file.name)

@@ -44,7 +44,9 @@ class LocalWatch:
 def is_running(job: str) -> bool:
     """Whether the process is there and is a job's: submitit's, or still our own child that becomes it."""
     try:
-        state, parent = Path(f"/proc/{job}/stat").read_text().rpartition(")")[2].split()[:2]
+        state, parent = (
+            Path(f"/proc/{job}/stat").read_text(encoding="utf-8", errors="replace").rpartition(")")[2].split()[:2]
+        )
         command = Path(f"/proc/{job}/cmdline").read_bytes()
     except OSError:
         return False

@@ -24,7 +24,8 @@ from rich.console import Console
 from rich.live import Live
 from rich.table import Table
 
-from ckd_dist.config import UserError, flag_words, load_config, option_words, require, run_process
+from ckd_dist.config import UserError, flag_words, load_config, option_words, require
+from ckd_dist.process import run_process
 from launch import jobs, local, slurm
 from launch.graph import Job, PipelineConfig, Record, Records, Task, build, state_without_queue
 from launch.slurm import State

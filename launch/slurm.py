@@ -23,7 +23,9 @@ shared folder may show its result late."""
 
 def command(*words: str, timeout: float = 60) -> subprocess.CompletedProcess[str]:
     """Run a SLURM command."""
-    return subprocess.run(words, capture_output=True, text=True, timeout=timeout, stdin=subprocess.DEVNULL)
+    return subprocess.run(
+        words, capture_output=True, encoding="utf-8", errors="replace", timeout=timeout, stdin=subprocess.DEVNULL
+    )
 
 
 def require_slurm() -> None:
@@ -151,7 +153,7 @@ class Watch:
 def read_result(path: Path) -> dict | None:
     """What a job left: `status`, and if that is not 0, `rank`, `host` and the last `lines` of its stderr."""
     try:
-        return json.loads(path.read_text())
+        return json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         return None
 

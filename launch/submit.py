@@ -20,7 +20,8 @@ from pathlib import Path
 import yaml
 from rich.console import Console
 
-from ckd_dist.config import UserError, flag_words, load_config, option_words, run_process
+from ckd_dist.config import UserError, flag_words, load_config, option_words
+from ckd_dist.process import run_process
 from launch import jobs, slurm
 from launch.jobs import Command, LaunchConfig
 from launch.local import LocalWatch
@@ -138,7 +139,7 @@ def failure(folder: Path, job: str) -> list[str]:
     if result and result["status"]:
         return [f"rank {result['rank']} on {result['host']}:", *result["lines"]]
     path = folder / f"{job}_0_log.err"
-    lines = path.read_text(errors="replace").splitlines() if path.exists() else []
+    lines = path.read_text(encoding="utf-8", errors="replace").splitlines() if path.exists() else []
     return [f"the end of {path}:", *lines[-10:]]
 
 

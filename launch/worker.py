@@ -19,15 +19,19 @@ from typing import Any, NoReturn
 
 import submitit
 
-from ckd_dist.config import PEER_LOST, STOPPED
+from ckd_dist.process import PARENT, PEER_LOST, STOPPED
 
 RENDEZVOUS_SECONDS = 600
 """For all processes of a job to start: a node may boot first."""
 PEER_SECONDS = 900
 """Within which SLURM tells why a rank is gone: it notices a dead node after SlurmdTimeout, 300 s by default."""
-RUN_MODULE = (
-    "import runpy, sys; sys.path.insert(0, {code!r}); runpy.run_module({module!r}, run_name='__main__', alter_sys=True)"
-)
+RUN_MODULE = """
+import runpy, sys
+sys.path.insert(0, {code!r})
+from ckd_dist.process import begin
+begin()
+runpy.run_module({module!r}, run_name="__main__", alter_sys=True)
+"""
 
 
 class Worker:
@@ -36,7 +40,7 @@ class Worker:
     At SIGUSR2, which SLURM sends before the time limit or a preemption, rank 0's command stops and saves, and the job
     goes back to the queue, where it finds everything as it left it; after a requeue from outside or a node's failure it
     goes on from what was saved last. A command that fails ends the job, and its last lines on stderr are kept in the
-    job's result.
+    job's result. The command ends with this process.
     """
 
     def __init__(self, module: str, words: list[str], code: Path, folder: Path, cores: int, max_restarts: int):
@@ -62,6 +66,7 @@ class Worker:
             **os.environ,
             "PYTHONPATH": f"{self.code}:{os.environ.get('PYTHONPATH', '')}",
             "CKD_DIST_CORES": str(self.cores),
+            PARENT: str(os.getpid()),
         }
         if job.num_tasks > 1:
             environment.update(self._distributed(job, restarts))
@@ -162,7 +167,7 @@ class Worker:
             if time.monotonic() > deadline:
                 self._fail(1, [f"rank 0 did not start within {RENDEZVOUS_SECONDS} s"])
             time.sleep(0.1)
-        address, port = json.loads(path.read_text())
+        address, port = json.loads(path.read_text(encoding="utf-8"))
         return address, port
 
     def _address_file(self, restarts: int) -> Path:
@@ -176,7 +181,7 @@ class Worker:
 
     def _failed_elsewhere(self) -> bool:
         """Whether another rank has ended the job."""
-        return self._result.exists() and json.loads(self._result.read_text())["status"] != 0
+        return self._result.exists() and json.loads(self._result.read_text(encoding="utf-8"))["status"] != 0
 
     def _fail(self, status: int, lines: list[str]) -> NoReturn:
         """End this process, and with it the job; the first rank that fails leaves the result."""
@@ -206,5 +211,5 @@ def _ignore_signals() -> None:
 def write_json(path: Path, values: Any) -> None:
     """A file that is whole or absent, whoever writes it on whatever node."""
     temporary = path.with_name(f".{path.name}.{socket.gethostname()}.{os.getpid()}")
-    temporary.write_text(json.dumps(values))
+    temporary.write_text(json.dumps(values), encoding="utf-8")
     os.replace(temporary, path)

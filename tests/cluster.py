@@ -6,6 +6,8 @@ for each node, and, asked for, slurmdbd on a database. Needs root, and Debian's 
 
 from __future__ import annotations
 
+import importlib
+import io
 import os
 import re
 import secrets
@@ -17,12 +19,14 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from pathlib import Path
 
 import psutil
 import pytest
-from conftest import ENVIRONMENT, ROOT, run
+from conftest import ROOT
+
+from ckd_dist.config import UserError
 
 DAEMONS = ("munged", "slurmctld", "slurmd", "sbatch", "unshare")
 PROGRAMS = ROOT / "tests" / "programs"
@@ -308,10 +312,26 @@ def temporary_cluster(**options) -> Iterator[Cluster]:
 
 
 def launch(cluster, module, *words, cwd=ROOT, status=0, env=None):
-    """Run `python -m launch.submit` or `launch.pipeline` to its end and check its exit status."""
-    path = f"{ROOT}:{PROGRAMS}"
-    environment = {**ENVIRONMENT, **(cluster.environment if cluster else {}), "PYTHONPATH": path, **(env or {})}
-    return run(f"launch.{module}", *words, status=status, env=environment, cwd=cwd)
+    """`python -m launch.submit` or `launch.pipeline`, in this process; checks its exit status."""
+    environment = {**(cluster.environment if cluster else {}), "PYTHONPATH": f"{ROOT}:{PROGRAMS}", **(env or {})}
+    out, err, code = io.StringIO(), io.StringIO(), None
+    with pytest.MonkeyPatch.context() as patch, redirect_stdout(out), redirect_stderr(err):
+        for name in [name for name in os.environ if name.startswith("SLURM")]:
+            patch.delenv(name)
+        for name, value in environment.items():
+            patch.setenv(name, value)
+        for folder in environment["PYTHONPATH"].split(":"):
+            patch.syspath_prepend(folder)
+        patch.setattr(sys, "argv", [module, *map(str, words)])
+        patch.chdir(cwd)
+        try:
+            code = importlib.import_module(f"launch.{module}").main()
+        except UserError as error:
+            print(f"error: {error}", file=err)
+            code = 2
+    done = subprocess.CompletedProcess(words, code, out.getvalue(), err.getvalue())
+    assert code == status, f"exit status {code}\n{done.stdout[-3000:]}\n{done.stderr[-6000:]}"
+    return done
 
 
 def job_id(done):

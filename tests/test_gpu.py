@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import signal
+import subprocess
+import sys
+import time
 from dataclasses import replace
 
 import numpy as np
+import psutil
 import pytest
 import torch
-from conftest import run
+from conftest import ENVIRONMENT, ROOT, command_line, count_lines, run
 from test_training import metrics
 from test_views import EVERYTHING, RRC
 
@@ -73,6 +78,25 @@ def test_logits_on_the_gpu_are_near_those_of_the_cpu():
 
 def test_two_ranks_that_share_a_gpu_train(photographs, tmp_path):
     options = ["--data.train", photographs, "--data.image_size", 32, "--data.batch_size", 20, "--model.name", "resnet8"]
-    run("ckd_dist.train_teacher", *options, "--epochs", 2, "--log_every", 1, "--run_dir", tmp_path / "run", nproc=2)
+    more = ["--epochs", 2, "--log_every", 1, "--run_dir", tmp_path / "run"]
+    done = run("ckd_dist.train_teacher", *options, *more, nproc=2)
+    assert "gloo instead of nccl, which is faster: ranks 0 and 1 share a GPU" in done.stdout
     losses = [line["loss"] for line in metrics(tmp_path / "run")]
     assert len(losses) == 10 and np.isfinite(losses).all()
+
+
+def test_a_rank_that_leaves_alone_ends_a_job_of_ranks_that_see_one_gpu_each(photographs, tmp_path):
+    options = ["--data.train", photographs, "--data.image_size", 32, "--data.batch_size", 20, "--model.name", "resnet8"]
+    words = [*options, "--epochs", 100_000, "--log_every", 1, "--run_dir", tmp_path / "run"]
+    command = command_line("ckd_dist.train_teacher", *words, nproc=min(2, torch.cuda.device_count()))
+    at = command.index("-m", 2)
+    command[at:at] = ["--no-python", "sh", "-c", 'CUDA_VISIBLE_DEVICES=$LOCAL_RANK exec "$@"', "sh", sys.executable]
+    process = subprocess.Popen(command, env=ENVIRONMENT, cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    while count_lines(tmp_path / "run" / "metrics.jsonl") < 2:
+        assert process.poll() is None
+        time.sleep(0.1)
+    ranks = psutil.Process(process.pid).children(recursive=True)
+    next(rank for rank in ranks if rank.environ().get("RANK") == "0").send_signal(signal.SIGUSR2)
+    out, _ = process.communicate(timeout=60)
+    assert "stopped by SIGUSR2 and saved" in out and "gloo" not in out
+    assert not psutil.wait_procs(ranks, timeout=10)[1]

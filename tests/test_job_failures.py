@@ -105,7 +105,8 @@ def kill_processes(job):
 
 
 @pytest.mark.parametrize("accounting", ["none", "shim", "slurmdbd"])
-def test_the_state_shown_is_right_with_and_without_accounting(accounting, tmp_path):
+def test_the_state_shown_is_right_with_and_without_accounting(accounting, tmp_path, monkeypatch):
+    monkeypatch.setattr(slurm, "DOUBT_SECONDS", 3)
     (tmp_path / "nap.py").write_text("import time\ntime.sleep(99)")
     (tmp_path / "good.py").touch()
     (tmp_path / "bad.py").write_text("raise SystemExit(3)")

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import yaml
 from cluster import PROGRAMS, job_id, launch, temporary_cluster, wait_for
-from conftest import ROOT, count_lines, run
+from conftest import ENVIRONMENT, ROOT, count_lines, run
 from test_training import metrics
 
 from ckd_dist.config import UserError, flag_words
@@ -82,7 +82,7 @@ def test_edits_made_while_a_job_waits_change_nothing(cluster, tmp_path):
     told, worker = tree / "data_prep" / "told.py", tree / "launch" / "worker.py"
     told.write_text("print('as it was')")
     words = ["data_prep.told", "--slurm.extra.begin=now+1hour"]
-    done = launch(cluster, "submit", *words, cwd=tree, env={"PYTHONPATH": str(tree)})
+    done = run("launch.submit", *words, cwd=tree, env={**cluster.environment, "PYTHONPATH": str(tree)})
     told.write_text("print('as it is now')")
     worker.write_text("raise SystemExit('edited')")
     job = job_id(done)
@@ -103,7 +103,6 @@ def test_what_the_cluster_cannot_do_is_refused_in_one_line(cluster, fashion, tea
         ([*here, "--slurm.timeout_min", 1500], "1500 minutes asked, partition main has 1440 minutes at most"),
         ([*here, "--slurm.timeout_min", 3], "give 4 or more"),
         ([*here, "--slurm.partition", "gpu"], "no partition gpu: give one of main, low, high"),
-        ([*here, "--slurm.extra.reservation", "none"], "sbatch refuses: Batch job submission failed"),
         ([*here, "--slurm.noodes", 2], "unknown option --slurm.noodes; did you mean --slurm.nodes?"),
         ([*here, "--kd.alfa", 2], "unknown option --kd.alfa; did you mean --kd.alpha?"),
         ([*distill, "--run_dir", cluster.folder / "tmp" / "run"], "which every node has for itself"),
@@ -117,6 +116,9 @@ def test_what_the_cluster_cannot_do_is_refused_in_one_line(cluster, fashion, tea
         for words, expected in cases:
             done = launch(cluster, "submit", *words, status=2)
             assert expected in done.stderr and done.stderr.count("\n") == 1, done.stderr
+        environment = {**ENVIRONMENT, **cluster.environment}
+        done = run("launch.submit", *here, "--slurm.extra.reservation", "none", status=2, env=environment)
+        assert re.fullmatch("error: sbatch refuses: Batch job submission failed.*\n", done.stderr)
         assert not (tmp_path / "small" / "s").exists()
     finally:
         subprocess.run(["umount", tmp_path / "small"], check=True)
@@ -204,7 +206,8 @@ def write_graph(folder: Path) -> Path:
 def test_the_whole_graph_with_a_job_that_fails_and_then_completed(cluster, tmp_path):
     config = write_graph(tmp_path)
     poison = tmp_path / "search" / "students" / "resnet8_teacher_1_kd_alpha_0.5_T_5_seed_1" / "config.yaml"
-    poison.parent.mkdir(parents=True)
+    (poison.parent / "checkpoints").mkdir(parents=True)
+    (poison.parent / "checkpoints" / "last.pt").touch()
     poison.write_text("epochs: 7\n")  # a run of other options: its part of the search refuses to go on
     started = launch(cluster, "pipeline", "--config", config, "--wait", status=1)
     assert "14 of 14 jobs submitted" in started.stdout

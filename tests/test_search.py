@@ -15,7 +15,7 @@ import psutil
 import pytest
 import torch
 import yaml
-from conftest import ENVIRONMENT, ROOT, VIEWS, cache_options, command_line
+from conftest import ENVIRONMENT, ROOT, VIEWS, cache_options, command_line, count_lines
 
 from ckd_dist import cache_logits, checkpoint, data, distill, evaluate, search, train_teacher
 from ckd_dist.config import (
@@ -227,17 +227,36 @@ def test_parts_of_a_job_array_and_a_last_command_make_the_whole(fashion, two_run
     assert saved["grid"]["teachers"] == [[1], [2], [3]] and "part" not in saved
 
 
-def test_a_part_that_fails_ends_the_search_within_seconds(fashion, two_runs, tmp_path):
+def test_a_part_that_fails_ends_the_search_ctrl_c_saves_in_all_parts_and_a_killed_one_leaves_nobody(
+    fashion, two_runs, tmp_path
+):
     words = options(fashion, two_runs, tmp_path / "run", "--grid.seeds", "[0,1]", "--epochs", 500, "--processes", 2)
-    process = start(command_line("ckd_dist.search", *words, "--log_every", 1))
-    while len(list(tmp_path.glob("run/students/*/metrics.jsonl"))) < 2:
-        assert process.poll() is None
-        time.sleep(0.1)
-    family = psutil.Process(process.pid).children(recursive=True)
+    command = command_line("ckd_dist.search", *words, "--log_every", 1)
+
+    def start():
+        before = [count_lines(path) for path in records()]
+        process = subprocess.Popen(command, env=ENVIRONMENT, cwd=ROOT, stdout=subprocess.PIPE, text=True)
+        while len(records()) < 2 or any(count_lines(p) <= n for p, n in zip(records(), before or [0, 0], strict=True)):
+            assert process.poll() is None
+            time.sleep(0.1)
+        return process, psutil.Process(process.pid).children(recursive=True)
+
+    def records():
+        return sorted(tmp_path.glob("run/students/*/metrics.jsonl"))
+
+    process, family = start()
     family[0].send_signal(signal.SIGKILL)
     assert process.wait(timeout=20) == 1
-    _, alive = psutil.wait_procs(family, timeout=10)
-    assert not alive
+    assert not psutil.wait_procs(family, timeout=10)[1]
+    process, family = start()
+    process.send_signal(signal.SIGINT)
+    assert process.communicate(timeout=60)[0].count("stopped by SIGUSR2 and saved") == 2 and process.returncode == 130
+    for record in records():
+        last = checkpoint.load(record.with_name("checkpoints") / "last.pt", "")
+        assert last["step"] == json.loads(record.read_text().splitlines()[-1])["step"]
+    process, family = start()
+    process.kill()
+    assert not psutil.wait_procs(family, timeout=20)[1] and process.wait(timeout=10) == -signal.SIGKILL
 
 
 @pytest.mark.parametrize(

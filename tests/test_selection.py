@@ -115,7 +115,8 @@ def test_a_killed_selection_ends_with_the_numbers_of_one_that_never_was(chosen, 
     words += ["--data.batch_size", 16]
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     expected = select_here(*words, "--run_dir", whole)
-    assert sorted(path.name for path in whole.iterdir()) == ["config.yaml", "cost.json", "env.json", "selection.json"]
+    left = sorted(path.name for path in whole.iterdir())
+    assert left == [".lock", "config.yaml", "cost.json", "env.json", "selection.json"]
 
     def saves():  # counts each save once
         path = killed / "probes.pt"

@@ -49,7 +49,7 @@ def same_weights(a, b):
 
 def test_a_run_leaves_its_record(teacher):
     assert sorted(path.name for path in teacher.iterdir()) == [
-        "checkpoints", "config.yaml", "env.json", "metrics.jsonl", "summary.json",
+        ".lock", "checkpoints", "config.yaml", "env.json", "metrics.jsonl", "summary.json",
     ]  # fmt: skip
     names = sorted(path.name for path in (teacher / "checkpoints").iterdir())
     assert names == ["epoch_0001.pt", "epoch_0002.pt", "epoch_0003.pt", "last.pt"]

@@ -27,7 +27,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from ckd_dist.config import Parser, run_process
+from ckd_dist.config import Parser
+from ckd_dist.process import run_process
 from ckd_dist.stages import console
 
 IN_MEMORY = ("step", "teaching")
@@ -79,7 +80,7 @@ def main() -> None:
         for name in names:
             console.rule(f"[bold]measuring: {name}", align="left")
             result["rows"] += [row.to_dict() for row in cases[name]()]
-            (folder / "bench.json").write_text(json.dumps(result, indent=2) + "\n")
+            (folder / "bench.json").write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
     show(result)
 
 

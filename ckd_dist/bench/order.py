@@ -73,7 +73,7 @@ def limited_memory() -> Iterator[Path]:
     group = parent / f"ckd_dist_{os.getpid()}"
     group.mkdir()
     try:
-        (group / ("memory.max" if unified else "memory.limit_in_bytes")).write_text(str(MEMORY))
+        (group / ("memory.max" if unified else "memory.limit_in_bytes")).write_text(str(MEMORY), encoding="utf-8")
         yield group
     finally:
         group.rmdir()
@@ -83,7 +83,7 @@ def _epoch_elsewhere(path: Path, order: str, group: Path) -> float:
     with open(path, "rb") as file:  # out of the page cache, wherever it comes from
         os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
     join = f"echo $$ > {group}/cgroup.procs && exec {sys.executable} -m {__name__} {path} {order}"
-    done = subprocess.run(["sh", "-c", join], check=True, stdout=subprocess.PIPE, text=True)
+    done = subprocess.run(["sh", "-c", join], check=True, stdout=subprocess.PIPE, encoding="utf-8", errors="replace")
     return float(done.stdout.splitlines()[-1])
 
 

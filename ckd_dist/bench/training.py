@@ -217,7 +217,7 @@ def measure_scaling(setup: Setup, tries: int = 3) -> list[Row]:
         if gpus:  # as much for each
             options += ["--data.batch_size", processes * setup.models.batch_size]
         output(*(launcher if processes > 1 else []), "ckd_dist.train_teacher", *options)
-        lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+        lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
         later = [line for line in lines if line["epoch"]]
         return sum(line["seconds"] * line["images_per_s"] for line in later) / sum(line["seconds"] for line in later)
 
@@ -239,4 +239,6 @@ def output(*words: object) -> str:
     """What `python -m WORDS` prints."""
     command = [sys.executable, "-m", *map(str, words)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"} if words[0] == "torch.distributed.run" else None
-    return subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, env=environment).stdout
+    return subprocess.run(
+        command, check=True, stdout=subprocess.PIPE, encoding="utf-8", errors="replace", env=environment
+    ).stdout

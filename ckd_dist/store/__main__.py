@@ -31,8 +31,8 @@ from ckd_dist.config import (
     load_config,
     option_words,
     require,
-    run_process,
 )
+from ckd_dist.process import run_process
 
 COMMANDS = ("plan", "info", "verify", "repair", "convert")
 

@@ -26,7 +26,7 @@ def locked(store: Path) -> Iterator[bool]:
     """Hold the store against other commands that add to it, on any node; creates the folder. Yields whether this file
     system has locks: without them, nothing is held."""
     store.mkdir(parents=True, exist_ok=True)
-    with open(store / ".lock", "w") as file:
+    with open(store / ".lock", "w", encoding="utf-8") as file:
         try:
             fcntl.lockf(file, fcntl.LOCK_EX)
             has_locks = True

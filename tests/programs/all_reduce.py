@@ -3,7 +3,7 @@
 import torch
 
 from ckd_dist import dist
-from ckd_dist.config import run_process
+from ckd_dist.process import run_process
 
 
 def main():

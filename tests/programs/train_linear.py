@@ -1,5 +1,6 @@
 """train_teacher with a linear model: without batch norm, the world size must not change the numbers. PAUSE in the
-environment: so many seconds in every step, for a run that lives long enough to be interrupted."""
+environment: so many seconds in every step, for a run that lives long enough to be interrupted; a job that starts again
+goes on without."""
 
 import os
 import time
@@ -7,14 +8,18 @@ import time
 from torch import nn
 
 from ckd_dist import engine, models, train_teacher
-from ckd_dist.config import TrainTeacherConfig, run_command
+from ckd_dist.config import TrainTeacherConfig
+from ckd_dist.process import run_command
 
 models._CIFAR["linear"] = lambda num_classes: nn.Sequential(nn.Flatten(), nn.Linear(3 * 28 * 28, num_classes))
 train_step = engine.Learner.train_step
 
 
+pause = 0.0 if int(os.environ.get("SLURM_RESTART_COUNT", "0")) else float(os.environ.get("PAUSE", "0"))
+
+
 def pause_and_train(learner, batch):
-    time.sleep(float(os.environ.get("PAUSE", "0")))
+    time.sleep(pause)
     train_step(learner, batch)
 
 
