@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.metadata
+import importlib.util
 import json
 import os
 import platform
@@ -126,18 +127,11 @@ class RunFolder:
         self._writer: Any = None
         self.complete = dist.on_main(lambda: self._prepare(config))
         """Whether nothing is left to do."""
-        if dist.rank() == 0 and tensorboard:
-            try:
-                from torch.utils.tensorboard import SummaryWriter
-            except ImportError:
-                raise UserError("tensorboard: not installed; pip install 'ckd_dist[tensorboard]'") from None
-            # What fails in its thread is raised in `log`, and need not be shown twice.
-            shown = threading.excepthook
-            threading.excepthook = lambda failed: (
-                None if "tensorboard" in type(failed.thread).__module__ else shown(failed)
-            )
-            with errors_name(self.path):
-                self._writer = SummaryWriter(str(self.path))
+        self._tensorboard = dist.rank() == 0 and tensorboard
+        require(
+            not self._tensorboard or importlib.util.find_spec("tensorboard") is not None,
+            "tensorboard: not installed; pip install 'ckd_dist[tensorboard]'",
+        )
 
     def _prepare(self, config: dict) -> bool:
         if is_complete(self.path, config):
@@ -156,6 +150,16 @@ class RunFolder:
         """Forget the metrics of steps after `step`: the run goes on from there. Collective; raises `UserError` where
         the file is damaged."""
         dist.on_main(lambda: self._rewind(step))
+        if self._tensorboard:
+            from torch.utils.tensorboard import SummaryWriter
+
+            # What fails in its thread is raised in `log`, and need not be shown twice.
+            shown = threading.excepthook
+            threading.excepthook = lambda failed: (
+                None if "tensorboard" in type(failed.thread).__module__ else shown(failed)
+            )
+            with errors_name(self.path):
+                self._writer = SummaryWriter(str(self.path), purge_step=step + 1)
 
     def _rewind(self, step: int) -> None:
         record = self.path / "metrics.jsonl"

@@ -317,7 +317,8 @@ def test(config: SearchConfig, trials: list[Trial], rows: list[dict], device: to
             networks[str(path)] = engine.to_device(model, device)
         if loader is None:
             models.require_classes(metadata, info.num_classes, "data.test")
-            loader = BetonLoader.for_evaluation(info, config.data, metadata, device)
+            as_evaluated = replace(config.data, image_size=None)  # at the size that figures on data.val are of
+            loader = BetonLoader.for_evaluation(info, as_evaluated, metadata, device)
         for (_, row), figures in zip(group, engine.evaluate(networks, loader, config.amp).values(), strict=True):
             row.update({f"test_{key}": value for key, value in figures.items()})
 

@@ -260,3 +260,16 @@ def test_a_full_disk_is_told_by_the_name_of_the_file_and_the_run_goes_on_when_th
         assert [line["step"] for line in lines if line.get("split") == "train"] == [1, 2, 3, 4, 5, 6]
     finally:
         subprocess.run(["umount", "--lazy", disk], check=True)
+
+
+def test_tensorboard_forgets_the_steps_that_a_resumed_run_takes_again(tmp_path):
+    events = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    for start, steps in ((0, (1, 2, 3)), (1, (2,))):
+        run_folder = log.RunFolder(str(tmp_path / "run"), {"epochs": 1}, tensorboard=True)
+        run_folder.rewind(start)
+        for step in steps:
+            run_folder.log("train", step, 0, loss=1.0)
+        del run_folder
+    found = events.EventAccumulator(str(tmp_path / "run"))
+    found.Reload()
+    assert [scalar.step for scalar in found.Scalars("train/loss")] == [1, 2]
