@@ -21,6 +21,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
@@ -324,8 +325,11 @@ def launch(cluster, module, *words, cwd=ROOT, status=0, env=None):
             patch.syspath_prepend(folder)
         patch.setattr(sys, "argv", [module, *map(str, words)])
         patch.chdir(cwd)
+        program: Any = importlib.import_module(f"launch.{module}")
+        if "COLUMNS" in environment:  # which its console read when it was made
+            patch.setattr(program.console, "width", int(environment["COLUMNS"]))
         try:
-            code = importlib.import_module(f"launch.{module}").main()
+            code = program.main()
         except UserError as error:
             print(f"error: {error}", file=err)
             code = 2
