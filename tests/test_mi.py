@@ -120,6 +120,9 @@ def test_scores_add_what_is_scaled_alike():
     zscore = mi.scores(image, label, "zscore", 0.0)
     assert zscore.mean() == pytest.approx(0) and zscore.std() == pytest.approx(1)
     np.testing.assert_allclose(mi.scores(image, np.ones(3), "zscore", 5.0), zscore)  # what is equal counts nothing
+    for scaling in mi.SCALINGS:
+        with pytest.raises(AssertionError, match="not a number"):
+            mi.scores(image, np.array([1.0, np.nan, 2.0]), scaling, 1.0)
 
 
 def test_scores_of_logits_are_what_their_definitions_say():
