@@ -15,7 +15,7 @@ import torch
 from typing_extensions import NotRequired, TypedDict
 
 from ckd_dist.config import UserError, require
-from ckd_dist.files import first_fault, require_regular, write_atomically
+from ckd_dist.files import first_fault, require_regular, schema, write_atomically
 
 
 def save(path: Path, state: dict) -> None:
@@ -81,7 +81,7 @@ def load(path: str | Path, option: str, kind: Any = dict[str, Any], mend: str = 
         why = f"it holds a {found[1]}, which might run code" if found else "it is damaged, or of another kind"
         raise UserError(f"{option}: {path} is not a file of tensors that torch loads safely ({why}): {mend}") from None
     try:
-        pydantic.TypeAdapter(kind).validate_python(state, strict=True)
+        schema(kind).validate_python(state, strict=True)
     except pydantic.ValidationError as error:
         why = first_fault(error)
         raise UserError(f"{option}: {path} is no checkpoint of this system ({why}): {mend}") from None

@@ -284,7 +284,7 @@ class Learner:
         """Keep the weights after `epoch` epochs, with the metadata to use them alone."""
         if dist.rank() == 0:
             metadata = {**self.metadata, "epoch": epoch, "evaluation": self.evaluation}
-            kept = self.model if self.averaged is None else self.averaged.module
+            kept = next(iter(self.models.values()))
             state = {"weights": kept.state_dict(), "metadata": metadata}
             checkpoint.save(checkpoint.checkpoint_path(self.run.path, epoch), state)
 

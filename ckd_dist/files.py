@@ -39,7 +39,7 @@ class NewFile:
             self.temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
             self.file: BinaryIO = open(self.temporary, "xb")  # noqa: SIM115  closed by publish or discard
             # A cleaner may have taken it for a leftover before it was locked.
-            if try_lock(self.file) and os.fstat(self.file.fileno()).st_nlink:
+            if lock(self.file) and os.fstat(self.file.fileno()).st_nlink:
                 return
             self.file.close()
 
@@ -93,7 +93,7 @@ def remove_leftovers(folder: Path) -> None:
     """Remove the files of dead writers, see `NewFile`, directly in `folder`."""
     for path in folder.glob(".*.tmp"):
         with suppress(OSError), open(path, "r+b") as file:
-            if try_lock(file, unless_known=False):
+            if lock(file, unless_known=False):
                 path.unlink()
 
 
@@ -109,14 +109,15 @@ def sync_folder(folder: Path) -> None:
 # ------------------------------------------------------------------------------------------- locks
 
 
-def try_lock(file: IO, *, unless_known: bool = True) -> bool:
-    """Lock a file that is open for writing, without waiting; False where somebody else holds it, on any node (NFS too).
+def lock(file: IO, *, wait: bool = False, unless_known: bool = True) -> bool:
+    """Lock a file that is open for writing; False where somebody else holds it, on any node (NFS too), unless this is
+    to `wait` for it.
 
     The lock ends when the file is closed, and when the process dies. `unless_known` is the answer of a file system that
     has no locks.
     """
     try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
     except OSError as error:
         if error.errno in (errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK):
             return unless_known
@@ -160,7 +161,7 @@ def parse_json(content: bytes | str, kind: type[T]) -> T:
     import pydantic  # takes a fifth of a second
 
     try:
-        return _adapter(kind).validate_json(content, strict=True)  # type: ignore[arg-type]  # types have hashes
+        return schema(kind).validate_json(content, strict=True)  # type: ignore[arg-type]  # types have hashes
     except pydantic.ValidationError as error:
         raise ValueError(first_fault(error)) from None
 
@@ -173,7 +174,8 @@ def first_fault(error: pydantic.ValidationError) -> str:
 
 
 @cache
-def _adapter(kind: Any) -> Any:
+def schema(kind: Any) -> pydantic.TypeAdapter:
+    """What checks values against a type, built once."""
     import pydantic
 
     return pydantic.TypeAdapter(kind)

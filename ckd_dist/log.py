@@ -23,7 +23,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from ckd_dist import dist
 from ckd_dist.config import UserError, flatten, read_yaml, require
-from ckd_dist.files import errors_name, read_json, require_regular, try_lock, write_bytes_atomically
+from ckd_dist.files import errors_name, lock, read_json, require_regular, write_bytes_atomically
 
 # Settings that may differ when a run goes on: they change how it is done, not what comes out.
 _FREE = ("data.workers", "data.os_cache", "data.verify", "save_last_every", "log_every", "tensorboard")
@@ -202,12 +202,6 @@ class RunFolder:
         write_bytes_atomically(self.path / name, text.encode())
 
 
-def _show_unless_tensorboard(failed: threading.ExceptHookArgs) -> None:
-    """What fails in the thread of a SummaryWriter is raised where it is used, too."""
-    if "tensorboard" not in type(failed.thread).__module__:
-        threading.__excepthook__(failed)
-
-
 _locked: dict[Path, IO] = {}
 """The open lock file of every folder that this process works in."""
 
@@ -219,7 +213,7 @@ def _lock(folder: Path) -> None:
     """
     _unlock(folder)  # of an earlier try of this process
     file = open(folder / ".lock", "a+", encoding="utf-8")  # noqa: SIM115  closed by _unlock
-    if not try_lock(file):
+    if not lock(file):
         file.seek(0)
         who = " ".join(file.read(200).split()) or "another process"
         raise UserError(f"run_dir: {folder} is in use by {who}: wait until it ends, or choose another run_dir")

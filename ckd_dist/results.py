@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Literal
 
 from ckd_dist.config import Scaling, UserError, require
-from ckd_dist.files import parse_json, read_json, require_regular, write_bytes_atomically
+from ckd_dist.files import parse_json, read_json, require_regular, schema, write_bytes_atomically
 
 _FINITE = {"allow_inf_nan": False}
 """For pydantic: what is not a number, or not finite, is damage."""
@@ -83,7 +83,7 @@ def read_table(path: Path, option: str) -> list[dict]:
     require(not uneven, f"{option}: {path} is damaged (line {uneven[:1]} has not a cell a column): {mend}")
     cells = [{key: cell or None for key, cell in zip(head, line, strict=True)} for line in lines]
     try:
-        return [vars(row) for row in pydantic.TypeAdapter(list[Row]).validate_python(cells)]
+        return [vars(row) for row in schema(list[Row]).validate_python(cells)]
     except pydantic.ValidationError as error:
         first = error.errors()[0]
         number, column = first["loc"][:2]

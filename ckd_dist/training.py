@@ -62,9 +62,10 @@ def train(
         model = build_model(each.model.name, info.num_classes).to(device)
         if each.model.weights:
             load_weights(model, each.model.weights)
-        for option, (side, train_images) in sides.items():
-            require_fits(model, each.model.name, info.num_classes, side, option, train_images=train_images)
         models.append(model)
+    for name, model in {each.model.name: model for each, model in zip(configs, models, strict=True)}.items():
+        for option, (side, train_images) in sides.items():
+            require_fits(model, name, info.num_classes, side, option, train_images=train_images)
     learners = []
     for each, model, its_loss in zip(configs, models, loss, strict=True):
         run = RunFolder(each.run_dir, to_dict(each), tensorboard=each.tensorboard)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import errno
-import fcntl
 import hashlib
 import io
 import json
@@ -16,7 +14,7 @@ from pathlib import Path
 import numpy as np
 
 from ckd_dist.config import require
-from ckd_dist.files import NewFile, errors_name, remove_leftovers, write_bytes_atomically
+from ckd_dist.files import NewFile, errors_name, lock, remove_leftovers, write_bytes_atomically
 from ckd_dist.store import codecs
 from ckd_dist.store.manifest import Manifest, Shard
 
@@ -27,14 +25,7 @@ def locked(store: Path) -> Iterator[bool]:
     system has locks: without them, nothing is held."""
     store.mkdir(parents=True, exist_ok=True)
     with open(store / ".lock", "w", encoding="utf-8") as file:
-        try:
-            fcntl.lockf(file, fcntl.LOCK_EX)
-            has_locks = True
-        except OSError as error:
-            if error.errno not in (errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK):
-                raise
-            has_locks = False
-        yield has_locks
+        yield lock(file, wait=True, unless_known=False)
 
 
 def merged(store: Path, wanted: Manifest) -> Manifest:
