@@ -19,6 +19,7 @@ os.environ["OMP_NUM_THREADS"] = "1"
 import numpy as np
 import psutil
 import pytest
+from filelock import FileLock
 from PIL import Image
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -107,39 +108,60 @@ def write_photographs(root: Path, counts: dict[str, int], seed: int = 0) -> None
             Image.fromarray(image.clip(0, 255).astype(np.uint8)).save(root / name / f"{i:03d}.jpg", quality=92)
 
 
+def make_once(factory: pytest.TempPathFactory, name: str, make: Callable[[Path], object]) -> Path:
+    """The session's folder `name`, filled by `make(folder)` in whichever of pytest-xdist's workers asks first."""
+    root = factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        root = root.parent
+    folder = root / "shared" / name
+    finished = folder.with_name(f"{name}.finished")
+    folder.parent.mkdir(exist_ok=True)
+    with FileLock(folder.with_name(f"{name}.lock")):
+        if not finished.exists():
+            shutil.rmtree(folder, ignore_errors=True)
+            folder.mkdir()
+            make(folder)
+            finished.touch()
+    return folder
+
+
 @pytest.fixture(scope="session")
 def fashion(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """Fashion-MNIST: 1201 training images (no batch size divides them), 301 held-out ones."""
-    folder = tmp_path_factory.mktemp("fashion")
-    files = {}
-    for split, subset in (("train", 1201), ("holdout", 301)):
-        files[split] = folder / f"{split}.beton"
-        options = ("--dataset", "fashion_mnist", "--split", split, "--subset", subset, "--holdout", "0.1")
-        run("data_prep.write_beton", *options, "--out", files[split])
-    return files
+
+    def make(folder: Path) -> None:
+        for split, subset in (("train", 1201), ("holdout", 301)):
+            options = ("--dataset", "fashion_mnist", "--split", split, "--subset", subset, "--holdout", "0.1")
+            run("data_prep.write_beton", *options, "--out", folder / f"{split}.beton")
+
+    folder = make_once(tmp_path_factory, "fashion", make)
+    return {split: folder / f"{split}.beton" for split in ("train", "holdout")}
 
 
 @pytest.fixture(scope="session")
 def photographs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """101 photographs of different sizes in three classes, half of them JPEG in the .beton file."""
-    folder = tmp_path_factory.mktemp("photographs")
-    write_photographs(folder / "images", {"ash": 40, "beech": 30, "cedar": 31})
-    path = folder / "photographs.beton"
-    options = ("--root", folder / "images", "--split", "test", "--write-mode", "proportion")
-    run("data_prep.write_beton", "--dataset", "imagefolder", *options, "--out", path)
-    return path
+
+    def make(folder: Path) -> None:
+        write_photographs(folder / "images", {"ash": 40, "beech": 30, "cedar": 31})
+        options = ("--root", folder / "images", "--split", "test", "--write-mode", "proportion")
+        run("data_prep.write_beton", "--dataset", "imagefolder", *options, "--out", folder / "photographs.beton")
+
+    return make_once(tmp_path_factory, "photographs", make) / "photographs.beton"
 
 
 @pytest.fixture(scope="session")
 def teacher(tmp_path_factory: pytest.TempPathFactory, fashion: dict[str, Path]) -> Path:
     """A resnet8 trained by two processes, with checkpoints after epochs 1, 2 and 3."""
-    path = tmp_path_factory.mktemp("teacher") / "run"
-    data = ("--data.train", fashion["train"], "--data.val", fashion["holdout"], "--data.batch_size", 64)
-    run(
-        "ckd_dist.train_teacher", *data, "--model.name", "resnet8", "--epochs", 3, "--save_every", 1,
-        "--optim.lr", 0.05, "--optim.warmup_epochs", 1, "--run_dir", path, nproc=2,
-    )  # fmt: skip
-    return path
+
+    def make(folder: Path) -> None:
+        data = ("--data.train", fashion["train"], "--data.val", fashion["holdout"], "--data.batch_size", 64)
+        run(
+            "ckd_dist.train_teacher", *data, "--model.name", "resnet8", "--epochs", 3, "--save_every", 1,
+            "--optim.lr", 0.05, "--optim.warmup_epochs", 1, "--run_dir", folder / "run", nproc=2,
+        )  # fmt: skip
+
+    return make_once(tmp_path_factory, "teacher", make) / "run"
 
 
 def cache_options(fashion: dict[str, Path], teacher: Path, store: Path, *more: object) -> list[str]:
@@ -157,9 +179,11 @@ def contents(store: Path) -> dict[str, str]:
 @pytest.fixture(scope="session")
 def store(tmp_path_factory: pytest.TempPathFactory, fashion: dict[str, Path], teacher: Path) -> Path:
     """Dense logits of all three checkpoints, two views, written by one process in batches of 64."""
-    path = tmp_path_factory.mktemp("store") / "store"
-    run("ckd_dist.cache_logits", *cache_options(fashion, teacher, path))
-    return path
+
+    def make(folder: Path) -> None:
+        run("ckd_dist.cache_logits", *cache_options(fashion, teacher, folder / "store"))
+
+    return make_once(tmp_path_factory, "store", make) / "store"
 
 
 @pytest.fixture
