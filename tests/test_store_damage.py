@@ -273,7 +273,7 @@ def test_an_edited_manifest_is_refused(copy, fashion, field):
         (lambda m: assign(m, "dataset.count", 1200), "is of images with count 1200, data.train has 1201"),
         (lambda m: assign(m, "dataset.num_classes", 11), "is of images with num_classes 11, data.train has 10"),
         (lambda m: assign(m, "recipe.kind", "center_crop"), r"epoch_0001.* has identity"),
-        (lambda m: assign(m, "forward.amp", "off"), r"epoch_0001.* has identity"),
+        (lambda m: assign(m, "forward.amp", "float16"), r"epoch_0001.* has identity"),
         *(
             (lambda m, key=key, value=value: assign(m, key, value), rf"manifest\.json is damaged \({wrong}")
             for key, value, wrong in (
