@@ -290,9 +290,9 @@ def test_pictures_of_every_suffix_are_taken_and_what_is_left_out_is_said(tmp_pat
     (root / "b" / ".thumbnails").mkdir()
     result = write("--dataset", "imagefolder", "--root", root, "--split", "test", "--out", tmp_path / "x.beton")
     assert result.status == 0
-    assert result.err == (
-        f"imagefolder test: {len(suffixes) + 2} of {len(suffixes) + 2} images, classes: 2; left out: 2 hidden, "
-        "2 without suffix, 2 .txt, 1 images beside the class folders, 1 .mpg\n"
+    assert result.err.splitlines()[0] == (
+        f"imagefolder test: {len(suffixes) + 2} of {len(suffixes) + 2} images, classes: 2; left out: "
+        "2 without suffix, 2 .txt, 2 hidden, 1 images beside the class folders, 1 .mpg"
     )
     stored = read(tmp_path / "x.beton")
     assert stored.labels == [0] * len(suffixes) + [1, 1]
@@ -316,6 +316,31 @@ def test_each_real_folder_is_read_once_whatever_links_lead_to_it(tmp_path):
     stored = read(tmp_path / "x.beton")
     assert stored.labels == [0, 0, 1, 1, 2]
     assert {image.tobytes() for image in stored.images} == {photo(8, 8, seed=i).tobytes() for i in range(5)}
+
+
+def test_each_real_file_is_written_once_whatever_links_lead_to_it(tmp_path):
+    root = tmp_path / "in"
+    for i, name in enumerate(["a/0.png", "a/1.png", "b/2.png"]):
+        save(root / name, photo(8, 8, seed=i))
+    os.link(root / "a" / "0.png", root / "a" / "9.png")
+    (root / "a" / "8.png").symlink_to("1.png")
+    (root / "b" / "3.png").symlink_to(save(tmp_path / "elsewhere.png", photo(8, 8, seed=3)))
+    os.link(tmp_path / "elsewhere.png", root / "b" / "4.png")
+    result = write("--dataset", "imagefolder", "--root", root, "--split", "test", "--out", tmp_path / "x.beton")
+    assert result.err == "imagefolder test: 4 of 4 images, classes: 2; left out: 3 files linked twice\n"
+    stored = read(tmp_path / "x.beton")
+    assert stored.labels == [0, 0, 1, 1]
+    assert [image.tobytes() for image in stored.images] == [photo(8, 8, seed=i).tobytes() for i in range(4)]
+
+
+def test_thumbnails_and_rubbish_of_file_servers_are_neither_images_nor_classes(tmp_path):
+    root = tmp_path / "in"
+    for i, folder in enumerate(("a", "b", "@eaDir", "a/@eaDir/0.png", "a/deep/__MACOSX", "lost+found", "$RECYCLE.BIN")):
+        save(root / folder / "0.png", photo(8, 8, seed=i))
+    (root / "a" / "Thumbs.db").write_bytes(b"no image")
+    result = write("--dataset", "imagefolder", "--root", root, "--split", "test", "--out", tmp_path / "x.beton")
+    assert result.err == "imagefolder test: 2 of 2 images, classes: 2; left out: 5 system folders, 1 .db\n"
+    assert json.loads((tmp_path / "x.beton.json").read_text())["classes"] == ["a", "b"]
 
 
 def test_integers_of_more_than_8_bits_are_scaled_from_the_range_that_is_known(tmp_path):
@@ -771,6 +796,9 @@ def spoil_layout(case: str, root: Path) -> tuple[str, str]:
     if case == "imagefolder with a folder in two classes":
         (root / "bee" / "more").symlink_to(root / "ant")
         return f"error: {root}/bee/more: the same folder is below {root}/ant, another class", "remove the link"
+    if case == "imagefolder with a file in two classes":
+        os.link(root / "ant" / "007.jpg", root / "cat" / "more.jpg")
+        return f"error: {root}/cat/more.jpg: the same file as {root}/ant/007.jpg, of another class", "remove one"
     if case == "imagefolder with a loop for a class":
         (root / "dog").symlink_to(".")
         return f"error: {root}/dog: a class without images (1 folders linked in a loop or twice)", "remove the folder"
@@ -807,6 +835,7 @@ def spoil_layout(case: str, root: Path) -> tuple[str, str]:
         "imagefolder of splits",
         "imagefolder with an empty class",
         "imagefolder with a folder in two classes",
+        "imagefolder with a file in two classes",
         "imagefolder with a loop for a class",
         "imagenet without val",
         "imagenet with a flat val",
@@ -914,9 +943,8 @@ def pipes(tmp_path: Path) -> list[str]:
     """A command line whose two workers wait for ever: its images are named pipes that nobody writes to."""
     (tmp_path / "in" / "a").mkdir(parents=True)
     (tmp_path / "out").mkdir()
-    os.mkfifo(tmp_path / "pipe")
     for i in range(128):
-        (tmp_path / "in" / "a" / f"{i}.jpg").symlink_to(tmp_path / "pipe")
+        os.mkfifo(tmp_path / "in" / "a" / f"{i}.jpg")
     argv = ["--dataset", "imagefolder", "--root", str(tmp_path / "in"), "--split", "test"]
     return [*argv, "--out", str(tmp_path / "out" / "x.beton"), "--workers", "2"]
 
