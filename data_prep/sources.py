@@ -1,12 +1,13 @@
 """Datasets as sources of images: `source.read(i, check)` is (uint8 RGB array [height, width, 3], class index)."""
 
 import gzip
+import hashlib
 import itertools
 import os
 import warnings
 import zlib
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import cache, partial
 from pathlib import Path
@@ -132,6 +133,12 @@ class ArraySource:
     def name(self, index: int) -> str:
         return f"{self.where}, image {index}"
 
+    def identity(self) -> Iterator[bytes]:
+        """What tells this source from others, in pieces: shape, labels and pixels."""
+        yield str(self.images.shape).encode()
+        yield self.labels.astype("<i8").tobytes()
+        yield self.images.tobytes()
+
     @property
     def max_side(self) -> int | None:
         """The longest side of any image, in pixels; None where only reading every file could tell."""
@@ -173,6 +180,12 @@ class FileSource:
     def name(self, index: int) -> str:
         return self.paths[index]
 
+    def identity(self) -> Iterator[bytes]:
+        """What tells this source from others, in pieces: each image's class and its path below the root."""
+        start = len(str(self.root / "x")) - 1  # of a root "." nothing stands in the paths
+        for path, label in zip(self.paths, self.labels.tolist(), strict=True):
+            yield self.classes[label].encode() + b"\0" + os.fsencode(path[start:]) + b"\0"
+
     @property
     def max_side(self) -> int | None:
         """The longest side of any image, in pixels; None where only reading every file could tell."""
@@ -180,6 +193,17 @@ class FileSource:
 
 
 Source = ArraySource | FileSource
+
+
+def source_hash(dataset: str, source: Source) -> str:
+    """What every part of a source shares, at whatever root folder it lies: "sha256:" and 64 hexadecimal digits.
+
+    Of image files the names count, not what is in them, which would have to be read.
+    """
+    digest = hashlib.sha256(dataset.encode() + b"\0")
+    for piece in source.identity():
+        digest.update(piece)
+    return f"sha256:{digest.hexdigest()}"
 
 
 def decode(image: ImageFile.ImageFile, decoding: Decoding, check: Check) -> NDArray[np.uint8]:
