@@ -1,12 +1,13 @@
 """Datasets as sources of images: `source.read(i, check)` is (uint8 RGB array [height, width, 3], class index)."""
 
 import gzip
+import hashlib
 import itertools
 import os
 import warnings
 import zlib
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import cache, partial
 from pathlib import Path
@@ -21,6 +22,22 @@ STACK_SEED = 20221130
 MAX_PIXELS = 178_956_970  # twice PIL's MAX_IMAGE_PIXELS, where it refuses by itself
 NO_PICTURES = {"BUFR", "EPS", "GRIB", "HDF5", "MPEG", "PCD", "WMF"}
 """What PIL registers a reader for, but cannot decode, or only by running a program; most .pcd are clouds of points."""
+SYSTEM_FOLDERS = {
+    "#recycle",
+    "#snapshot",
+    "$recycle.bin",
+    "@eadir",
+    "@recently-snapshot",
+    "@recycle",
+    "@tmp",
+    "__macosx",
+    "lost+found",
+    "network trash folder",
+    "system volume information",
+    "temporary items",
+    "~snapshot",
+}
+"""Where file servers and systems keep thumbnails, metadata and what was deleted; names in lower case."""
 
 FASHION_MNIST_CLASSES = [
     "T-shirt/top",
@@ -116,6 +133,12 @@ class ArraySource:
     def name(self, index: int) -> str:
         return f"{self.where}, image {index}"
 
+    def identity(self) -> Iterator[bytes]:
+        """What tells this source from others, in pieces: shape, labels and pixels."""
+        yield str(self.images.shape).encode()
+        yield self.labels.astype("<i8").tobytes()
+        yield self.images.tobytes()
+
     @property
     def max_side(self) -> int | None:
         """The longest side of any image, in pixels; None where only reading every file could tell."""
@@ -127,13 +150,15 @@ class FileSource:
     """Image files of any size.
 
     Attributes:
-        paths: N files.
+        root: the folder that they lie in.
+        paths: N files, each of them `root` and what follows.
         labels: int64 [N].
         classes: name of each class.
         left_out: how many files and folders of each kind lie between them and are not among them.
         decoding: how they become pixels.
     """
 
+    root: Path
     paths: list[str]
     labels: NDArray[np.int64]
     classes: list[str]
@@ -155,6 +180,12 @@ class FileSource:
     def name(self, index: int) -> str:
         return self.paths[index]
 
+    def identity(self) -> Iterator[bytes]:
+        """What tells this source from others, in pieces: each image's class and its path below the root."""
+        start = len(str(self.root / "x")) - 1  # of a root "." nothing stands in the paths
+        for path, label in zip(self.paths, self.labels.tolist(), strict=True):
+            yield self.classes[label].encode() + b"\0" + os.fsencode(path[start:]) + b"\0"
+
     @property
     def max_side(self) -> int | None:
         """The longest side of any image, in pixels; None where only reading every file could tell."""
@@ -162,6 +193,17 @@ class FileSource:
 
 
 Source = ArraySource | FileSource
+
+
+def source_hash(dataset: str, source: Source) -> str:
+    """What every part of a source shares, at whatever root folder it lies: "sha256:" and 64 hexadecimal digits.
+
+    Of image files the names count, not what is in them, which would have to be read.
+    """
+    digest = hashlib.sha256(dataset.encode() + b"\0")
+    for piece in source.identity():
+        digest.update(piece)
+    return f"sha256:{digest.hexdigest()}"
 
 
 def decode(image: ImageFile.ImageFile, decoding: Decoding, check: Check) -> NDArray[np.uint8]:
@@ -360,7 +402,7 @@ def _imagefolder(root: Path, train: bool) -> FileSource:
             f"--root {root}: its folders are splits, not classes ({', '.join(classes)}): "
             f"name one of them, e.g. --root {root / classes[0]}"
         )
-    return _file_source({name: root / name for name in classes}, left_out)
+    return _class_folders(root, {name: root / name for name in classes}, left_out)
 
 
 def _imagenet(root: Path, train: bool) -> FileSource:
@@ -376,7 +418,7 @@ def _imagenet(root: Path, train: bool) -> FileSource:
     if len(wnids) == 2 and wnids["train"] != wnids["val"]:
         odd = sorted(set(wnids["train"]) ^ set(wnids["val"]))
         raise InputError(f"--root {root}: train/ and val/ hold different classes ({len(odd)}, e.g. {odd[0]}); {layout}")
-    return _file_source({wnid: root / split / wnid for wnid in wnids[split]}, left_out[split])
+    return _class_folders(root, {wnid: root / split / wnid for wnid in wnids[split]}, left_out[split])
 
 
 def _tiny_imagenet(root: Path, train: bool) -> FileSource:
@@ -389,7 +431,7 @@ def _tiny_imagenet(root: Path, train: bool) -> FileSource:
         words = dict(line.split("\t", 1) for line in _lines(root / "words.txt") if "\t" in line)
     classes = [_text(words.get(wnid, wnid)) for wnid in wnids]
     if train:
-        source = _file_source({wnid: root / "train" / wnid / "images" for wnid in wnids}, Counter())
+        source = _class_folders(root, {wnid: root / "train" / wnid / "images" for wnid in wnids}, Counter())
         return replace(source, classes=classes)
     number = {wnid: label for label, wnid in enumerate(wnids)}
     annotations = root / "val" / "val_annotations.txt"
@@ -405,10 +447,10 @@ def _tiny_imagenet(root: Path, train: bool) -> FileSource:
     if len(set(labels)) < len(wnids):
         empty = next(wnid for wnid in wnids if number[wnid] not in set(labels))
         raise InputError(f"{annotations}: no image of class {empty}: get it anew")
-    return FileSource(paths, np.array(labels, np.int64), classes, Counter())
+    return _each_file_once(root, paths, labels, classes, Counter())
 
 
-def _file_source(folders: dict[str, Path], left_out: Counter[str]) -> FileSource:
+def _class_folders(root: Path, folders: dict[str, Path], left_out: Counter[str]) -> FileSource:
     """All images below one folder a class; the classes are numbered in the order given. Counts in `left_out` too."""
     paths: list[str] = []
     labels: list[int] = []
@@ -422,7 +464,28 @@ def _file_source(folders: dict[str, Path], left_out: Counter[str]) -> FileSource
         paths += images
         labels += [label] * len(images)
         left_out.update(here)
-    return FileSource(paths, np.array(labels, np.int64), list(map(_text, folders)), left_out)
+    return _each_file_once(root, paths, labels, list(map(_text, folders)), left_out)
+
+
+def _each_file_once(
+    root: Path, paths: list[str], labels: list[int], classes: list[str], left_out: Counter[str]
+) -> FileSource:
+    """The files under their first name each, whatever links lead to them. Counts in `left_out` too."""
+    first: dict[tuple[int, int], int] = {}
+    kept = []
+    for number, path in enumerate(paths):
+        try:
+            status = os.stat(path)
+            before = first.setdefault((status.st_dev, status.st_ino), number)
+        except OSError:  # whoever reads it says so
+            before = number
+        if before == number:
+            kept.append(number)
+        elif labels[before] == labels[number]:
+            left_out["files linked twice"] += 1
+        else:
+            raise InputError(f"{path}: the same file as {paths[before]}, of another class: remove one of them")
+    return FileSource(root, [paths[i] for i in kept], np.array(labels, np.int64)[kept], classes, left_out)
 
 
 def _images_below(folder: Path, seen: dict[str, Path], left_out: Counter[str]) -> list[str]:
@@ -443,8 +506,7 @@ def _images_below(folder: Path, seen: dict[str, Path], left_out: Counter[str]) -
             continue
         if seen.setdefault(real, folder) != folder:
             raise InputError(f"{here}: the same folder is below {seen[real]}, another class: remove the link")
-        left_out["hidden"] += sum(name.startswith(".") for name in subfolders)
-        subfolders[:] = sorted((name for name in subfolders if not name.startswith(".")), key=os.fsencode)
+        subfolders[:] = _wanted(subfolders, left_out)
         for name in sorted(files, key=os.fsencode):
             path = os.path.join(here, name)
             # Hidden files are no images: macOS leaves a "._photo.jpg" beside every photo.jpg.
@@ -491,15 +553,30 @@ def kinds(left_out: Counter[str], most: int = 8) -> str:
 
 
 def _subfolders(folder: Path, left_out: Counter[str]) -> list[str]:
-    """Names of class folders; images beside them are counted in `left_out`."""
+    """Names of class folders; other folders, and images beside them, are counted in `left_out`."""
+    names = []
     try:
-        entries = [entry for entry in folder.iterdir() if entry.name[0] != "."]
-        names = [entry.name for entry in entries if entry.is_dir()]
-        loose = sum(not entry.is_dir() and _is_image(str(entry)) for entry in entries)
+        for entry in folder.iterdir():
+            if entry.is_dir():
+                names.append(entry.name)
+            elif not entry.name.startswith(".") and _is_image(str(entry)):
+                left_out["images beside the class folders"] += 1
     except OSError as error:
         raise InputError(f"{folder}: {error.strerror}: make it readable") from error
-    left_out["images beside the class folders"] += loose
-    return sorted(names, key=os.fsencode)
+    return _wanted(names, left_out)
+
+
+def _wanted(folders: list[str], left_out: Counter[str]) -> list[str]:
+    """The names of folders that may hold images, sorted; the others are counted in `left_out`."""
+    wanted = []
+    for name in sorted(folders, key=os.fsencode):
+        if name.startswith("."):
+            left_out["hidden"] += 1
+        elif name.lower() in SYSTEM_FOLDERS:
+            left_out["system folders"] += 1
+        else:
+            wanted.append(name)
+    return wanted
 
 
 def _lines(path: Path) -> list[str]:

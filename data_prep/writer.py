@@ -14,6 +14,7 @@ import multiprocessing
 import multiprocessing.connection
 import os
 import signal
+import struct
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -52,7 +53,9 @@ class Encoding:
     compress_probability: float = 0.5
 
 
-def write_images(path: Path, source: Source, indices: NDArray[np.int64], encoding: Encoding, workers: int) -> None:
+def write_images(
+    path: Path, source: Source, indices: NDArray[np.int64], encoding: Encoding, workers: int
+) -> NDArray[np.uint64]:
     """Writes the source's images `indices` and their labels as fields 'image' and 'label', in this order.
 
     What is stored for a sample depends on the source, its index and the encoding only: with "proportion",
@@ -64,6 +67,9 @@ def write_images(path: Path, source: Source, indices: NDArray[np.int64], encodin
         indices: int64 [N], N > 0.
         encoding: how to store each image.
         workers: processes to use at most.
+
+    Returns:
+        uint64 [N], a digest of each image as it was decoded, before it was scaled or compressed, see `_digest`.
 
     Raises:
         InputError: an image that cannot be read or stored, a full disk, a killed worker. No worker runs on.
@@ -99,6 +105,7 @@ def write_images(path: Path, source: Source, indices: NDArray[np.int64], encodin
             writer=writer,
             allocator=MemoryAllocator(str(path), writer.data_region_start, page_size),
             sizes=fork.RawArray("Q", len(indices)),
+            digests=fork.RawArray("Q", len(indices)),
             claimed=fork.Value("Q", 0),
             errors=fork.SimpleQueue(),
             parent=os.getpid(),
@@ -119,6 +126,7 @@ def write_images(path: Path, source: Source, indices: NDArray[np.int64], encodin
         if hasattr(shared, "unlink"):
             shared.close()
             shared.unlink()
+    return np.array(job.digests, np.uint64)
 
 
 def content_hash(path: Path) -> str:
@@ -214,6 +222,7 @@ class _Job:
     writer: Any  # ffcv.writer.DatasetWriter, prepared
     allocator: Any  # ffcv.memory_allocator.MemoryAllocator
     sizes: Any  # uint64 [N] in shared memory: stored bytes of each sample
+    digests: Any  # uint64 [N] in shared memory: of each sample's pixels
     claimed: Any  # number of samples handed out so far
     errors: Any  # SimpleQueue of messages
     parent: int  # process id
@@ -338,6 +347,7 @@ def _store(job: _Job, position: int, metadata: NDArray) -> int:
         reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
         raise InputError(f"unreadable image ({reason}): repair or remove it") from error
     height, width = image.shape[:2]
+    job.digests[position] = _digest(image)
 
     def allocate(size: int) -> tuple[int, NDArray[np.uint8]]:
         fit(height, width, size)
@@ -354,3 +364,11 @@ def _store(job: _Job, position: int, metadata: NDArray) -> int:
             f"{height} x {width} pixels cannot be stored ({error}): change --max-resolution or remove the image"
         ) from error
     return label
+
+
+def _digest(image: NDArray[np.uint8]) -> int:
+    """64 bits of BLAKE2b of an image's height and width, as little-endian uint32, and its pixels, as a little-endian
+    number: among a million different images, two share theirs with a probability of 3e-8."""
+    digest = hashlib.blake2b(struct.pack("<II", *image.shape[:2]), digest_size=8)
+    digest.update(np.ascontiguousarray(image).data)
+    return int.from_bytes(digest.digest(), "little")

@@ -78,6 +78,8 @@ class Job:
         """What must be there once it is done, where its options name it."""
         options = self.command.options or _words_to_options(self.command.words)
         found = next((options[key] for key in ("run_dir", "store", "out") if options.get(key)), None)
+        if found and options.get("split") == "all":  # of images: a folder, into which those for training come last
+            return Path(found) / "train.beton"
         return Path(found) if found else None
 
 
@@ -241,7 +243,7 @@ def _require_same_images(job: Job, path: Path) -> None:
     for key in ("dataset", "split", "subset", "holdout", "max-resolution", "write-mode"):
         there = known.get(key.replace("-", "_"))
         require(
-            key not in asked or there is None or str(there) == asked[key],
+            key not in asked or there is None or asked[key] in (str(there), "all"),
             f"tasks.{job.task}: {path} is there already, with {key} {there}, not {asked.get(key)}: remove it, or "
             "choose another --out",
         )

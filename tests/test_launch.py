@@ -335,6 +335,14 @@ def test_images_that_are_there_are_used_only_if_they_are_the_right_ones(fashion,
         state(1200)
 
 
+def test_a_set_of_images_is_there_once_those_for_training_are(tmp_path):
+    options = {"dataset": "fashion_mnist", "split": "all", "subset": 20, "out": str(tmp_path)}
+    (job,) = small_graph(tmp_path, images={"module": "data_prep.write_beton", "options": options})["images"].jobs
+    assert str(graph.state_without_queue(job, None)) == "missing"
+    run("data_prep.write_beton", *(word for key, value in options.items() for word in (f"--{key}", value)))
+    assert str(graph.state_without_queue(job, None)) == "done (was there)"
+
+
 def test_options_of_the_job_and_of_the_command_are_told_apart():
     line = "ckd_dist.store verify S --slurm.nodes 2 --data.train X --wait --cpus=3 --dry_run --k 4"
     module, theirs, mine = split(flag_words(shlex.split(line), *FLAGS))
