@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import mmap
 import os
@@ -11,8 +12,8 @@ from pathlib import Path
 
 import numpy as np
 
-from ckd_dist import dist
-from ckd_dist.config import UserError, require
+from ckd_dist import classes, dist
+from ckd_dist.config import LoaderConfig, UserError, require
 from ckd_dist.data import DatasetInfo, read_info
 from ckd_dist.ffcv_mended import Reader
 from ckd_dist.files import parse_json, write_bytes_atomically
@@ -21,6 +22,68 @@ from ckd_dist.log import ProgressDisplay, say
 
 PAGES_AHEAD = 32
 """Of the file, while it is hashed: mostly 8 MB each."""
+
+
+def open_images(data: LoaderConfig, *names: str) -> dict[str, DatasetInfo]:
+    """The .beton files that the options data.NAME give, of those of the `names` that are given, by the option: each as
+    `open_beton` gives it, its classes as those of the first, see `classes.match`.
+
+    Collective. Raises `UserError` on every rank for what those refuse, and where two of them share images by the way
+    in which they were split.
+    """
+    found: dict[str, DatasetInfo] = {}
+    for option, path in ((f"data.{name}", getattr(data, name)) for name in names):
+        if not path:
+            continue
+        info = open_beton(path, option, verify=data.verify)
+        for before, other in found.items():
+            _require_disjoint(before, other, option, info)
+        first = next(iter(found.values()), info)
+        if first is not info:
+            info = classes.match(info, option, first.classes, first.num_classes, str(first.path), data.map_classes)
+        found[option] = info
+    if dist.rank() == 0:
+        _say_duplicates(found)
+    return found
+
+
+def _require_disjoint(option: str, info: DatasetInfo, other_option: str, other: DatasetInfo) -> None:
+    """Raise `UserError` where two files have images in common: the same ones, or parts of one set that were not parted
+    in the same way."""
+    mend = "write both parts with the same --holdout, or all at once with data_prep.write_beton --split all"
+    pair = f"{other_option}: {other.path} and {option} {info.path}"
+    require(info.content_hash != other.content_hash, f"{pair} hold the same images: {mend}")
+    if info.source_hash and other.source_hash:
+        same_source = info.source_hash == other.source_hash
+    else:  # of an older version
+        same_source = info.dataset == other.dataset != "imagefolder" and bool(info.holdout and other.holdout)
+    if not same_source:
+        return
+    how = [
+        f"{each.split} with --holdout {each.holdout[0]}" if each.holdout else f"{each.split}, all of them"
+        for each in (other, info)
+    ]
+    require(
+        {info.split, other.split} == {"train", "holdout"} and info.holdout == other.holdout,
+        f"{pair} are parts of the same images and overlap ({how[0]}; {how[1]}): {mend}",
+    )
+
+
+def _say_duplicates(infos: dict[str, DatasetInfo]) -> None:
+    """Warn of images of one file that are in another too, pixel for pixel, where files came with their digests."""
+    digests = {}
+    for option, info in infos.items():
+        path = Path(f"{info.path}.digests.npy")
+        with suppress(OSError, ValueError):
+            values = np.load(path, allow_pickle=False)
+            if values.shape == (info.count,) and values.dtype == np.uint64:
+                digests[option] = values
+    for (option, values), (other, others) in itertools.combinations(digests.items(), 2):
+        few, many = sorted((values, others), key=len)
+        few = np.sort(few)  # np.isin alone takes a second for ImageNet
+        in_both = many[few[np.searchsorted(few, many).clip(max=len(few) - 1)] == many]
+        if count := int(np.isin(others, in_both).sum()):
+            say(f"warning: {count} of the {len(others)} images of {other} are in {option} too, pixel for pixel")
 
 
 def open_beton(path: str | Path, option: str, *, verify: bool = True) -> DatasetInfo:

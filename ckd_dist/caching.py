@@ -4,6 +4,7 @@ check records against their teachers, and tell beforehand what it takes."""
 from __future__ import annotations
 
 import math
+import os
 import shutil
 import statistics
 import tempfile
@@ -19,7 +20,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from ckd_dist import checkpoint, dist, engine, loader, models, precision
+from ckd_dist import checkpoint, classes, dist, engine, loader, models, precision
 from ckd_dist.beton import open_beton
 from ckd_dist.config import Amp, CacheConfig, LoaderConfig, PlanConfig, TrainingError, require
 from ckd_dist.data import Batch, DatasetInfo, train_recipe
@@ -28,7 +29,7 @@ from ckd_dist.log import ProgressDisplay, say
 from ckd_dist.recipe import ViewRecipe
 from ckd_dist.store import codecs
 from ckd_dist.store.manifest import Manifest, Shard, member_name
-from ckd_dist.store.reader import StoreReader, require_images
+from ckd_dist.store.reader import StoreReader, as_cached
 from ckd_dist.store.writer import (
     ShardWriter,
     all_shards,
@@ -199,20 +200,20 @@ class Recorder:
 def describe(config: CacheConfig, device: torch.device) -> tuple[Manifest, Recorder]:
     """What `config` asks for, and what computes it; raises `UserError` where the two do not go together."""
     info = open_beton(config.data.train, "data.train", verify=config.data.verify)
-    codec = codecs.from_config(config, info.num_classes)
     recipe = train_recipe(config.data, info)
     trajectory = checkpoint.trajectory(config.teacher.run, "teacher.run")
     epochs = checkpoint.choose(trajectory, config.teacher.checkpoints or list(trajectory), "teacher.checkpoints")
     members = {}
     for epoch in sorted(epochs):
         model, metadata = models.load_model(trajectory[epoch], "teacher.run")
-        models.require_classes(metadata, info.num_classes, "teacher.run")
         members[member_name(epoch, config.teacher.name)] = {
             "epoch": epoch,
             "model": metadata["model"],
             "weights_sha256": checkpoint.weights_sha256(model.state_dict()),
             "views": config.views,
         }
+    info = classes.match_model(info, "data.train", metadata, config.teacher.run, config.data.map_classes)
+    codec = codecs.from_config(config, info.num_classes)
     image_size = config.data.image_size or metadata["image_size"]
     models.require_fits(model, metadata["model"], info.num_classes, image_size, "data.image_size")
     manifest = Manifest(
@@ -221,6 +222,7 @@ def describe(config: CacheConfig, device: torch.device) -> tuple[Manifest, Recor
             "content_hash": info.content_hash,
             "count": info.count,
             "num_classes": info.num_classes,
+            **({} if info.label_map is None else {"label_map": list(info.label_map)}),
         },
         recipe=recipe.to_dict(),
         view_seed=config.seed,
@@ -234,6 +236,11 @@ def describe(config: CacheConfig, device: torch.device) -> tuple[Manifest, Recor
         shard_size=config.shard_size,
         checkpoints=members,
         images={},
+        classes=metadata.get("classes", []),
+        paths={
+            "data.train": os.path.abspath(info.path),
+            " ".join(filter(None, ["teacher.run", config.teacher.name])): os.path.abspath(config.teacher.run),
+        },
     )
     recorder = Recorder(manifest, info, config.teacher.run, config.data, device)
     manifest.images = image_digests(manifest, info)
@@ -448,7 +455,7 @@ def recompute(
     Raises `UserError` where the images or the run are not those of the store.
     """
     manifest = Manifest.load(store, "STORE")
-    require_images(manifest, info, "STORE", store)
+    info = as_cached(info, manifest, "STORE", store)
     recorder = Recorder(manifest, info, run, config, device)
     reader = StoreReader(str(store), list(members), info)
     if note := manifest.decoding_note(image_digests(manifest, info)):

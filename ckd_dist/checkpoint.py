@@ -57,6 +57,9 @@ class Metadata(TypedDict):
     std: list[float]
     epoch: NotRequired[int]
     dataset: NotRequired[dict[str, Any]]
+    """Of its training images: `name`, `content_hash` and `count`."""
+    classes: NotRequired[list[str]]
+    """Name of each class."""
     evaluation: NotRequired[dict[str, float]]
 
 

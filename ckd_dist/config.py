@@ -22,6 +22,7 @@ import jsonargparse
 T = TypeVar("T")
 
 Amp = Literal["auto", "bfloat16", "float16", "off"]
+MapClasses = Literal["by_name", "by_position"]
 Scaling = Literal["raw", "minmax", "zscore"]
 """How I(X;F) and I(Y;F) are scaled over the checkpoints before they are added."""
 
@@ -78,6 +79,10 @@ class LoaderConfig:
     verify: bool = True
     """Compare a .beton file with its hash when it is first used, which reads all of it once: X.beton.verified beside
     it, or a file in ~/.cache/ckd_dist, remembers its size and time."""
+    map_classes: MapClasses | None = None
+    """Where classes have other names, or another order, than those of the model, the store or the training images:
+    by_name maps labels to the class of the same name, 007 and 7 being the same; by_position takes them as they are,
+    since only the names differ. Default: that is refused."""
 
     def __post_init__(self) -> None:
         require_ranges(self, "data.", batch_size=COUNT, image_size=SIDE, workers=(1, 1024))

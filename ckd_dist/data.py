@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -41,6 +41,14 @@ class DatasetInfo:
     min_size: tuple[int, int]
     """Smallest (height, width) stored, in pixels."""
     max_size: tuple[int, int]
+    classes: tuple[str, ...] = ()
+    """Name of each class; none in a file of an older version."""
+    label_map: tuple[int, ...] | None = None
+    """Stored label -> class, where the user had them mapped: see `classes.match`."""
+    source_hash: str | None = None
+    """Of the image set that the file is a part of; None in a file of an older version."""
+    holdout: tuple[float, int] | None = None
+    """Which part of the training images was held out: fraction and seed; None of test images."""
 
     @property
     def small(self) -> bool:
@@ -70,6 +78,17 @@ class _Normalization:
 
 
 @dataclass(frozen=True)
+class _Source:
+    hash: str
+
+
+@dataclass(frozen=True)
+class _Recipe:
+    holdout: float | None = None
+    holdout_seed: int | None = None
+
+
+@dataclass(frozen=True)
 class _Description:
     """Of the JSON, what is used here."""
 
@@ -82,6 +101,9 @@ class _Description:
     beton_bytes: int
     image_size: _Sizes
     normalization: _Normalization
+    classes: list[str] = field(default_factory=list)
+    source: _Source | None = None
+    recipe: _Recipe = field(default_factory=_Recipe)
 
 
 def read_info(path: str | Path, option: str) -> DatasetInfo:
@@ -99,6 +121,11 @@ def read_info(path: str | Path, option: str) -> DatasetInfo:
         stored == values.beton_bytes,
         f"{option}: {path} has {stored} bytes, {description} says {values.beton_bytes}: write it anew",
     )
+    require(
+        len(values.classes) in (0, values.num_classes),
+        f"{option}: {description} names {len(values.classes)} classes of {values.num_classes}: write {path} anew",
+    )
+    part = values.recipe
     return DatasetInfo(
         path=path,
         dataset=values.dataset,
@@ -110,6 +137,9 @@ def read_info(path: str | Path, option: str) -> DatasetInfo:
         std=values.normalization.std,
         min_size=values.image_size.min,
         max_size=values.image_size.max,
+        classes=tuple(values.classes),
+        source_hash=values.source.hash if values.source else None,
+        holdout=None if part.holdout is None else (part.holdout, part.holdout_seed or 0),
     )
 
 

@@ -14,10 +14,11 @@ from ckd_dist.process import run_command
 
 def main(config: DistillConfig) -> None:
     # Imported here because torch takes seconds: only once the options are known to be good.
-    from ckd_dist import dist, precision, students
+    from ckd_dist import dist, students
+    from ckd_dist.beton import open_images
 
     with dist.process_group() as device:
-        students.train([precision.settle(config, config.run_dir)], device)
+        students.train([config], open_images(config.data, "train", "val"), device)
 
 
 if __name__ == "__main__":

@@ -23,10 +23,11 @@ from torch.nn.parallel import DistributedDataParallel
 from ckd_dist import checkpoint, dist, losses
 from ckd_dist.config import TrainConfig, TrainingError, require
 from ckd_dist.data import Batch, Rows, train_ids
-from ckd_dist.log import ProgressDisplay, RunFolder, format_seconds, say
+from ckd_dist.log import ProgressDisplay, format_seconds, say
 from ckd_dist.models import load_fitting
 from ckd_dist.optim import MovingAverage, build_optimizer, image_size, learning_rate
 from ckd_dist.process import StopRequest
+from ckd_dist.run_folder import RunFolder
 from ckd_dist.store.codecs import Dense
 
 if TYPE_CHECKING:

@@ -3,7 +3,8 @@
   torchrun --nproc_per_node=8 -m ckd_dist.evaluate --data.val test.beton \\
       --checkpoint runs/teacher/checkpoints/epoch_0040.pt
 
-Prints one JSON object: top1 and top5 in percent, the mean loss in nats, the number of images, the precision.
+Prints one JSON object: top1 and top5 in percent, the mean loss in nats, the number of images, the precision, and by
+their hashes what images and weights these are.
 """
 
 import json
@@ -14,19 +15,20 @@ from ckd_dist.process import run_command
 
 def main(config: EvaluateConfig) -> None:
     # Imported here because torch takes seconds: only once the options are known to be good.
-    from ckd_dist import dist, engine, log, models, precision
+    from ckd_dist import checkpoint, classes, dist, engine, log, models, precision
     from ckd_dist.beton import open_beton
     from ckd_dist.loader import BetonLoader
 
     with dist.process_group() as device:
         model, metadata = models.load_model(config.checkpoint, "checkpoint")
         info = open_beton(config.data.val, "data.val", verify=config.data.verify)
-        models.require_classes(metadata, info.num_classes, "checkpoint")
+        info = classes.match_model(info, "data.val", metadata, config.checkpoint, config.data.map_classes)
         loader = BetonLoader.for_evaluation(info, config.data, metadata, device)
         models.require_fits(model, metadata["model"], info.num_classes, loader.image_size, "data.image_size")
         amp = precision.resolved(config.amp)
         (result,) = engine.evaluate({config.checkpoint: engine.to_device(model, device)}, loader, amp).values()
-        log.say(json.dumps({**result, "images": info.count, "amp": amp}))
+        made_of = {"content_hash": info.content_hash, "weights_sha256": checkpoint.weights_sha256(model.state_dict())}
+        log.say(json.dumps({**result, "images": info.count, "amp": amp, **made_of}))
 
 
 if __name__ == "__main__":

@@ -12,6 +12,7 @@ from scipy import stats
 
 from ckd_dist import results
 from ckd_dist.config import Scaling, require
+from ckd_dist.identity import read_lineage
 from ckd_dist.mi import SCALINGS, scores
 from ckd_dist.results import Candidate, Selection
 
@@ -104,11 +105,22 @@ class Study:
     bench: results.Bench | None
     notes: list[str]
     """What is left out, and why."""
+    files: list[Path]
+    """What was read."""
 
     def curve(self, student: str) -> list[float]:
-        """Top-1 on held-out images after every epoch, empty where its run is not there any more."""
-        path = self.search / "students" / student / "metrics.jsonl"
-        return results.read_curve(path, "RUNS") if path.exists() else []
+        """Top-1 on held-out images after every epoch, empty where its run, the one of results.csv, is not there any
+        more."""
+        folder = self.search / "students" / student
+        path = folder / "metrics.jsonl"
+        row = next(row for row in self.rows if row["student"] == student)
+        return results.read_curve(path, "RUNS") if path.exists() and _is_of(folder, row) else []
+
+
+def _is_of(folder: Path, row: dict) -> bool:
+    """Whether the run in `folder` is that of a row of results.csv, as far as both tell."""
+    lineage = read_lineage(folder, "RUNS")
+    return lineage is None or row["identity"] in (None, lineage.identity)
 
 
 def read_study(runs: Path) -> Study:
@@ -122,23 +134,31 @@ def read_study(runs: Path) -> Study:
     require(any(row["chosen"] for row in rows), f"RUNS: {tables[0]} has no chosen students")
     taught_by = {weights for row in rows for weights in (row["weights_sha256"] or "").split("+")}
     is_known = all(row["weights_sha256"] or row["teacher"] == "none" for row in rows)
-    selections, notes = [], []
+    selections, taken, notes = [], [], []
     for path in sorted(runs.rglob("selection.json")):
         result, cost = results.read_selection(path, "RUNS"), path.with_name("cost.json")
         if is_known and taught_by.isdisjoint(each.weights_sha256 for each in result.checkpoints):
             notes.append(f"{path} is of another teacher: by their weights, none of its checkpoints taught the students")
         else:
+            taken.append(path)
             selections.append(Selected(result, results.read_cost(cost, "RUNS") if cost.exists() else None))
     if selections and not is_known:
         notes.append(
             f"{tables[0]} is of an older version and does not tell the weights that taught: whether the selections are "
             "of the same teachers is not known, so they are not held against the students"
         )
+    others = [row["student"] for row in rows if not _is_of(tables[0].parent / "students" / row["student"], row)]
+    if others:
+        notes.append(
+            f"learning curves of {len(others)} students, first {others[0]}: these are other runs than those of "
+            f"{tables[0]}; the same search again makes it anew"
+        )
     # The last feature map is the output of all features together: its name has the fewest parts, and is the last.
     selections.sort(key=lambda selected: selected.result.layer, reverse=True)
     selections.sort(key=lambda selected: selected.result.layer.count("."))
-    benches = sorted(runs.rglob("bench.json"))
-    return Study(tables[0].parent, rows, selections, results.read_bench(benches[0], "RUNS") if benches else None, notes)
+    benches = sorted(runs.rglob("bench.json"))[:1]
+    bench = results.read_bench(benches[0], "RUNS") if benches else None
+    return Study(tables[0].parent, rows, selections, bench, notes, [tables[0], *taken, *benches])
 
 
 # ------------------------------------------------------------------------------------------- differences

@@ -23,7 +23,8 @@ from ckd_dist.views import LabelDecoder, SampleIdDecoder, ViewDecoder, partners,
 def read_labels(info: DatasetInfo) -> np.ndarray:
     """Class index of every sample, int64 [count], without decoding an image."""
     reader = Reader(str(info.path))
-    return field_metadata(reader, "label").astype(np.int64).reshape(-1)
+    labels = field_metadata(reader, "label").astype(np.int64).reshape(-1)
+    return labels if info.label_map is None else np.array(info.label_map)[labels]
 
 
 def field_metadata(reader: Reader, field: str) -> np.ndarray:
@@ -125,6 +126,7 @@ class BetonLoader:
             "data.os_cache false reads what an epoch's order says, and mixup and cutmix need any image: leave it out",
         )
         self._labels = read_labels(info) if recipe.mixes else None
+        self._label_map = None if info.label_map is None else torch.tensor(info.label_map, device=device)
         on_gpu = device.type == "cuda"
         try:
             self.pipeline = Loader(
@@ -237,6 +239,8 @@ class BetonLoader:
                 tensor.record_stream(torch.cuda.current_stream())
         images, labels, other_labels, weights, rows = tensors
         assert images is not None and labels is not None
+        if self._label_map is not None:
+            labels = self._label_map[labels]
         return Batch(
             images=torch.addcmul(self._shift, images.permute(0, 3, 1, 2).float(), self._scale),
             labels=labels,

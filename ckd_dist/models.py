@@ -10,7 +10,7 @@ from __future__ import annotations
 import difflib
 import re
 from collections.abc import Callable
-from functools import partial
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -60,12 +60,6 @@ def load_model(path: str | Path, option: str) -> tuple[nn.Module, dict]:
     model = build_model(metadata["model"], metadata["num_classes"])
     load_fitting(model, state["weights"], f"{option}: {path}", metadata["model"])
     return model, metadata
-
-
-def require_classes(metadata: dict, num_classes: int, option: str) -> None:
-    """Raise `UserError` unless a checkpoint has as many classes as the images."""
-    found = metadata["num_classes"]
-    require(found == num_classes, f"{option}: the checkpoint has {found} classes, the images have {num_classes}")
 
 
 def require_fits(
@@ -148,10 +142,20 @@ def _is_reached(end: Node | None, start: Node | None, around: Node) -> bool:
     return False
 
 
-def load_weights(model: nn.Module, path: str) -> None:
-    """Initial weights from `path`: a state dict, or a checkpoint of this system; raises `UserError` on any mismatch."""
+@lru_cache(maxsize=1)  # many students of a search begin with the same
+def initial_weights(path: str) -> tuple[Any, str]:
+    """The weights in the file that the user gave as model.weights, a state dict or a checkpoint of this system, and
+    their sha256; raises `UserError` where there are none."""
     state = checkpoint.load(path, "model.weights")
-    load_fitting(model, state.get("weights", state), f"model.weights: {path}", "the model")
+    weights = state.get("weights", state)
+    named = isinstance(weights, dict) and all(isinstance(each, torch.Tensor) for each in weights.values())
+    require(named, f"model.weights: {path} holds no weights")
+    return weights, checkpoint.weights_sha256(weights)
+
+
+def load_weights(model: nn.Module, path: str) -> None:
+    """Load the `initial_weights`; raises `UserError` where they do not fit the model."""
+    load_fitting(model, initial_weights(path)[0], f"model.weights: {path}", "the model")
 
 
 def load_fitting(model: nn.Module, weights: Any, what: str, name: str) -> None:

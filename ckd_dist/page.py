@@ -105,7 +105,7 @@ def markdown(each: Sequence[Taught]) -> list[str]:
 
 
 def _all_rows(rows: Sequence[dict]) -> str:
-    keys = [key for key in rows[0] if key != "weights_sha256"]
+    keys = [key for key in rows[0] if key not in ("weights_sha256", "identity")]
     texts = [
         ["" if row[k] is None else f"{row[k]:.4g}" if isinstance(row[k], float) else str(row[k]) for k in keys]
         for row in rows

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -10,6 +11,7 @@ import torch
 
 from ckd_dist import dist, log
 from ckd_dist.config import Amp, DistillConfig, SearchConfig, SelectConfig, TrainTeacherConfig
+from ckd_dist.identity import saved_options
 
 RunConfig = TypeVar("RunConfig", TrainTeacherConfig, DistillConfig, SearchConfig, SelectConfig)
 
@@ -40,13 +42,19 @@ def resolved(amp: Amp, kept: Amp | None = None) -> Amp:
     Warns of a type that is emulated."""
     amp = (kept or automatic()) if amp == "auto" else amp
     if not all(dist.gather_objects(is_native(amp))):
-        log.say(f"warning: this device has no {amp} of its own and emulates it: --amp off, float32, is faster")
+        _warn(amp)
     return amp
+
+
+@cache
+def _warn(amp: Amp) -> None:
+    """Once a command, however many students it trains."""
+    log.say(f"warning: this device has no {amp} of its own and emulates it: --amp off, float32, is faster")
 
 
 def settle(config: RunConfig, folder: str | Path) -> RunConfig:
     """The configuration of a run, with `amp` resolved: as the run in `folder` began, if there is one; collective."""
-    kept = dist.on_main(lambda: log.saved_options(Path(folder)).get("amp"))
+    kept = dist.on_main(lambda: saved_options(Path(folder)).get("amp"))
     return replace(config, amp=resolved(config.amp, kept))
 
 

@@ -4,16 +4,19 @@
 
 RUNS is a folder of runs: under it, at any depth, at least one run of ckd_dist.search and, beside it, runs of
 select_teacher (several layers may be there) and of bench. FOLDER, by default RUNS/report, gets report.html, a page that
-needs nothing else; its pictures as PNG files; and table.md, its main table. Needs matplotlib and scipy:
-pip install 'ckd_dist[report]'.
+needs nothing else; its pictures as PNG files; table.md, its main table; and lineage.json, what it was made of. Needs
+matplotlib and scipy: pip install 'ckd_dist[report]'.
 """
 
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
 
+from ckd_dist import identity
 from ckd_dist.config import Parser, UserError, option_words
+from ckd_dist.files import file_sha256
 from ckd_dist.process import run_process
 
 
@@ -32,6 +35,8 @@ def main() -> None:
     study = findings.read_study(options.runs)
     out = options.out or options.runs / "report"
     page.write(study, out)
+    inputs = {os.path.relpath(path, options.runs): identity.file(path, file_sha256(path)) for path in study.files}
+    identity.Origin(inputs=inputs).write(out)
     for note in study.notes:
         print(f"left out: {note}")
     print(f"{out / 'report.html'}: {len(study.rows)} students, {len(study.selections)} selections")

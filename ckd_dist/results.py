@@ -46,12 +46,16 @@ class Row:
     test_top5: float | None
     test_loss: float | None
     weights_sha256: str | None = None
-    """Of the teacher's checkpoints, joined by +; none in tables of older versions."""
+    """Of the teacher's checkpoints, joined by +."""
+    identity: str | None = None
+    """Of the student, see `identity.Origin`."""
 
     __pydantic_config__ = _FINITE
 
 
 COLUMNS = tuple(field.name for field in fields(Row))
+SINCE_OLDER = ("weights_sha256", "identity")
+"""Columns that tables of older versions lack: none of them, the second, or both."""
 
 
 def write_table(path: Path, rows: list[dict]) -> None:
@@ -76,7 +80,7 @@ def read_table(path: Path, option: str) -> list[dict]:
     except (ValueError, csv.Error) as error:
         raise UserError(f"{option}: {path} is damaged ({error}): {mend}") from None
     require(
-        tuple(head) in (COLUMNS, COLUMNS[:-1]),
+        tuple(head) in (COLUMNS, COLUMNS[:-1], COLUMNS[:-2]),
         f"{option}: {path} is not a table of this version: its columns are {', '.join(head)}: {mend}",
     )
     uneven = [number for number, line in enumerate(lines, start=2) if len(line) != len(head)]

@@ -26,18 +26,20 @@ import sys
 import threading
 import time
 from dataclasses import dataclass, fields, replace
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ckd_dist import results
+from ckd_dist import identity, results
 from ckd_dist.config import DistillConfig, KDConfig, SearchConfig, TeacherConfig, TrainDataConfig, require, to_dict
+from ckd_dist.identity import Origin, read_lineage, require_same, saved_options
 from ckd_dist.process import PARENT, STOPPED, StopRequest, run_command
 
 if TYPE_CHECKING:
     import torch
 
+    from ckd_dist.data import DatasetInfo
     from ckd_dist.store.manifest import Manifest
+    from ckd_dist.students import Teacher
 
 
 @dataclass(frozen=True)
@@ -60,59 +62,120 @@ class Trial:
         return Path(self.config.run_dir).name
 
 
+@dataclass(frozen=True)
+class Search:
+    """A search, with what it is made of."""
+
+    config: SearchConfig
+    """Its options, as they were resolved."""
+    origin: Origin
+    images: dict[str, DatasetInfo]
+    """Of data.train, data.val and data.test."""
+    teacher: Teacher
+    trials: list[Trial]
+
+    @property
+    def student_images(self) -> dict[str, DatasetInfo]:
+        """What students are made of: not the test images."""
+        return {option: info for option, info in self.images.items() if option != "data.test"}
+
+    def is_complete(self, trial: Trial) -> bool:
+        """Whether the student is trained out; raises `UserError` where its folder holds a run of another origin."""
+        from ckd_dist import run_folder, training
+
+        config = trial.config
+        origin = training.origin(config, config, self.student_images, self.teacher.inputs(config, config))
+        return run_folder.is_complete(Path(config.run_dir), origin)
+
+    def missing(self, trials: list[Trial]) -> list[Trial]:
+        """Those of `trials` that are not complete; collective. A table of students of which some are gone goes."""
+        from ckd_dist import dist
+
+        def look() -> list[str]:
+            require_same(Path(self.config.run_dir), self.origin)
+            return [trial.name for trial in trials if not self.is_complete(trial)]
+
+        names = dist.on_main(look)
+        if names:
+            dist.on_main(lambda: (Path(self.config.run_dir) / "results.csv").unlink(missing_ok=True))
+        return [trial for trial in trials if trial.name in names]
+
+
 def main(config: SearchConfig) -> None:
     # Imported here because torch takes seconds: only once the options are known to be good.
-    from ckd_dist import dist, log, precision, students
+    from ckd_dist import dist, log, students
+    from ckd_dist.run_folder import RunFolder
 
-    folder = Path(config.run_dir)
     number, parts = map(int, (config.part or "1/1").split("/"))
+    search = None
     if config.processes > 1:
         require("RANK" not in os.environ, "processes is for one plain process: leave it out under torchrun")
         require(config.part is None, "part and processes do not go together: give one of them")
-        settled = precision.settle(config, folder)
-        if not log.RunFolder(config.run_dir, shared_options(settled)).complete:
-            share_out(settled)
+        search = prepare(config)
+        if search.missing(search.trials):
+            RunFolder(config.run_dir, search.origin)
+            share_out(search.config)
     with dist.process_group() as device:
-        config = precision.settle(config, began_in(folder))
-        trials = list_trials(config)
+        search = search or prepare(config)
+        groups = side_by_side(search.trials, config.students_at_once, parts)[number - 1 :: parts]
+        missing = search.missing([trial for group in groups for trial in group])
         if config.part is None and config.processes == 1:  # parts may be at work all at once
-            log.RunFolder(config.run_dir, shared_options(config))
-        groups = side_by_side(trials, config.students_at_once, parts)[number - 1 :: parts]
+            RunFolder(config.run_dir, search.origin)
         for count, group in enumerate(groups, start=1):
-            missing = [trial for trial in group if not dist.on_main(partial(is_complete, trial))]
-            if missing:
-                log.say(f"group {count} of {len(groups)}: {', '.join(trial.name for trial in missing)}")
-                students.train([trial.config for trial in missing], device)
+            if group := [trial for trial in group if trial in missing]:
+                log.say(f"group {count} of {len(groups)}: {', '.join(trial.name for trial in group)}")
+                students.train([trial.config for trial in group], search.student_images, device)
         if config.part is not None:
             return
-        table = folder / "results.csv"
-        if not dist.on_main(table.exists):
-            rows = choose(trials)
+        table = Path(config.run_dir) / "results.csv"
+        rows = choose(search.trials)
+        if not dist.on_main(lambda: table.exists() and is_of(results.read_table(table, "run_dir"), rows)):
             if config.data.test:
-                test(config, trials, rows, device)
+                test(search, rows, device)
             dist.on_main(lambda: results.write_table(table, rows))
         if dist.rank() == 0:
             show(results.read_table(table, "run_dir"))
-            log.say(f"{table}: {len(trials)} students")
+            log.say(f"{table}: {len(search.trials)} students")
 
 
 # ------------------------------------------------------------------------------------------- students
 
 
-def list_trials(config: SearchConfig) -> list[Trial]:
-    """Every student of the search; raises `UserError` for a checkpoint that the store lacks, or a setting that it does
-    not serve."""
-    from ckd_dist import checkpoint
-    from ckd_dist.store import codecs
+def prepare(asked: SearchConfig) -> Search:
+    """What a search is to do; collective. Raises `UserError` for a checkpoint that the store lacks, or a setting that
+    it does not serve."""
+    from ckd_dist import checkpoint, dist, precision, training
+    from ckd_dist.beton import open_images
     from ckd_dist.store.manifest import Manifest
+    from ckd_dist.students import Teacher
+
+    store = asked.teacher.store or ""
+    manifest = Manifest.load(Path(store), "teacher.store")
+    default = checkpoint.choose(manifest.members, asked.teacher.checkpoints, "teacher.checkpoints")
+    teachers = asked.grid.teachers or [default]
+    heard = list(dict.fromkeys(name for members in teachers for name in members)) or default
+    checkpoint.choose(manifest.members, heard, "grid.teachers")
+    began = began_in(Path(asked.run_dir))
+    config = precision.settle(asked, began)
+    if config.data.views is None:
+        views = dist.on_main(lambda: saved_options(began).get("data.views")) or manifest.views(heard)
+        config = replace(config, data=replace(config.data, views=views))
+    teacher = Teacher(store, manifest)
+    images = {
+        option: teacher.match(info, option, config.data.map_classes)
+        for option, info in open_images(config.data, "train", "val", "test").items()
+    }
+    origin = training.origin(asked, config, images, {"teacher.store": identity.store(store, manifest, heard)})
+    origin = replace(origin, asked=shared_options(asked), settled=shared_options(config))
+    return Search(config, origin, images, teacher, list_trials(config, manifest, teachers))
+
+
+def list_trials(config: SearchConfig, manifest: Manifest, teachers: list[list[int | str]]) -> list[Trial]:
+    """Every student of the search; raises `UserError` for a setting that the store does not serve."""
+    from ckd_dist.store import codecs
 
     grid = config.grid
-    manifest = Manifest.load(Path(config.teacher.store or ""), "teacher.store")
-    default = checkpoint.choose(manifest.members, config.teacher.checkpoints, "teacher.checkpoints")
-    teachers = grid.teachers or [default]
-    heard = [name for members in teachers for name in members] or default
-    checkpoint.choose(manifest.members, heard, "grid.teachers")
-    data = student_data(config, manifest, manifest.views(heard))
+    data = student_data(config, manifest)
     hashes = {name: manifest.checkpoints[member]["weights_sha256"] for name, member in manifest.members.items()}
     trials: list[Trial] = []
     for members in teachers:
@@ -167,15 +230,13 @@ def make_trial(
     return Trial(model, label, weights_sha256, setting, DistillConfig(**values))
 
 
-def student_data(config: SearchConfig, manifest: Manifest, views: int) -> TrainDataConfig:
-    """The images of all students, views written out as the store has them, of every checkpoint `views`: for students
-    without a teacher too."""
+def student_data(config: SearchConfig, manifest: Manifest) -> TrainDataConfig:
+    """The images of all students, views written out as the store has them: for students without a teacher too."""
     from ckd_dist.data import view_options
     from ckd_dist.recipe import ViewRecipe
 
     values: dict[str, Any] = {f.name: getattr(config.data, f.name) for f in fields(TrainDataConfig)}
-    cached = view_options(ViewRecipe.from_dict(manifest.recipe))
-    cached.update(views=views, view_seed=manifest.view_seed)
+    cached = {**view_options(ViewRecipe.from_dict(manifest.recipe)), "view_seed": manifest.view_seed}
     values.update({key: value for key, value in cached.items() if values[key] is None})
     return TrainDataConfig(**values)
 
@@ -198,19 +259,10 @@ def shared_options(config: SearchConfig) -> dict:
     return {key: value for key, value in values.items() if key not in ("processes", "part", "students_at_once")}
 
 
-def is_complete(trial: Trial) -> bool:
-    """Whether the student is trained out; raises `UserError` where its folder holds a run of other options."""
-    from ckd_dist import log
-
-    return log.is_complete(Path(trial.config.run_dir), to_dict(trial.config))
-
-
 def began_in(folder: Path) -> Path:
     """The folder that tells the precision which a search began in: its own or, of parts that have no whole yet, that of
     any student."""
-    from ckd_dist import log
-
-    students = (path for path in sorted(folder.glob("students/*")) if log.saved_options(path))
+    students = (path for path in sorted(folder.glob("students/*")) if saved_options(path))
     return folder if (folder / "config.yaml").exists() else next(students, folder)
 
 
@@ -226,6 +278,7 @@ def share_out(config: SearchConfig) -> None:
     from ckd_dist import dist
 
     options = ["--config", str(Path(config.run_dir) / "config.yaml"), f"--students_at_once={config.students_at_once}"]
+    options += [f"--amp={config.amp}", f"--data.views={config.data.views}"]
     threads = str(max(1, dist.cores_per_rank() // config.processes))
     workers, copies = [], []
     with StopRequest() as stop:
@@ -277,16 +330,18 @@ def _copy_lines(worker: subprocess.Popen, part: str) -> None:
 def choose(trials: list[Trial]) -> list[dict]:
     """The rows of results.csv, without test figures: for each model and teacher, the setting with the best mean top-1
     on data.val over the seeds is chosen; of equals the one with the lower loss there, then the first."""
-    from ckd_dist import log
+    from ckd_dist.run_folder import read_summary
 
     rows = []
     for trial in trials:
-        summary = log.read_summary(Path(trial.config.run_dir))
+        folder = Path(trial.config.run_dir)
+        summary, lineage = read_summary(folder), read_lineage(folder, "run_dir")
         setting = {key: getattr(trial.setting, key, None) for key in ("loss", "alpha", "temperature")}
         figures = {f"val_{key}": getattr(summary, key) for key in ("top1", "top5", "loss")}
         took = {key: getattr(summary, key) for key in ("train_seconds", "side_by_side")}
         named = {"student": trial.name, "weights_sha256": trial.weights_sha256}
         named.update({"model": trial.model, "teacher": trial.teacher, **setting})
+        named["identity"] = lineage.identity if lineage else None
         rows.append({**named, "seed": trial.config.seed, "epochs": trial.config.epochs, **figures, **took})
     for _, same_teacher in results.grouped(rows, "model", "teacher"):
         means = {
@@ -299,15 +354,21 @@ def choose(trials: list[Trial]) -> list[dict]:
     return rows
 
 
-def test(config: SearchConfig, trials: list[Trial], rows: list[dict], device: torch.device) -> None:
+def is_of(table: list[dict], rows: list[dict]) -> bool:
+    """Whether the rows of a results.csv are the `rows` of `choose`: of the same students, as they are now. Columns that
+    it lacks, of an older version, are not compared."""
+    lacking = {key for key in results.SINCE_OLDER if not any(line[key] for line in table)}
+    kept = [key for key in results.COLUMNS if key not in lacking and not key.startswith("test_")]
+    return [[line[key] for key in kept] for line in table] == [[row[key] for key in kept] for row in rows]
+
+
+def test(search: Search, rows: list[dict], device: torch.device) -> None:
     """Add the test figures of the chosen students to their rows; collective."""
     from ckd_dist import checkpoint, engine, models
-    from ckd_dist.beton import open_beton
     from ckd_dist.loader import BetonLoader
 
-    assert config.data.test is not None
-    info = open_beton(config.data.test, "data.test", verify=config.data.verify)
-    chosen = [(trial, row) for trial, row in zip(trials, rows, strict=True) if row["chosen"]]
+    config, info = search.config, search.images["data.test"]
+    chosen = [(trial, row) for trial, row in zip(search.trials, rows, strict=True) if row["chosen"]]
     loader = None
     for start in range(0, len(chosen), config.students_at_once):
         group, networks = chosen[start : start + config.students_at_once], {}
@@ -316,7 +377,6 @@ def test(config: SearchConfig, trials: list[Trial], rows: list[dict], device: to
             model, metadata = models.load_model(path, "run_dir")
             networks[str(path)] = engine.to_device(model, device)
         if loader is None:
-            models.require_classes(metadata, info.num_classes, "data.test")
             as_evaluated = replace(config.data, image_size=None)  # at the size that figures on data.val are of
             loader = BetonLoader.for_evaluation(info, as_evaluated, metadata, device)
         for (_, row), figures in zip(group, engine.evaluate(networks, loader, config.amp).values(), strict=True):

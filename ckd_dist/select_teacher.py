@@ -16,34 +16,37 @@ import time
 from pathlib import Path
 
 from ckd_dist import results
-from ckd_dist.config import SelectConfig, require, to_dict
+from ckd_dist.config import SelectConfig, to_dict
 from ckd_dist.process import run_command
 
 
 def main(config: SelectConfig) -> None:
     # Imported here because torch takes seconds: only once the options are known to be good.
-    from ckd_dist import dist, log, precision, selection
-    from ckd_dist.beton import open_beton
+    from ckd_dist import classes, dist, identity, log, precision, selection
+    from ckd_dist.beton import open_images
+    from ckd_dist.run_folder import RunFolder
 
     with dist.process_group() as device:
-        info = open_beton(config.data.train, "data.train", verify=config.data.verify)
-        held_out = open_beton(config.data.val, "data.val", verify=config.data.verify)
-        require(
-            held_out.num_classes == info.num_classes,
-            f"data.val has {held_out.num_classes} classes, data.train {info.num_classes}",
-        )
-        folder = Path(config.run_dir)
-        config = precision.settle(config, folder)
-        dist.on_main(lambda: log.require_same_options(folder, to_dict(config)))
-        if dist.on_main((folder / "selection.json").exists):
+        images = open_images(config.data, "train", "val")
+        folder, asked = Path(config.run_dir), config
+        config = precision.settle(asked, folder)
+        trajectory = selection.load_trajectory(config, device)
+        teacher, how = config.teacher.run, config.data.map_classes
+        images = {
+            option: classes.match_model(info, option, trajectory.metadata, teacher, how)
+            for option, info in images.items()
+        }
+        inputs = {option: identity.images(info) for option, info in images.items()}
+        inputs["teacher.run"] = identity.run(teacher, trajectory.weights_sha256)
+        origin = identity.Origin(asked=to_dict(asked), settled=to_dict(config), inputs=inputs)
+        if RunFolder(config.run_dir, origin).complete:
             log.say(f"{folder}: complete already")
             result = dist.on_main(lambda: results.read_selection(folder / "selection.json", "run_dir"))
             cost = dist.on_main(lambda: results.read_cost(folder / "cost.json", "run_dir"))
             if dist.rank() == 0:
                 show(config, result, cost)
             return
-        trajectory = selection.load_trajectory(config, info, device)
-        log.RunFolder(config.run_dir, to_dict(config))
+        info, held_out = images["data.train"], images["data.val"]
         log.say(
             f"{config.run_dir}: {len(trajectory.models)} checkpoints of {config.teacher.run}, F is the output of "
             f"{trajectory.layer}; {config.probe.repeats} probes each, {config.probe.steps} steps, "

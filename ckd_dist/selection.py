@@ -32,6 +32,8 @@ class Trajectory:
 
     models: dict[int, nn.Module]
     weights_sha256: dict[int, str]
+    metadata: dict
+    """Of the last of them."""
     layer: str
     """Module whose output is F."""
     channels: int
@@ -46,28 +48,27 @@ class Trajectory:
         return (batch.images * self.std + self.mean).clamp(0, 1)
 
 
-def load_trajectory(config: SelectConfig, info: DatasetInfo, device: torch.device) -> Trajectory:
-    """The checkpoints that the options name; raises `UserError` for a wrong number of classes or an unknown layer."""
+def load_trajectory(config: SelectConfig, device: torch.device) -> Trajectory:
+    """The checkpoints that the options name; raises `UserError` for an unknown layer."""
     files = checkpoint.trajectory(config.teacher.run, "teacher.run")
     epochs = checkpoint.choose(files, sorted(config.teacher.checkpoints) or list(files), "teacher.checkpoints")
     teachers, weights = {}, {}
     for epoch in epochs:
         model, metadata = models.load_model(files[epoch], "teacher.run")
-        models.require_classes(metadata, info.num_classes, "teacher.run")
         weights[epoch] = checkpoint.weights_sha256(model.state_dict())
         teachers[epoch] = engine.to_device(model, device)
-    image_size = config.data.image_size or metadata["image_size"]
+    image_size, num_classes = config.data.image_size or metadata["image_size"], metadata["num_classes"]
     first = teachers[epochs[0]]
-    student = models.build_model(config.student, info.num_classes).to(device)  # whose cost is measured in the end
+    student = models.build_model(config.student, num_classes).to(device)  # whose cost is measured in the end
     for model, name, train_images in ((first, metadata["model"], 0), (student, config.student, 2)):
-        models.require_fits(model, name, info.num_classes, image_size, "data.image_size", train_images=train_images)
+        models.require_fits(model, name, num_classes, image_size, "data.image_size", train_images=train_images)
     layer = config.layer or models.feature_layer(first, image_size)
     names = [name for name, _ in first.named_modules() if name]
     require(layer in names, f"layer: the teacher has no module {layer}; it has {', '.join(names[:40])}")
     features, _ = engine.forward_features(first, layer, torch.zeros(1, 3, image_size, image_size, device=device), "off")
     require(features.ndim == 4, f"layer: {layer} gives {tuple(features.shape[1:])} an image, not channels x h x w")
     mean, std = (torch.tensor(metadata[key], device=device).view(3, 1, 1) for key in ("mean", "std"))
-    return Trajectory(teachers, weights, layer, features.shape[1], image_size, mean, std)
+    return Trajectory(teachers, weights, metadata, layer, features.shape[1], image_size, mean, std)
 
 
 def _loader(config: SelectConfig, trajectory: Trajectory, info: DatasetInfo, recipe, batch_size: int) -> BetonLoader:

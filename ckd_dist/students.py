@@ -3,8 +3,8 @@ read of the store. What `distill` and `search` do."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 
@@ -12,10 +12,22 @@ import numpy as np
 import torch
 from torch import nn
 
-from ckd_dist import caching, checkpoint, data, dist, engine, models, selection, training
-from ckd_dist.beton import open_beton
-from ckd_dist.config import DistillConfig, TeacherConfig, require
+from ckd_dist import (
+    caching,
+    checkpoint,
+    classes,
+    data,
+    dist,
+    engine,
+    identity,
+    models,
+    precision,
+    selection,
+    training,
+)
+from ckd_dist.config import DistillConfig, MapClasses, TeacherConfig, require
 from ckd_dist.data import DatasetInfo
+from ckd_dist.identity import Input, saved_options
 from ckd_dist.lessons import Lessons
 from ckd_dist.log import say
 from ckd_dist.recipe import ViewRecipe
@@ -24,22 +36,39 @@ from ckd_dist.store.manifest import Manifest
 from ckd_dist.store.reader import StoreReader
 
 
-def train(configs: Sequence[DistillConfig], device: torch.device) -> None:
-    """Train the students that `configs` describe, side by side; collective. They agree in all but model, optimiser,
-    loss, run folder and which of one teacher's checkpoints they hear, if any."""
-    info = open_beton(configs[0].data.train, "data.train", verify=configs[0].data.verify)
-    configs = [replace(each, teacher=resolved(each.teacher)) for each in configs]
-    taught = teaching(configs, info, device)
+def train(asked: Sequence[DistillConfig], images: Mapping[str, DatasetInfo], device: torch.device) -> None:
+    """Train the students that `asked` describes, side by side, on the `images` of data.train and data.val; collective.
+    They agree in all but model, optimiser, loss, run folder and which of one teacher's checkpoints they hear, if
+    any."""
+    configs = [settled(each) for each in asked]
+    teacher = open_teacher(configs, device)
+    images = {option: teacher.match(info, option, asked[0].data.map_classes) for option, info in images.items()}
+    taught = teaching(configs, teacher, images["data.train"])
+    trainees = [
+        training.Trainee(config, training.origin(each, config, images, teacher.inputs(each, config)), loss)
+        for each, config, loss in zip(asked, configs, taught.losses, strict=True)
+    ]
     training.train(
-        configs,
-        taught.losses,
+        trainees,
+        images,
         device=device,
-        info=info,
         recipe=taught.recipe,
         view_seed=taught.view_seed,
         source=taught.source,
         save_every=configs[0].save_every or configs[0].epochs,
     )
+
+
+def settled(asked: DistillConfig) -> DistillConfig:
+    """The options of a student as they are resolved: precision, the teacher's checkpoints and, if they are cached, the
+    number of views; as the run in its folder began, if there is one. Collective."""
+    config = precision.settle(asked, asked.run_dir)
+    config = replace(config, teacher=resolved(config.teacher))
+    if config.teacher.store and config.data.views is None:
+        began = dist.on_main(lambda: saved_options(Path(asked.run_dir)).get("data.views"))
+        held = Manifest.load(Path(config.teacher.store), "teacher.store").views(config.teacher.checkpoints)
+        config = replace(config, data=replace(config.data, views=began or held))
+    return config
 
 
 @dataclass(frozen=True)
@@ -54,13 +83,13 @@ class Teaching:
     view_seed: int
 
 
-def teaching(configs: Sequence[DistillConfig], info: DatasetInfo, device: torch.device) -> Teaching:
-    """For configurations whose teachers are `resolved`; raises `UserError` where teachers, images and losses do not go
-    together."""
-    config = next((each for each in configs if each.teacher.checkpoints), configs[0])
+def teaching(configs: Sequence[DistillConfig], teacher: Teacher, info: DatasetInfo) -> Teaching:
+    """For configurations that are `settled`, and images that match the teacher; raises `UserError` where teachers,
+    images and losses do not go together."""
+    config = configs[0]
     dense = codecs.Dense(info.num_classes)
-    reader = cached_teacher(configs, config.teacher.store, info) if config.teacher.store else None
-    online = online_teacher(configs, config.teacher.run, info, dense, device) if config.teacher.run else {}
+    reader = cached_teacher(configs, teacher.manifest, info) if teacher.manifest else None
+    online = online_teacher(configs, teacher, info, dense)
     available = reader.checkpoints if reader else list(online)
     lessons = [Lessons(each, available, reader.codec if reader else dense) for each in configs]
     # Together they hear these: an epoch's records have a column for each.
@@ -92,6 +121,59 @@ def teaching(configs: Sequence[DistillConfig], info: DatasetInfo, device: torch.
 
 
 # ------------------------------------------------------------------------------------------- teachers
+
+
+@dataclass(frozen=True)
+class Teacher:
+    """A store or a run of which students hear some checkpoints; neither, for plain students."""
+
+    path: str = ""
+    manifest: Manifest | None = None
+    """Of a store."""
+    online: dict[int | str, nn.Module] = field(default_factory=dict)
+    """Of a run: checkpoints on the device."""
+    metadata: dict = field(default_factory=dict)
+    """Of a run's checkpoints."""
+    weights: dict[int, str] = field(default_factory=dict)
+    """Of a run: epoch -> sha256."""
+
+    def match(self, info: DatasetInfo, option: str, how: MapClasses | None) -> DatasetInfo:
+        """The images, their classes as the teacher's; see `classes.match`."""
+        if self.manifest:
+            count = self.manifest.dataset["num_classes"]
+            return classes.match(info, option, self.manifest.classes, count, self.path, how)
+        return classes.match_model(info, option, self.metadata, self.path, how) if self.online else info
+
+    def inputs(self, asked: DistillConfig, config: DistillConfig) -> dict[str, Input]:
+        """What a student takes of it, by option."""
+        heard = config.teacher.checkpoints
+        if not heard:
+            return {}
+        if self.manifest:
+            found = {"teacher.store": identity.store(self.path, self.manifest, heard)}
+            chosen = self.manifest.checkpoints[self.manifest.members[heard[0]]]["weights_sha256"]
+        else:
+            found = {"teacher.run": identity.run(self.path, {int(name): self.weights[int(name)] for name in heard})}
+            chosen = self.weights[int(heard[0])]
+        if asked.teacher.selection:
+            found["teacher.selection"] = identity.selection(asked.teacher.selection, chosen)
+        return found
+
+
+def open_teacher(configs: Sequence[DistillConfig], device: torch.device) -> Teacher:
+    """The teacher of students whose configurations are `settled`; raises `UserError` where its files are damaged."""
+    teacher = next((each for each in configs if each.teacher.checkpoints), configs[0]).teacher
+    if teacher.store:
+        return Teacher(teacher.store, manifest=Manifest.load(Path(teacher.store), "teacher.store"))
+    if not teacher.run:
+        return Teacher()
+    files = checkpoint.trajectory(teacher.run, "teacher.run")
+    online, weights = {}, {}
+    for name in _union(configs):
+        model, metadata = models.load_model(files[int(name)], "teacher.run")
+        weights[int(name)] = checkpoint.weights_sha256(model.state_dict())
+        online[name] = engine.to_device(model, device)
+    return Teacher(teacher.run, online=online, metadata=metadata, weights=weights)
 
 
 def resolved(asked: TeacherConfig) -> TeacherConfig:
@@ -136,12 +218,13 @@ def _say_teachers(configs: Sequence[DistillConfig], how: str) -> None:
     say(f"teacher: {how} of {', '.join(f'epoch {name}' for name in _union(configs))}")
 
 
-def cached_teacher(configs: Sequence[DistillConfig], store: str, info: DatasetInfo) -> StoreReader:
+def cached_teacher(configs: Sequence[DistillConfig], manifest: Manifest, info: DatasetInfo) -> StoreReader:
     """The store, open for all checkpoints that the students hear; raises `UserError` where it does not fit the images,
     a loss or the views."""
     seed, views = configs[0].data.view_seed, configs[0].data.views
+    store = next(each.teacher.store for each in configs if each.teacher.store)
     reader = StoreReader(store, _union(configs), info)
-    manifest, codec = reader.manifest, reader.codec
+    codec = reader.codec
     _require_served(configs, codec)
     require(
         not (isinstance(codec, codecs.TopK) and reader.recipe.mixes and any(each.kd.loss == "dkd" for each in configs)),
@@ -174,29 +257,25 @@ def cached_teacher(configs: Sequence[DistillConfig], store: str, info: DatasetIn
 
 
 def online_teacher(
-    configs: Sequence[DistillConfig], run: str, info: DatasetInfo, codec: codecs.Codec, device: torch.device
+    configs: Sequence[DistillConfig], teacher: Teacher, info: DatasetInfo, codec: codecs.Codec
 ) -> dict[int | str, nn.Module]:
-    """The checkpoints on the device; raises `UserError` where the students' images are not the teacher's."""
+    """The checkpoints of a run, none of a store; raises `UserError` where students' images are not the teacher's."""
+    if not teacher.online:
+        return {}
     _require_served(configs, codec)
     require(
         configs[0].data.start_image_size is None,
         "data.start_image_size is not for an online teacher, who would see the small images too: cache its logits",
     )
-    trajectory = checkpoint.trajectory(run, "teacher.run")
-    members: dict[int | str, nn.Module] = {}
-    for epoch in _union(configs):
-        model, metadata = models.load_model(trajectory[int(epoch)], "teacher.run")
-        models.require_classes(metadata, info.num_classes, "teacher.run")
-        for key, ours in (
-            ("image_size", info.image_size(configs[0].data.image_size)),
-            ("mean", list(info.mean)),
-            ("std", list(info.std)),
-        ):
-            require(
-                metadata[key] == ours,
-                f"teacher.run: the online teacher was trained with {key} {metadata[key]}, the student gets "
-                f"{ours}: cache its logits instead",
-            )
-        members[epoch] = engine.to_device(model, device)
+    for key, ours in (
+        ("image_size", info.image_size(configs[0].data.image_size)),
+        ("mean", list(info.mean)),
+        ("std", list(info.std)),
+    ):
+        require(
+            teacher.metadata[key] == ours,
+            f"teacher.run: the online teacher was trained with {key} {teacher.metadata[key]}, the student gets "
+            f"{ours}: cache its logits instead",
+        )
     _say_teachers(configs, "online, the logits")
-    return members
+    return teacher.online

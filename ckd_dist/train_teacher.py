@@ -16,19 +16,19 @@ FIRST_VIEW = 1 << 20
 def main(config: TrainTeacherConfig) -> None:
     # Imported here because torch takes seconds: only once the options are known to be good.
     from ckd_dist import data, dist, engine, losses, precision, training
-    from ckd_dist.beton import open_beton
+    from ckd_dist.beton import open_images
 
     def loss(logits, batch, epoch):
         return {"loss": losses.cross_entropy(logits, batch.labels, config.label_smoothing, batch.mixed)}
 
     with dist.process_group() as device:
-        info = open_beton(config.data.train, "data.train", verify=config.data.verify)
+        images = open_images(config.data, "train", "val")
+        settled = precision.settle(config, config.run_dir)
         training.train(
-            [precision.settle(config, config.run_dir)],
-            [loss],
+            [training.Trainee(settled, training.origin(config, settled, images, {}), loss)],
+            images,
             device=device,
-            info=info,
-            recipe=data.train_recipe(config.data, info),
+            recipe=data.train_recipe(config.data, images["data.train"]),
             view_seed=config.data.view_seed or 0,
             source=lambda epoch: engine.Source(FIRST_VIEW + epoch % (config.data.views or config.epochs)),
             save_every=config.save_every or max(1, config.epochs // 10),

@@ -2,36 +2,61 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
 
 import torch
 
-from ckd_dist import dist, precision
-from ckd_dist.beton import open_beton
+from ckd_dist import dist, identity, precision
 from ckd_dist.config import TrainConfig, require, to_dict
 from ckd_dist.data import DatasetInfo, eval_recipe, rank_share
 from ckd_dist.engine import Learner, Loss, Source, fit
+from ckd_dist.identity import Input, Origin
 from ckd_dist.loader import BetonLoader, read_labels
-from ckd_dist.log import RunFolder, read_summary, say
-from ckd_dist.models import build_model, load_weights, require_fits
+from ckd_dist.log import say
+from ckd_dist.models import build_model, initial_weights, load_weights, require_fits
 from ckd_dist.recipe import ViewRecipe
+from ckd_dist.run_folder import RunFolder, read_summary
+
+
+@dataclass(frozen=True)
+class Trainee:
+    """A model that is to be trained."""
+
+    config: TrainConfig
+    """Its options, as they were resolved."""
+    origin: Origin
+    """What it is made of."""
+    loss: Loss
+
+
+def origin(
+    asked: TrainConfig, config: TrainConfig, images: Mapping[str, DatasetInfo], teacher: Mapping[str, Input]
+) -> Origin:
+    """What a training is made of: options as they were `asked` and as they were resolved to `config`, the `images` and
+    the `teacher` that options name, and initial weights."""
+    inputs = {**{option: identity.images(info) for option, info in images.items()}, **teacher}
+    if path := config.model.weights:
+        inputs["model.weights"] = identity.weights(path, initial_weights(path)[1])
+    return Origin(asked=to_dict(asked), settled=to_dict(config), inputs=inputs)
 
 
 def train(
-    configs: Sequence[TrainConfig],
-    loss: Sequence[Loss],
+    trainees: Sequence[Trainee],
+    images: Mapping[str, DatasetInfo],
     *,
     device: torch.device,
-    info: DatasetInfo,
     recipe: ViewRecipe,
     view_seed: int,
     source: Callable[[int], Source],
     save_every: int,
 ) -> None:
-    """Train the models that `configs` describe, each with its loss and in its run folder, side by side on views of
-    `info`'s images; collective. The configurations agree in all that concerns data, seed, epochs and saving."""
-    config = configs[0]
+    """Train models, each with its loss and in its run folder, side by side on views of the `images` of data.train, and
+    evaluate them on those of data.val; collective. Their configurations agree in all that concerns data, seed, epochs
+    and saving."""
+    config, configs = trainees[0].config, [trainee.config for trainee in trainees]
+    info, val_info = images["data.train"], images.get("data.val")
     batch_size, size = config.data.batch_size, info.image_size(config.data.image_size)
     val_size = config.data.val_image_size or size
     require(
@@ -39,11 +64,6 @@ def train(
         f"data.batch_size {batch_size} is larger than the {info.count} images of {info.path}",
     )
     share = rank_share(batch_size)
-    val_info = open_beton(config.data.val, "data.val", verify=config.data.verify) if config.data.val else None
-    require(
-        val_info is None or val_info.num_classes == info.num_classes,
-        f"data.val has {val_info and val_info.num_classes} classes, data.train {info.num_classes}",
-    )
     metadata = {
         "num_classes": info.num_classes,
         "image_size": size,
@@ -52,6 +72,7 @@ def train(
         "mean": list(info.mean),
         "std": list(info.std),
         "dataset": {"name": info.dataset, "content_hash": info.content_hash, "count": info.count},
+        "classes": list(info.classes),
     }
     models, least = [], batch_size // dist.world_size()
     sides = {"data.image_size": (size, least), "data.val_image_size": (val_size, 0)}
@@ -67,15 +88,16 @@ def train(
         for option, (side, train_images) in sides.items():
             require_fits(model, name, info.num_classes, side, option, train_images=train_images)
     learners = []
-    for each, model, its_loss in zip(configs, models, loss, strict=True):
-        run = RunFolder(each.run_dir, to_dict(each), tensorboard=each.tensorboard)
+    for trainee, model in zip(trainees, models, strict=True):
+        each = trainee.config
+        run = RunFolder(each.run_dir, trainee.origin, tensorboard=each.tensorboard)
         if run.complete:
             summary = read_summary(run.path)
             found = f", top1 {summary.top1:.2f}" if summary and summary.top1 is not None else ""
             say(f"{run.path}: complete already{found}")
             continue
         its_metadata = {"model": each.model.name, **metadata}
-        learners.append(Learner(model, each, its_loss, run, device, its_metadata, info.count // batch_size))
+        learners.append(Learner(model, each, trainee.loss, run, device, its_metadata, info.count // batch_size))
     if not learners:
         return
     make_loader = partial(

@@ -24,6 +24,7 @@ from rich.console import Console
 from rich.live import Live
 from rich.table import Table
 
+from ckd_dist import lineage
 from ckd_dist.config import UserError, flag_words, load_config, option_words, require
 from ckd_dist.process import run_process
 from launch import jobs, local, slurm
@@ -123,6 +124,7 @@ class Pipeline:
                 except UserError as error:
                     raise UserError(f"tasks.{name}: {error}") from None
         states = self.look()
+        self._require_unchanged(states)
         missing = {job for job in self.all_jobs if states[job].name not in ("done", "pending", "running")}
         for task in self.tasks.values():  # once for an array: its jobs share the store
             for job in [job for job in task.jobs if job in missing][:1]:
@@ -146,6 +148,19 @@ class Pipeline:
         if any(not state.final for state in states.values()):
             console.print(f"follow: python -m launch.pipeline status {shlex.join(sys.argv[1:])}")
         return 0
+
+    def _require_unchanged(self, states: dict[Job, State]) -> None:
+        """Raise `UserError` where what a job left was made of something else than what is there now."""
+        seen = set()
+        for job in self.all_jobs:
+            if states[job].name != "done" or job.output is None or job.output in seen:
+                continue
+            seen.add(job.output)
+            if change := lineage.changes(job.output):
+                raise UserError(
+                    f"tasks.{job.task}: {job.output} is done, but {change}: put back what it was, or remove "
+                    f"{job.output} to have it made anew"
+                )
 
     def _dry_run(self, states: dict[Job, State], missing: set[Job]) -> int:
         console.print(self.table(states))

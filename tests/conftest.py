@@ -127,15 +127,15 @@ def make_once(factory: pytest.TempPathFactory, name: str, make: Callable[[Path],
 
 @pytest.fixture(scope="session")
 def fashion(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """Fashion-MNIST: 1201 training images (no batch size divides them), 301 held-out ones."""
+    """Fashion-MNIST: 1201 training images (no batch size divides them), 301 held-out ones, 200 test images."""
 
     def make(folder: Path) -> None:
-        for split, subset in (("train", 1201), ("holdout", 301)):
+        for split, subset in (("train", 1201), ("holdout", 301), ("test", 200)):
             options = ("--dataset", "fashion_mnist", "--split", split, "--subset", subset, "--holdout", "0.1")
             run("data_prep.write_beton", *options, "--out", folder / f"{split}.beton")
 
     folder = make_once(tmp_path_factory, "fashion", make)
-    return {split: folder / f"{split}.beton" for split in ("train", "holdout")}
+    return {split: folder / f"{split}.beton" for split in ("train", "holdout", "test")}
 
 
 @pytest.fixture(scope="session")
@@ -144,10 +144,18 @@ def photographs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
     def make(folder: Path) -> None:
         write_photographs(folder / "images", {"ash": 40, "beech": 30, "cedar": 31})
-        options = ("--root", folder / "images", "--split", "test", "--write-mode", "proportion")
-        run("data_prep.write_beton", "--dataset", "imagefolder", *options, "--out", folder / "photographs.beton")
+        write_photographs(folder / "others", {"ash": 10, "beech": 10, "cedar": 10}, seed=1)
+        for root, name in (("images", "photographs"), ("others", "others")):
+            options = ("--root", folder / root, "--split", "test", "--write-mode", "proportion")
+            run("data_prep.write_beton", "--dataset", "imagefolder", *options, "--out", folder / f"{name}.beton")
 
     return make_once(tmp_path_factory, "photographs", make) / "photographs.beton"
+
+
+@pytest.fixture(scope="session")
+def other_photographs(photographs: Path) -> Path:
+    """30 more of them."""
+    return photographs.with_name("others.beton")
 
 
 @pytest.fixture(scope="session")

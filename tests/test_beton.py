@@ -57,7 +57,8 @@ def test_reader_and_writer_agree_on_the_hash(fashion, photographs):
 @pytest.mark.parametrize(
     ("change", "expected"),
     [
-        ({"num_classes": 5}, "holds labels from 0 to 9, "),
+        ({"num_classes": 5, "classes": []}, "holds labels from 0 to 9, "),
+        ({"num_classes": 5}, "names 10 classes of 5: write "),
         ({"num_classes": "10"}, "is damaged (num_classes: Input should be a valid integer)"),
         ({"num_classes": 10.5}, "is damaged (num_classes: "),
         ({"num_classes": 10**40}, "is damaged (num_classes: "),
@@ -76,7 +77,7 @@ def test_reader_and_writer_agree_on_the_hash(fashion, photographs):
         (100_000 * b"[", "is damaged ("),
         (os.mkfifo, "x.beton.json is missing"),
     ],
-    ids=range(18),
+    ids=range(19),
 )
 def test_a_description_that_is_not_of_the_file_is_refused(images, change, expected):
     description = images.with_name("x.beton.json")

@@ -600,10 +600,7 @@ def test_digests_are_of_the_pixels_before_they_are_scaled_or_compressed(tmp_path
         write_folder(photos, out, *options)
         found[options[0]] = np.load(f"{out}.digests.npy")
     pixels = [np.array(Image.open(path)) for path in sorted(photos.rglob("*.jpg"))]
-    digests = [
-        hashlib.blake2b(struct.pack("<II", *image.shape[:2]) + image.tobytes(), digest_size=8).digest()
-        for image in pixels
-    ]
+    digests = [hashlib.sha1(struct.pack("<II", *image.shape[:2]) + image.tobytes()).digest()[:8] for image in pixels]
     expected = np.frombuffer(b"".join(digests), "<u8")
     assert found["--shuffle"].dtype == np.uint64
     np.testing.assert_array_equal(found["--max-resolution"], expected)

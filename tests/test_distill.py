@@ -126,8 +126,8 @@ def test_an_online_teacher_is_not_shown_small_images(fashion, teacher, tmp_path)
         here(distill, DistillConfig, *options(fashion, tmp_path / "run", *more))
 
 
-def test_photographs_of_different_sizes_work_from_teacher_to_student(photographs, tmp_path):
-    data = ["--data.train", photographs, "--data.val", photographs, "--data.batch_size", 16]
+def test_photographs_of_different_sizes_work_from_teacher_to_student(photographs, other_photographs, tmp_path):
+    data = ["--data.train", photographs, "--data.val", other_photographs, "--data.batch_size", 16]
     common = [*data, "--epochs", 2, "--optim.lr", 0.02, "--amp", "off"]
     run_dir, store, student = tmp_path / "teacher", tmp_path / "store", tmp_path / "student"
     here(
@@ -152,7 +152,7 @@ def test_photographs_of_different_sizes_work_from_teacher_to_student(photographs
     here(distill, DistillConfig, *common, "--model.name", "mobilenet_v2", *more, "--epochs", 8)
     assert summary(student)["steps"] == 48  # 101 images, batches of 16
     last = student / "checkpoints" / "epoch_0008.pt"
-    done = run("ckd_dist.evaluate", "--data.val", photographs, "--checkpoint", last, "--amp", "off")
+    done = run("ckd_dist.evaluate", "--data.val", other_photographs, "--checkpoint", last, "--amp", "off")
     assert json.loads(done.stdout)["loss"] == pytest.approx(summary(student)["loss"], abs=1e-4)  # at 56 px too
     assert all(torch.isfinite(torch.tensor(line["loss"])) for line in metrics(student))
     manifest = json.loads((store / "manifest.json").read_text())

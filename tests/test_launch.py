@@ -235,6 +235,14 @@ def test_the_whole_graph_with_a_job_that_fails_and_then_completed(cluster, tmp_p
     assert launch(cluster, "pipeline", "--config", config, "--dry-run").stdout.endswith(
         "0 of 14 jobs would be submitted\n"
     )
+    # What a task was made of is replaced in place: its result, and all that came of it, is not what the graph says.
+    first, second = sorted((tmp_path / "teacher" / "checkpoints").glob("epoch_*.pt"))[:2]
+    shutil.copy(first, second)
+    refused = launch(cluster, "pipeline", "--config", config, status=2)
+    expected = (
+        rf"tasks\.cache: \S+ is done, but teacher\.run \S+/teacher has changed since \(epoch {int(second.stem[-4:])} "
+    )
+    assert re.search(expected, " ".join(refused.stderr.split()))
 
 
 def small_graph(tmp_path, **tasks):

@@ -6,11 +6,11 @@ import os
 
 import pytest
 import torch
-import yaml
 from conftest import ENVIRONMENT, cache_options, run
 
 from ckd_dist import cache_logits, precision, train_teacher
 from ckd_dist.config import CacheConfig, TrainTeacherConfig, load_config
+from ckd_dist.identity import saved_options
 from ckd_dist.store.manifest import Manifest
 
 WITHOUT_AVX512 = {"ONEDNN_MAX_CPU_ISA": "AVX2", "ATEN_CPU_CAPABILITY": "avx2"}
@@ -55,7 +55,7 @@ def small(fashion, run_dir, *more):
 
 
 def amp_of(run_dir):
-    return yaml.safe_load((run_dir / "config.yaml").read_text())["amp"]
+    return saved_options(run_dir)["amp"]
 
 
 def test_a_run_goes_on_in_the_precision_that_it_began_in(fashion, tmp_path, machine, capsys):

@@ -124,7 +124,7 @@ def test_a_signal_during_the_last_evaluation_of_a_training_is_not_lost(fashion, 
     monkeypatch.setattr(engine, "evaluate", signal_and_evaluate)
     before = signal.signal(signal.SIGUSR2, lambda *_: seen.append((tmp_path / "run" / "summary.json").exists()))
     try:
-        few = ["--data.train", fashion["holdout"], "--epochs", 1, "--amp", "off"]
+        few = ["--data.train", fashion["holdout"], "--data.val", fashion["test"], "--epochs", 1, "--amp", "off"]
         train_here(*options(fashion, tmp_path / "run", *few))
         assert seen == [True]
         signal.raise_signal(signal.SIGUSR2)
@@ -289,7 +289,8 @@ def test_a_training_in_a_folder_with_accents_ends_well_in_a_locale_that_has_none
     run_dir, config = tmp_path / "écrits" / "élève", tmp_path / "écrits" / "à moi.yaml"
     config.parent.mkdir()
     config.write_text(f"run_dir: {run_dir}\n", encoding="utf-8")
-    few = ["--data.train", fashion["holdout"], "--epochs", 1, "--amp", "off", "--model.name", "linear"]
+    images = ["--data.train", fashion["holdout"], "--data.val", fashion["test"]]
+    few = [*images, "--epochs", 1, "--amp", "off", "--model.name", "linear"]
     words = [*options(fashion, run_dir, *few)[:-2], "--config", config]
     plain = {**ENVIRONMENT, "LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
     for expected in ("epoch 1/1  val", "élève: complete already"):

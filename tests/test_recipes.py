@@ -22,7 +22,7 @@ def recipes(family, module):
 
 
 @pytest.mark.parametrize("family", ["imagenet", "cifar100", "tiny_imagenet", "fashion_mnist"])
-def test_recipes_lead_from_teacher_to_student(family, photographs, tmp_path):
+def test_recipes_lead_from_teacher_to_student(family, photographs, other_photographs, tmp_path):
     images = {"train": str(photographs), "batch_size": 10, "image_size": 32}
     training = {
         "data": {**images, "val": None, "start_image_size": None, "val_image_size": None},
@@ -43,7 +43,7 @@ def test_recipes_lead_from_teacher_to_student(family, photographs, tmp_path):
             if cls is DistillConfig:
                 small["teacher"] = {"store": f"{tmp_path}/{given.teacher.store}", "checkpoints": [1]}
             if cls is SearchConfig:
-                small["data"] = {**training["data"], "val": str(photographs), "test": str(photographs)}
+                small["data"] = {**training["data"], "val": str(other_photographs), "test": None}
                 small["teacher"] = {"store": f"{tmp_path}/{given.teacher.store}"}
                 small["grid"] = {"teachers": [[1]], "alphas": [0.5], "temperatures": [4], "seeds": [0]}
                 small["processes"] = 1

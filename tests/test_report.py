@@ -190,7 +190,7 @@ def test_a_selection_is_held_against_students_of_the_same_weights_only(
     write_selection(runs / "selection", "features", (0.2, 0.3, 0.25), "raw", 6, of)  # of the students' epochs
     if table == "older":
         path = runs / "search" / "results.csv"
-        path.write_text("".join(line.rpartition(",")[0] + "\n" for line in path.read_text().splitlines()))
+        path.write_text("".join(line.rsplit(",", 2)[0] + "\n" for line in path.read_text().splitlines()))
     report_here(monkeypatch, runs)
     assert capsys.readouterr().out.count(expected) == 1
     text = (runs / "report" / "report.html").read_text(encoding="utf-8")

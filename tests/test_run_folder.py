@@ -16,15 +16,21 @@ import pytest
 import torch
 from test_training import metrics, options, same_weights, train_here
 
-from ckd_dist import checkpoint, engine, log
+from ckd_dist import checkpoint, engine, identity
 from ckd_dist.config import UserError
+from ckd_dist.run_folder import RunFolder, read_summary
 
 FEW = ("--epochs", 2, "--amp", "off", "--log_every", 1, "--optim.schedule", "constant")
 """Six steps of 100 held-out images."""
 
 
 def words(fashion, run_dir, *more):
-    return options({**fashion, "train": fashion["holdout"]}, run_dir, *FEW, *more)
+    return options({**fashion, "train": fashion["holdout"], "holdout": fashion["test"]}, run_dir, *FEW, *more)
+
+
+def of(options):
+    """The origin of a run with these options, and no inputs."""
+    return identity.Origin(asked=options, settled=options)
 
 
 @pytest.fixture(scope="module")
@@ -51,7 +57,7 @@ def test_a_run_folder_in_which_another_process_works_is_refused_until_that_one_i
     run_dir, (told, tell) = tmp_path / "run", os.pipe()
     other = os.fork()
     if not other:
-        log.RunFolder(str(run_dir), {"epochs": 1})
+        RunFolder(str(run_dir), of({"epochs": 1}))
         os.write(tell, b"locked")
         signal.pause()
     os.read(told, 9)
@@ -59,11 +65,11 @@ def test_a_run_folder_in_which_another_process_works_is_refused_until_that_one_i
         with pytest.raises(
             UserError, match=rf"run_dir: {run_dir} is in use by process {other} on \S+: wait until it ends"
         ):
-            log.RunFolder(str(run_dir), {"epochs": 2})
+            RunFolder(str(run_dir), of({"epochs": 2}))
     assert "epochs: 1" in (run_dir / "config.yaml").read_text()
     os.kill(other, signal.SIGKILL)
     os.waitpid(other, 0)
-    log.RunFolder(str(run_dir), {"epochs": 2})
+    RunFolder(str(run_dir), of({"epochs": 2}))
 
 
 def test_a_complete_run_is_looked_at_while_somebody_works_in_it_and_needs_no_place_to_write(fashion, run_dir, capsys):
@@ -83,7 +89,7 @@ def test_a_folder_without_a_saved_step_takes_other_options(fashion, tmp_path):
         train_here(*words(fashion, run_dir, "--optim.lr", 1000, "--optim.weight_decay", 10))
     assert (run_dir / "config.yaml").exists()
     train_here(*words(fashion, run_dir, "--optim.lr", 0.01, "--epochs", 1))
-    assert log.saved_options(run_dir)["optim.lr"] == 0.01
+    assert identity.saved_options(run_dir)["optim.lr"] == 0.01
     assert [line["step"] for line in metrics(run_dir)] == [1, 2, 3]
     with pytest.raises(UserError, match=r"holds a run with optim\.lr 0\.01, not 0\.02: repeat its options to go on"):
         train_here(*words(fashion, run_dir, "--optim.lr", 0.02, "--epochs", 1))
@@ -97,8 +103,8 @@ def test_a_finished_run_with_more_epochs_ends_with_the_weights_of_the_longer_run
         assert same_weights(*(checkpoint.checkpoint_path(run, epoch) for run in (run_dir, tmp_path / "whole")))
     found = [[(line["step"], line["loss"]) for line in metrics(run)] for run in (run_dir, tmp_path / "whole")]
     assert found[0] == found[1] and len(found[0]) == 9
-    summary = log.read_summary(run_dir)
-    assert summary is not None and summary.epochs == 3 and log.saved_options(run_dir)["epochs"] == 3
+    summary = read_summary(run_dir)
+    assert summary is not None and summary.epochs == 3 and identity.saved_options(run_dir)["epochs"] == 3
 
 
 @pytest.mark.parametrize(
@@ -126,12 +132,12 @@ def test_more_epochs_are_refused_where_the_first_ones_depend_on_their_number(mor
 
     (run_dir / "config.yaml").write_text(json.dumps(nested(2)))
     if why is None:
-        log.require_same_options(run_dir, nested(3))
+        identity.require_same(run_dir, of(nested(3)))
     else:
         with pytest.raises(UserError, match=f"epochs 2, not 3, and {why} depends on their number: repeat"):
-            log.require_same_options(run_dir, nested(3))
+            identity.require_same(run_dir, of(nested(3)))
     with pytest.raises(UserError, match="holds a run with epochs 2, not 1: repeat its options"):
-        log.require_same_options(run_dir, nested(1))
+        identity.require_same(run_dir, of(nested(1)))
 
 
 # ------------------------------------------------------------------------------------------- damage
@@ -265,11 +271,11 @@ def test_a_full_disk_is_told_by_the_name_of_the_file_and_the_run_goes_on_when_th
 def test_tensorboard_forgets_the_steps_that_a_resumed_run_takes_again(tmp_path):
     events = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
     for start, steps in ((0, (1, 2, 3)), (1, (2,))):
-        run_folder = log.RunFolder(str(tmp_path / "run"), {"epochs": 1}, tensorboard=True)
-        run_folder.rewind(start)
+        folder = RunFolder(str(tmp_path / "run"), of({"epochs": 1}), tensorboard=True)
+        folder.rewind(start)
         for step in steps:
-            run_folder.log("train", step, 0, loss=1.0)
-        del run_folder
+            folder.log("train", step, 0, loss=1.0)
+        del folder
     found = events.EventAccumulator(str(tmp_path / "run"))
     found.Reload()
     assert [scalar.step for scalar in found.Scalars("train/loss")] == [1, 2]

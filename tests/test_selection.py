@@ -15,6 +15,7 @@ from torch import nn
 
 from ckd_dist import checkpoint, distill, models, select_teacher
 from ckd_dist.config import DistillConfig, SelectConfig, TrainingError, UserError, load_config
+from ckd_dist.identity import read_lineage
 from data_prep.sources import load_source
 
 QUICK = ["--data.batch_size", 64, "--probe.steps", 80, "--probe.repeats", 2, "--student", "resnet8"]
@@ -116,7 +117,7 @@ def test_a_killed_selection_ends_with_the_numbers_of_one_that_never_was(chosen, 
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     expected = select_here(*words, "--run_dir", whole)
     left = sorted(path.name for path in whole.iterdir())
-    assert left == [".lock", "config.yaml", "cost.json", "env.json", "selection.json"]
+    assert left == [".lock", "config.yaml", "cost.json", "env.json", "lineage.json", "selection.json"]
 
     def saves():  # counts each save once
         path = killed / "probes.pt"
@@ -243,8 +244,9 @@ def test_distill_takes_the_choice_and_refuses_that_of_another_run(fashion, teach
         distill.main(load_config(DistillConfig, [str(word) for word in (*student, "--run_dir", run_dir, *more)]))
 
     distill_here(tmp_path / "run", "--teacher.selection", tmp_path / "selection")
-    saved = (tmp_path / "run" / "config.yaml").read_text()
-    assert f"checkpoints:\n  - {result['choice']}\n" in saved and "selection: null" in saved
+    lineage = read_lineage(tmp_path / "run", "")
+    assert lineage.settled["teacher.checkpoints"] == [result["choice"]]
+    assert lineage.inputs["teacher.selection"].holds == {"weights_sha256": result["weights_sha256"]}
     path = tmp_path / "selection" / "selection.json"
     other = {"weights_sha256": "0" * 64}
     checkpoints = [{**each, **other} for each in result["checkpoints"] if each["epoch"] == result["choice"]]

@@ -7,6 +7,7 @@ import multiprocessing
 import os
 import re
 import shutil
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -208,7 +209,9 @@ def test_bad_command_lines_are_refused_in_one_line(store, words, expected):
 
 def test_a_converted_store_is_the_cached_one_but_for_the_order_of_equal_logits(topk, from_dense):
     path = from_dense("--codec", "topk", "--k", 4)
-    assert Manifest.load(path, "") == Manifest.load(topk, "")
+    converted, cached = Manifest.load(path, ""), Manifest.load(topk, "")
+    assert converted == replace(cached, paths=converted.paths)
+    assert converted.paths.keys() == {"STORE", "data.train"} and cached.paths.keys() == {"teacher.run", "data.train"}
     same, records = 0, 0
     for shard in topk.rglob("*.npy"):
         a, b = np.load(shard), np.load(path / shard.relative_to(topk))
@@ -290,7 +293,7 @@ def test_views_belong_to_a_checkpoint(copy, store, fashion, teacher, tmp_path, c
     searched += ["--teacher.store", copy, "--run_dir", tmp_path / "search", "--grid.teachers"]
     for teachers, views in (("[[3]]", 3), ("[[3],[],[1,3]]", 2)):
         config = load_config(SearchConfig, [str(word) for word in [*searched, teachers]])
-        assert {trial.config.data.views for trial in search.list_trials(config)} == {views}
+        assert {trial.config.data.views for trial in search.prepare(config).trials} == {views}
     # While views are being added, those that were there go on teaching.
     shutil.rmtree(copy / "epoch_0003" / "view_0002")
     assert distill_here(fashion, tmp_path / "meanwhile", copy, "--data.views", 2, "--epochs", 1)

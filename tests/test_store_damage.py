@@ -233,19 +233,22 @@ FIELDS = [
     "recipe.scale", "recipe.ratio", "recipe.padding", "recipe.center_share", "recipe.flip", "recipe.color_jitter",
     "recipe.erase", "recipe.mixup", "recipe.cutmix", "view_seed",
     "forward.image_size", "forward.mean", "forward.std", "forward.amp", "codec.name", "codec.dtype", "shard_size",
-    *(f"checkpoints.epoch_0003.{key}" for key in ("epoch", "model", "weights_sha256", "views")), "images.0", "checksum",
+    *(f"checkpoints.epoch_0003.{key}" for key in ("epoch", "model", "weights_sha256", "views")), "images.0",
+    "classes", "checksum",
 ]  # fmt: skip
 
 
 def other_value(value):
     if isinstance(value, str):
         return "x" + value[1:]
-    return [*value[:-1], value[-1] + 1] if isinstance(value, list) else value + 1
+    return [*value[:-1], other_value(value[-1])] if isinstance(value, list) else value + 1
 
 
 def test_fields_are_all_that_a_manifest_has(store):
     known = flatten(json.loads((store / "manifest.json").read_text()))
-    others = {k for k in known if k.startswith(("images.", "checkpoints.epoch_0001", "checkpoints.epoch_0002"))}
+    others = {
+        k for k in known if k.startswith(("images.", "paths.", "checkpoints.epoch_0001", "checkpoints.epoch_0002"))
+    }
     assert known.keys() == set(FIELDS) | others
 
 
@@ -255,7 +258,7 @@ def test_an_edited_manifest_is_refused(copy, fashion, field):
     values = json.loads(path.read_text())
     assign(values, field, other_value(flatten(values)[field]))
     path.write_text(json.dumps(values))
-    expected = "has format 4, this version reads 2 and 3" if field == "format" else CHECKSUM
+    expected = "has format 5, this version reads 2 to 4" if field == "format" else CHECKSUM
     with pytest.raises(UserError, match=rf"teacher\.store: .*manifest\.json {expected}"):
         read(copy, fashion)
 
@@ -318,9 +321,9 @@ def test_an_edited_manifest_is_refused(copy, fashion, field):
         (lambda m: m["checkpoints"].pop("epoch_0002") and None, r"no checkpoint of epoch 2; there are 1, 3"),
         (lambda m: {k: v for k, v in m.items() if k != "recipe"}, r"manifest\.json is damaged"),
         (lambda m: assign(m, "licence", "MIT"), r"manifest\.json is damaged"),
-        (lambda m: assign(m, "format", 4), "has format 4, this version reads 2 and 3"),
+        (lambda m: assign(m, "format", 5), "has format 5, this version reads 2 to 4"),
         (lambda m: assign(m, "format", 2), "is damaged"),
-        (lambda m: assign(m, "format", 1), "has format 1, this version reads 2 and 3"),
+        (lambda m: assign(m, "format", 1), "has format 1, this version reads 2 to 4"),
     ],
 )
 def test_a_forged_manifest_is_refused(copy, fashion, change, expected):

@@ -49,7 +49,7 @@ def same_weights(a, b):
 
 def test_a_run_leaves_its_record(teacher):
     assert sorted(path.name for path in teacher.iterdir()) == [
-        ".lock", "checkpoints", "config.yaml", "env.json", "metrics.jsonl", "summary.json",
+        ".lock", "checkpoints", "config.yaml", "env.json", "lineage.json", "metrics.jsonl", "summary.json",
     ]  # fmt: skip
     names = sorted(path.name for path in (teacher / "checkpoints").iterdir())
     assert names == ["epoch_0001.pt", "epoch_0002.pt", "epoch_0003.pt", "last.pt"]
@@ -91,7 +91,7 @@ def test_an_average_of_the_weights_is_what_is_evaluated_and_kept(fashion, tmp_pa
         seen.append({name: value.clone() for name, value in self.model.state_dict().items()})
 
     monkeypatch.setattr(engine.Learner, "train_step", watched_step)
-    few = ["--data.train", fashion["holdout"], "--epochs", 1, "--amp", "off"]
+    few = ["--data.train", fashion["holdout"], "--data.val", fashion["test"], "--epochs", 1, "--amp", "off"]
     train_here(*options(fashion, tmp_path / "run", *few, "--ema_decay", 0.4))
     path = tmp_path / "run" / "checkpoints" / "epoch_0001.pt"
     kept = checkpoint.load(path, "")["weights"]
@@ -101,7 +101,7 @@ def test_an_average_of_the_weights_is_what_is_evaluated_and_kept(fashion, tmp_pa
         if value.is_floating_point():
             expected = 0.4 * (decay * seen[0][name] + (1 - decay) * seen[1][name]) + 0.6 * seen[2][name]
             torch.testing.assert_close(value, expected)
-    done = run("ckd_dist.evaluate", "--data.val", fashion["holdout"], "--checkpoint", path, "--amp", "off")
+    done = run("ckd_dist.evaluate", "--data.val", fashion["test"], "--checkpoint", path, "--amp", "off")
     found, logged = json.loads(done.stdout.splitlines()[-1]), metrics(tmp_path / "run", "val")[-1]
     assert found["loss"] == pytest.approx(logged["loss"], rel=1e-5)
     assert logged["raw_loss"] != pytest.approx(logged["loss"], rel=1e-5)
@@ -123,9 +123,11 @@ def test_a_logit_that_is_not_a_number_is_refused_not_counted_as_the_largest(fash
         evaluate.main(load_config(EvaluateConfig, [str(word) for word in words]))
 
 
-def test_quasi_random_order_trains_and_warns_of_classes_that_lie_together(photographs, fashion, tmp_path, capsys):
+def test_quasi_random_order_trains_and_warns_of_classes_that_lie_together(
+    photographs, other_photographs, fashion, tmp_path, capsys
+):
     few = ["--epochs", 1, "--log_every", 1, "--data.order", "quasi_random", "--data.image_size", 28]
-    train_here(*options({"train": photographs, "holdout": photographs}, tmp_path / "sorted", *few))
+    train_here(*options({"train": photographs, "holdout": other_photographs}, tmp_path / "sorted", *few))
     assert "images of a class lie together" in capsys.readouterr().out
     train_here(*options(fashion, tmp_path / "run", *few))
     assert "lie together" not in capsys.readouterr().out and len(metrics(tmp_path / "run")) == 12
@@ -214,7 +216,7 @@ def test_a_rank_that_dies_takes_the_others_down(fashion, tmp_path):
 def test_every_kind_of_training_learns(fashion, tmp_path, more):
     if "--tensorboard" in more:
         pytest.importorskip("tensorboard")
-    images = ["--data.train", fashion["holdout"]]  # few: float16 is slow on a CPU
+    images = ["--data.train", fashion["holdout"], "--data.val", fashion["test"]]  # few: float16 is slow on a CPU
     train_here(*options(fashion, tmp_path / "run", *images, "--data.batch_size", 50, "--epochs", 4, *more))
     losses = [line["loss"] for line in metrics(tmp_path / "run")]
     assert losses[-1] < 0.85 * losses[0]
@@ -227,14 +229,16 @@ def test_a_compiled_model_trains(fashion, tmp_path, monkeypatch):
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "compiled"))
     losses = {}
     for compiled in ("true", "false"):
-        more = ["--data.train", fashion["holdout"], "--epochs", 1, "--log_every", 1, "--amp", "off"]
+        images = ["--data.train", fashion["holdout"], "--data.val", fashion["test"]]
+        more = [*images, "--epochs", 1, "--log_every", 1, "--amp", "off"]
         train_here(*options(fashion, tmp_path / compiled, *more, "--compile", compiled))
         losses[compiled] = [line["loss"] for line in metrics(tmp_path / compiled)]
     assert losses["true"] == pytest.approx(losses["false"], rel=1e-3)
 
 
 def test_a_teacher_learns_both_labels_of_a_mixed_image(fashion, tmp_path):
-    more = ["--data.train", fashion["holdout"], "--data.mixup", 1, "--epochs", 1, "--log_every", 1, "--amp", "off"]
+    images = ["--data.train", fashion["holdout"], "--data.val", fashion["test"]]
+    more = [*images, "--data.mixup", 1, "--epochs", 1, "--log_every", 1, "--amp", "off"]
     train_here(*options(fashion, tmp_path / "run", *more))
     info, device = data.read_info(fashion["holdout"], ""), torch.device("cpu")
     recipe = replace(data.train_recipe(TrainDataConfig(train=""), info), mixup=1.0)

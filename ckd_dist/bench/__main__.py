@@ -42,7 +42,7 @@ def main() -> None:
     parser.add_argument("--only", nargs="+", choices=CASES, default=CASES, metavar="CASE")
     options = parser.parse_args(sys.argv[1:])
 
-    from ckd_dist import dist, log, precision
+    from ckd_dist import dist, precision, run_folder
     from ckd_dist.bench import measure, step
 
     with_ffcv = importlib.util.find_spec("ffcv") is not None
@@ -75,7 +75,7 @@ def main() -> None:
             }
             if needs_files - {"loader", "order"}:
                 setup.prepare()
-        result: dict[str, Any] = {"environment": log.environment(), "precision": precision.words(amp)}
+        result: dict[str, Any] = {"environment": run_folder.environment(), "precision": precision.words(amp)}
         result |= {"machine": limits, "rows": []}
         for name in names:
             console.rule(f"[bold]measuring: {name}", align="left")

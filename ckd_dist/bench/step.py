@@ -18,8 +18,9 @@ from ckd_dist import engine, losses, models, precision
 from ckd_dist.bench.measure import Row, in_turn, synchronize
 from ckd_dist.config import DistillConfig, load_config, to_dict
 from ckd_dist.data import Batch
+from ckd_dist.identity import Origin
 from ckd_dist.lessons import Lessons
-from ckd_dist.log import RunFolder
+from ckd_dist.run_folder import RunFolder
 from ckd_dist.store import codecs
 
 CLASSES = 1000
@@ -58,9 +59,11 @@ def learner(
     shutil.rmtree(folder, ignore_errors=True)
     given = {"data.train": "memory", "model.name": model, "epochs": 1000, "run_dir": folder}
     words = [f"--{name}={value}" for name, value in {**given, "data.batch_size": batch_size}.items()]
-    config = precision.settle(load_config(DistillConfig, [*words, *options]), folder)
+    asked = load_config(DistillConfig, [*words, *options])
+    config = precision.settle(asked, folder)
     torch.manual_seed(0)
-    network, run = models.build_model(model, CLASSES), RunFolder(config.run_dir, to_dict(config))
+    network = models.build_model(model, CLASSES)
+    run = RunFolder(config.run_dir, Origin(asked=to_dict(asked), settled=to_dict(config)))
     return engine.Learner(network, config, loss, run, device, {}, steps_per_epoch)
 
 

@@ -135,7 +135,7 @@ class _Epochs:
         options = [*setup.options, "--model.name", student, "--run_dir", "-", "--epochs", 1000, *teacher]
         config = load_config(DistillConfig, [str(word) for word in options])
         config = replace(config, amp=precision.automatic(), teacher=students.resolved(config.teacher))
-        self._taught = students.teaching([config], setup.info, setup.device)
+        self._taught = students.teaching([config], students.open_teacher([config], setup.device), setup.info)
         self._learner = learner(
             setup.folder / "scratch" / name,
             student,

@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -217,14 +218,13 @@ def repair(options: argparse.Namespace) -> int:
     from ckd_dist.log import say
     from ckd_dist.store.check import faults
     from ckd_dist.store.manifest import Manifest
-    from ckd_dist.store.reader import require_images
+    from ckd_dist.store.reader import as_cached
     from ckd_dist.store.writer import clear_leftovers, locked, make_room
 
     store = options.store
     with dist.process_group() as device:
         manifest = Manifest.load(store, "STORE")
-        images = open_beton(options.train, "data.train")
-        require_images(manifest, images, "STORE", store)
+        images = as_cached(open_beton(options.train, "data.train"), manifest, "STORE", store)
         loader = LoaderConfig(batch_size=options.batch_size)
         recorder = caching.Recorder(manifest, images, options.run, loader, device)
         if note := manifest.decoding_note(caching.image_digests(manifest, images)):
@@ -265,7 +265,7 @@ def convert(options: argparse.Namespace) -> int:
     from ckd_dist.log import ProgressDisplay, say
     from ckd_dist.store import codecs
     from ckd_dist.store.manifest import Manifest
-    from ckd_dist.store.reader import StoreReader
+    from ckd_dist.store.reader import StoreReader, as_cached
     from ckd_dist.store.writer import ShardWriter, all_shards, is_written
 
     given = {name: getattr(options, name) for name in ("codec", "k", "dtype", "sample_temperature")}
@@ -277,13 +277,14 @@ def convert(options: argparse.Namespace) -> int:
     require(codec != source, f"convert: {options.store} is {manifest.codec} already: choose another codec")
     members = list(manifest.members.values())
     with dist.process_group():
-        images = open_beton(options.train, "data.train", verify=False)
+        images = as_cached(open_beton(options.train, "data.train", verify=False), manifest, "STORE", options.store)
         labels = torch.from_numpy(read_labels(images))
         reader = StoreReader(str(options.store), list(manifest.members), images)
         reader.check_shards()
 
         def begin_and_look():
-            new = caching.begin(options.new, replace(manifest, codec=codecs.to_dict(codec)))
+            paths = {"STORE": os.path.abspath(options.store), "data.train": os.path.abspath(options.train)}
+            new = caching.begin(options.new, replace(manifest, codec=codecs.to_dict(codec), paths=paths))
             return new, [shard for shard in all_shards(manifest) if not is_written(options.new, shard)]
 
         new, missing = dist.on_main(begin_and_look)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -16,8 +16,9 @@ from ckd_dist.files import parse_json, read_json, write_bytes_atomically
 from ckd_dist.recipe import ViewRecipe
 from ckd_dist.store import codecs
 
-FORMAT = 3
-"""Of manifest.json. Format 2, which is read too, has one number of views for all checkpoints."""
+FORMAT = 4
+"""Of manifest.json. Formats 2 and 3 are read too: they tell neither classes nor paths, and format 2 has one number of
+views for all checkpoints."""
 
 
 @dataclass(frozen=True)
@@ -59,7 +60,8 @@ class Manifest:
     """What the logits of a store are of. Equal identities mean interchangeable logits."""
 
     dataset: dict
-    """`name`, `content_hash`, `count` and `num_classes` of the images."""
+    """`name`, `content_hash`, `count` and `num_classes` of the images; `label_map` where labels were mapped to the
+    teacher's classes."""
     recipe: dict
     """How views are drawn (`ViewRecipe.to_dict`)."""
     view_seed: int
@@ -73,12 +75,16 @@ class Manifest:
     """Member name (`member_name`) -> `epoch`, `model`, `weights_sha256`, and `views`, their number: 0 to views - 1."""
     images: dict[str, str]
     """Sample id -> sha256 of a decoded image, for a few (`loader.image_digests`)."""
+    classes: list[str] = field(default_factory=list)
+    """The teacher's name of each class; empty where an older version left it out."""
+    paths: dict[str, str] = field(default_factory=dict)
+    """Option -> where its file or folder lay, absolute: for `ckd_dist.lineage`."""
 
     @property
     def identity(self) -> dict:
         """What must be equal for logits to belong together; checkpoints and views of them may be added later, and where
         images decode differently that is said, not refused."""
-        mutable = ("checkpoints", "images")
+        mutable = ("checkpoints", "images", "classes", "paths")
         return {key: value for key, value in asdict(self).items() if key not in mutable}
 
     @property
@@ -165,7 +171,7 @@ class Manifest:
         require(path.exists(), f"{option}: {store} is not a logit store: it has no manifest.json (see cache_logits)")
         values = read_json(path, dict, option, "put back the one that the store was written with")
         found = values.get("format")
-        require(found in (2, FORMAT), f"{option}: {path} has format {found}, this version reads 2 and {FORMAT}")
+        require(found in (2, 3, FORMAT), f"{option}: {path} has format {found}, this version reads 2 to {FORMAT}")
         checksum = values.pop("checksum", None)
         require(checksum == _checksum(values), f"{option}: {path} does not match its checksum: it was changed")
         del values["format"]
@@ -173,6 +179,8 @@ class Manifest:
             if found == 2:
                 views = values.pop("views")
                 values["checkpoints"] = {k: {**v, "views": views} for k, v in values["checkpoints"].items()}
+            if found != FORMAT:
+                values.update(classes=[], paths={})
             parse_json(json.dumps(values), _Schema)
             manifest = cls(**values)
             shards = manifest.dataset["count"] // manifest.shard_size + 1
@@ -208,6 +216,7 @@ class _Images:
     content_hash: str
     count: _Count
     num_classes: _Count
+    label_map: list[int] | None = None
 
 
 @dataclass(kw_only=True)
@@ -243,3 +252,5 @@ class _Schema:
     # The names are folders of the store: none leads out of it.
     checkpoints: dict[Annotated[str, Field(pattern=r"^([A-Za-z][\w-]*/)?epoch_\d{4,}$")], _Checkpoint]
     images: dict[str, str]
+    classes: list[str]
+    paths: dict[str, str]

@@ -6,6 +6,7 @@ import ctypes
 import mmap
 import os
 import weakref
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -38,6 +39,21 @@ def require_images(manifest: Manifest, info: DatasetInfo, option: str, store: Pa
     for key, ours in (("content_hash", info.content_hash), ("count", info.count), ("num_classes", info.num_classes)):
         found = manifest.dataset[key]
         require(found == ours, f"{option}: {store} is of images with {key} {found}, data.train has {ours}")
+    label_map = manifest.dataset.get("label_map")
+    require(
+        label_map == (None if info.label_map is None else list(info.label_map)),
+        f"{option}: {store} was written {'with' if label_map else 'without'} --data.map_classes by_name: do as it does",
+    )
+
+
+def as_cached(info: DatasetInfo, manifest: Manifest, option: str, store: Path) -> DatasetInfo:
+    """The images of a store, their labels mapped as they were when it was written; raises `UserError` where they are
+    others."""
+    label_map = manifest.dataset.get("label_map")
+    if label_map is not None and len(label_map) == info.num_classes:
+        info = replace(info, label_map=tuple(label_map), num_classes=manifest.dataset["num_classes"])
+    require_images(manifest, info, option, store)
+    return info
 
 
 _libc = ctypes.CDLL(None, use_errno=True)

@@ -55,7 +55,16 @@ def merged(store: Path, wanted: Manifest) -> Manifest:
             f"{known['weights_sha256'][:12]}, this run has {values['model']} {values['weights_sha256'][:12]}: "
             "choose another --store",
         )
-    return replace(found, checkpoints=dict(sorted(checkpoints.items())))
+    require(
+        not found.classes or not wanted.classes or found.classes == wanted.classes,
+        f"store: {store} is of a teacher with other names of classes: choose another --store",
+    )
+    return replace(
+        found,
+        checkpoints=dict(sorted(checkpoints.items())),
+        classes=found.classes or wanted.classes,
+        paths={**wanted.paths, **found.paths},
+    )
 
 
 def open_store(store: Path, manifest: Manifest) -> None:
