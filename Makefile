@@ -18,7 +18,7 @@ help:  ## list the targets
 	done
 
 quickstart: setup  ## set up, then the whole pipeline on real data, some minutes on a CPU
-	@.venv/bin/python -m ckd_dist.quickstart $(ARGS)
+	@.venv/bin/python -m ckd_dist.studies.quickstart $(ARGS)
 
 test: setup testbed  ## set up, then every test that this machine can run
 	@.venv/bin/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder $(ARGS)
@@ -27,10 +27,10 @@ soak: setup  ## set up, then kill a caching 60 times at random moments, 7 minute
 	@.venv/bin/python -m pytest -m slow -k 60_times tests/test_store.py $(ARGS)
 
 codecs: setup  ## set up, then make the README's table of codecs, 80 minutes on two cores
-	@.venv/bin/python -m ckd_dist.compare_codecs $(ARGS)
+	@.venv/bin/python -m ckd_dist.studies.codecs $(ARGS)
 
 study: setup  ## set up, then the study of the README and its report, 100 minutes on two cores
-	@.venv/bin/python -m ckd_dist.study $(ARGS)
+	@.venv/bin/python -m ckd_dist.studies.checkpoints $(ARGS)
 
 bench: setup  ## set up, then measure the speed of this machine
 	@.venv/bin/python -m ckd_dist.bench $(ARGS)

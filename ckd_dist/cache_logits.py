@@ -11,35 +11,36 @@ digits of the logits.
 
 from pathlib import Path
 
-from ckd_dist.config import CacheConfig
-from ckd_dist.process import run_command
+from ckd_dist.core.process import run_command
+from ckd_dist.store.options import CacheConfig
 
 
 def main(config: CacheConfig) -> None:
     # Imported here because torch takes seconds: only once the options are known to be good.
-    from ckd_dist import caching, dist, log, precision
+    from ckd_dist.core import console, dist, precision
+    from ckd_dist.store import recording
 
     with dist.process_group() as device:
-        wanted, recorder = caching.describe(config, device)
+        wanted, recorder = recording.describe(config, device)
         store, names = Path(config.store), list(wanted.checkpoints)
 
         def open_and_look():
-            manifest = caching.begin(store, wanted)
-            return manifest, caching.missing_work(store, manifest, names, config.views, config.teachers_at_once)
+            manifest = recording.begin(store, wanted)
+            return manifest, recording.missing_work(store, manifest, names, config.views, config.teachers_at_once)
 
         recorder.manifest, work = dist.on_main(open_and_look)
         if note := recorder.manifest.decoding_note(wanted.images):
-            log.say(note)
+            console.say(note)
         count = recorder.manifest.dataset["count"]
-        records = sum(caching.count_records(ranges) for _, ranges in work)
+        records = sum(recording.count_records(ranges) for _, ranges in work)
         all_records = count * config.views * len(names)
-        log.say(
+        console.say(
             f"{store}: {len(names)} checkpoints x {config.views} views x {count} images; "
             f"{all_records - records} of {all_records} records are there already; forward pass in "
             f"{precision.words(recorder.manifest.forward['amp'])}"
         )
         if work:
-            caching.write_work(store, recorder, work)
+            recording.write_work(store, recorder, work)
 
 
 if __name__ == "__main__":

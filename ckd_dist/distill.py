@@ -8,14 +8,15 @@ from the other. --teacher.run runs/teacher, instead of --teacher.store, runs the
 the plain student, for the baseline. The same command again goes on from the last saved step.
 """
 
-from ckd_dist.config import DistillConfig
-from ckd_dist.process import run_command
+from ckd_dist.core.process import run_command
+from ckd_dist.train.options import DistillConfig
 
 
 def main(config: DistillConfig) -> None:
     # Imported here because torch takes seconds: only once the options are known to be good.
-    from ckd_dist import dist, students
-    from ckd_dist.beton import open_images
+    from ckd_dist.core import dist
+    from ckd_dist.data.beton import open_images
+    from ckd_dist.train import students
 
     with dist.process_group() as device:
         students.train([config], open_images(config.data, "train", "val"), device)

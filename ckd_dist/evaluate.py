@@ -9,15 +9,18 @@ their hashes what images and weights these are.
 
 import json
 
-from ckd_dist.config import EvaluateConfig
-from ckd_dist.process import run_command
+from ckd_dist.core.process import run_command
+from ckd_dist.train.options import EvaluateConfig
 
 
 def main(config: EvaluateConfig) -> None:
     # Imported here because torch takes seconds: only once the options are known to be good.
-    from ckd_dist import checkpoint, classes, dist, engine, log, models, precision
-    from ckd_dist.beton import open_beton
-    from ckd_dist.loader import BetonLoader
+    from ckd_dist.core import checkpoint, console, dist, precision
+    from ckd_dist.data import classes
+    from ckd_dist.data.beton import open_beton
+    from ckd_dist.data.loader import BetonLoader
+    from ckd_dist.nn import forward, models
+    from ckd_dist.train import evaluation
 
     with dist.process_group() as device:
         model, metadata = models.load_model(config.checkpoint, "checkpoint")
@@ -26,9 +29,9 @@ def main(config: EvaluateConfig) -> None:
         loader = BetonLoader.for_evaluation(info, config.data, metadata, device)
         models.require_fits(model, metadata["model"], info.num_classes, loader.image_size, "data.image_size")
         amp = precision.resolved(config.amp)
-        (result,) = engine.evaluate({config.checkpoint: engine.to_device(model, device)}, loader, amp).values()
+        (result,) = evaluation.evaluate({config.checkpoint: forward.to_device(model, device)}, loader, amp).values()
         made_of = {"content_hash": info.content_hash, "weights_sha256": checkpoint.weights_sha256(model.state_dict())}
-        log.say(json.dumps({**result, "images": info.count, "amp": amp, **made_of}))
+        console.say(json.dumps({**result, "images": info.count, "amp": amp, **made_of}))
 
 
 if __name__ == "__main__":

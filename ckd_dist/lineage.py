@@ -16,10 +16,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ckd_dist import identity
-from ckd_dist.config import Parser, UserError, option_words, require
-from ckd_dist.identity import Input, Lineage, read_lineage
-from ckd_dist.process import run_process
+from ckd_dist.core import identity
+from ckd_dist.core.errors import UserError, require
+from ckd_dist.core.identity import Input, Lineage, read_lineage
+from ckd_dist.core.options import Parser, option_words
+from ckd_dist.core.process import run_process
 
 OPTION = "PATH"
 
@@ -135,13 +136,13 @@ def _lineage(path: Path) -> Lineage | None:
 def describe(path: Path) -> str:
     """What lies at `path`, in a few words; raises `UserError` where it is nothing of this system."""
     if path.suffix == ".beton":
-        from ckd_dist.data import read_info
+        from ckd_dist.data.dataset import read_info
 
         info = read_info(path, OPTION)
         part = f", --holdout {info.holdout[0]}" if info.holdout else ""
         return f"{info.count:,} images of {info.dataset} {info.split}{part}, {info.content_hash[:19]}"
     if path.suffix == ".pt":
-        from ckd_dist import checkpoint
+        from ckd_dist.core import checkpoint
 
         state = checkpoint.load(path, OPTION)
         metadata, weights = state.get("metadata") or {}, checkpoint.weights_sha256(state.get("weights", state))
@@ -185,21 +186,21 @@ def fault(made_of: Input, path: Path) -> str | None:
 
 
 def _images(path: Path, then: dict) -> dict[str, Any]:
-    from ckd_dist.data import read_info
+    from ckd_dist.data.dataset import read_info
 
     info = read_info(path, OPTION)
     return {**identity.images(info).holds, "name": info.dataset}
 
 
 def _weights(path: Path, then: dict) -> dict[str, Any]:
-    from ckd_dist import checkpoint
+    from ckd_dist.core import checkpoint
 
     state = checkpoint.load(path, OPTION)
     return {"weights_sha256": checkpoint.weights_sha256(state.get("weights", state))}
 
 
 def _run(path: Path, then: dict) -> dict[str, Any]:
-    from ckd_dist import checkpoint
+    from ckd_dist.core import checkpoint
 
     files, found = checkpoint.trajectory(path, OPTION), {}
     for name in then:
@@ -217,13 +218,13 @@ def _store(path: Path, then: dict) -> dict[str, Any]:
 
 
 def _selection(path: Path, then: dict) -> dict[str, Any]:
-    from ckd_dist import results
+    from ckd_dist.core import results
 
     return {"weights_sha256": results.read_selection(path / "selection.json", OPTION).weights_sha256}
 
 
 def _file(path: Path, then: dict) -> dict[str, Any]:
-    from ckd_dist.files import file_sha256
+    from ckd_dist.core.files import file_sha256
 
     return {"sha256": file_sha256(path)}
 

@@ -4,7 +4,7 @@
       --teacher.run runs/teacher --run_dir runs/selection
 
 For every checkpoint, frozen, a decoder and a classifier are trained on its features F and scored on held-out images:
-I(X;F) and I(Y;F), see ckd_dist.mi. The checkpoint with the largest I(X;F) + weight * I(Y;F) is chosen. Each image is
+I(X;F) and I(Y;F), see ckd_dist.selection.mi. The checkpoint with the largest I(X;F) + weight * I(Y;F) is chosen. Each image is
 decoded once for all checkpoints. selection.json holds the estimates, the choice under every scaling, and what to
 compare it with: the half-way and the last checkpoint, and scores of the logits alone. `distill --teacher.selection
 runs/selection` takes it.
@@ -15,22 +15,25 @@ from __future__ import annotations
 import time
 from pathlib import Path
 
-from ckd_dist import results
-from ckd_dist.config import SelectConfig, to_dict
-from ckd_dist.process import run_command
+from ckd_dist.core import results
+from ckd_dist.core.options import to_dict
+from ckd_dist.core.process import run_command
+from ckd_dist.selection.options import SelectConfig
 
 
 def main(config: SelectConfig) -> None:
     # Imported here because torch takes seconds: only once the options are known to be good.
-    from ckd_dist import classes, dist, identity, log, precision, selection
-    from ckd_dist.beton import open_images
-    from ckd_dist.run_folder import RunFolder
+    from ckd_dist.core import console, dist, identity, precision
+    from ckd_dist.core.run_folder import RunFolder
+    from ckd_dist.data import classes
+    from ckd_dist.data.beton import open_images
+    from ckd_dist.selection import choice, probes
 
     with dist.process_group() as device:
         images = open_images(config.data, "train", "val")
         folder, asked = Path(config.run_dir), config
         config = precision.settle(asked, folder)
-        trajectory = selection.load_trajectory(config, device)
+        trajectory = probes.load_trajectory(config, device)
         teacher, how = config.teacher.run, config.data.map_classes
         images = {
             option: classes.match_model(info, option, trajectory.metadata, teacher, how)
@@ -40,25 +43,25 @@ def main(config: SelectConfig) -> None:
         inputs["teacher.run"] = identity.run(teacher, trajectory.weights_sha256)
         origin = identity.Origin(asked=to_dict(asked), settled=to_dict(config), inputs=inputs)
         if RunFolder(config.run_dir, origin).complete:
-            log.say(f"{folder}: complete already")
+            console.say(f"{folder}: complete already")
             result = dist.on_main(lambda: results.read_selection(folder / "selection.json", "run_dir"))
             cost = dist.on_main(lambda: results.read_cost(folder / "cost.json", "run_dir"))
             if dist.rank() == 0:
                 show(config, result, cost)
             return
         info, held_out = images["data.train"], images["data.val"]
-        log.say(
+        console.say(
             f"{config.run_dir}: {len(trajectory.models)} checkpoints of {config.teacher.run}, F is the output of "
             f"{trajectory.layer}; {config.probe.repeats} probes each, {config.probe.steps} steps, "
             f"in {precision.words(config.amp)}"
         )
-        training = selection.ProbeTraining(config, trajectory, info)
+        training = probes.ProbeTraining(config, trajectory, info)
         training.run()
         started = time.perf_counter()
-        found, constants = selection.estimate(config, trajectory, training.probes, training.mean_colour, held_out)
+        found, constants = choice.estimate(config, trajectory, training.probes, training.mean_colour, held_out)
         seconds = training.seconds + time.perf_counter() - started
-        result = selection.decide(config, trajectory, found, constants)
-        student = selection.student_seconds(config, trajectory, info)
+        result = choice.decide(config, trajectory, found, constants)
+        student = choice.student_seconds(config, trajectory, info)
         cost = results.Cost(seconds, student, share=seconds / (student * len(trajectory.models)))
         if dist.rank() == 0:
             results.write_json(folder / "cost.json", cost)

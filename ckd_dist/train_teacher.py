@@ -6,8 +6,8 @@
 The same command again goes on from the last saved step.
 """
 
-from ckd_dist.config import TrainTeacherConfig
-from ckd_dist.process import run_command
+from ckd_dist.core.process import run_command
+from ckd_dist.train.options import TrainTeacherConfig
 
 # Students use views 0, 1, 2, ...: the teacher must not have been fitted to the very images that it is asked about.
 FIRST_VIEW = 1 << 20
@@ -15,8 +15,11 @@ FIRST_VIEW = 1 << 20
 
 def main(config: TrainTeacherConfig) -> None:
     # Imported here because torch takes seconds: only once the options are known to be good.
-    from ckd_dist import data, dist, engine, losses, precision, training
-    from ckd_dist.beton import open_images
+    from ckd_dist.core import dist, precision
+    from ckd_dist.data import dataset
+    from ckd_dist.data.beton import open_images
+    from ckd_dist.nn import losses
+    from ckd_dist.train import loop, setup
 
     def loss(logits, batch, epoch):
         return {"loss": losses.cross_entropy(logits, batch.labels, config.label_smoothing, batch.mixed)}
@@ -24,13 +27,13 @@ def main(config: TrainTeacherConfig) -> None:
     with dist.process_group() as device:
         images = open_images(config.data, "train", "val")
         settled = precision.settle(config, config.run_dir)
-        training.train(
-            [training.Trainee(settled, training.origin(config, settled, images, {}), loss)],
+        setup.train(
+            [setup.Trainee(settled, setup.origin(config, settled, images, {}), loss)],
             images,
             device=device,
-            recipe=data.train_recipe(config.data, images["data.train"]),
+            recipe=dataset.train_recipe(config.data, images["data.train"]),
             view_seed=config.data.view_seed or 0,
-            source=lambda epoch: engine.Source(FIRST_VIEW + epoch % (config.data.views or config.epochs)),
+            source=lambda epoch: loop.Source(FIRST_VIEW + epoch % (config.data.views or config.epochs)),
             save_every=config.save_every or max(1, config.epochs // 10),
         )
 

@@ -12,7 +12,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ckd_dist.config import COMMANDS, UserError, flatten, require
+from ckd_dist.commands import COMMANDS
+from ckd_dist.core.errors import UserError, require
+from ckd_dist.core.options import flatten
 from launch import jobs
 from launch.jobs import Command, LaunchConfig, SlurmConfig
 from launch.slurm import State, read_result

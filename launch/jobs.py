@@ -21,7 +21,9 @@ from typing import Any, Literal
 import cloudpickle
 import submitit
 
-from ckd_dist.config import COMMANDS, UserError, load_config, require, to_dict
+from ckd_dist.commands import COMMANDS
+from ckd_dist.core.errors import UserError, require
+from ckd_dist.core.options import load_config, to_dict
 from launch import slurm, worker
 
 PACKAGES = ("ckd_dist", "launch", "data_prep")

@@ -25,8 +25,9 @@ from rich.live import Live
 from rich.table import Table
 
 from ckd_dist import lineage
-from ckd_dist.config import UserError, flag_words, load_config, option_words, require
-from ckd_dist.process import run_process
+from ckd_dist.core.errors import UserError, require
+from ckd_dist.core.options import flag_words, load_config, option_words
+from ckd_dist.core.process import run_process
 from launch import jobs, local, slurm
 from launch.graph import Job, PipelineConfig, Record, Records, Task, build, state_without_queue
 from launch.slurm import State

@@ -20,8 +20,9 @@ from pathlib import Path
 import yaml
 from rich.console import Console
 
-from ckd_dist.config import UserError, flag_words, load_config, option_words
-from ckd_dist.process import run_process
+from ckd_dist.core.errors import UserError
+from ckd_dist.core.options import flag_words, load_config, option_words
+from ckd_dist.core.process import run_process
 from launch import jobs, slurm
 from launch.jobs import Command, LaunchConfig
 from launch.local import LocalWatch

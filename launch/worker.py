@@ -19,7 +19,7 @@ from typing import Any, NoReturn
 
 import submitit
 
-from ckd_dist.process import PARENT, PEER_LOST, STOPPED
+from ckd_dist.core.process import PARENT, PEER_LOST, STOPPED
 
 RENDEZVOUS_SECONDS = 600
 """For all processes of a job to start: a node may boot first."""
@@ -28,7 +28,7 @@ PEER_SECONDS = 900
 RUN_MODULE = """
 import runpy, sys
 sys.path.insert(0, {code!r})
-from ckd_dist.process import begin
+from ckd_dist.core.process import begin
 begin()
 runpy.run_module({module!r}, run_name="__main__", alter_sys=True)
 """

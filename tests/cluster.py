@@ -27,7 +27,7 @@ import psutil
 import pytest
 from conftest import ROOT
 
-from ckd_dist.config import UserError
+from ckd_dist.core.errors import UserError
 
 DAEMONS = ("munged", "slurmctld", "slurmd", "sbatch", "unshare")
 PROGRAMS = ROOT / "tests" / "programs"

@@ -9,10 +9,13 @@ import time
 
 import pytest
 
-from ckd_dist import beton, dist
-from ckd_dist.beton import content_hash, open_beton
-from ckd_dist.config import EvaluateConfig, UserError, load_config
-from ckd_dist.data import read_info
+from ckd_dist.core import dist
+from ckd_dist.core.errors import UserError
+from ckd_dist.core.options import load_config
+from ckd_dist.data import beton
+from ckd_dist.data.beton import content_hash, open_beton
+from ckd_dist.data.dataset import read_info
+from ckd_dist.train.options import EvaluateConfig
 from data_prep import writer
 
 

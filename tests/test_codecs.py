@@ -6,10 +6,13 @@ import numpy as np
 import pytest
 import torch
 
-from ckd_dist import losses, views
-from ckd_dist.config import CodecConfig, KDConfig, UserError
+from ckd_dist.core.errors import UserError
+from ckd_dist.data import views
+from ckd_dist.nn import losses
+from ckd_dist.nn.options import KDConfig
 from ckd_dist.store import codecs
 from ckd_dist.store.codecs import Dense, Sampled, TopK
+from ckd_dist.store.options import CodecConfig
 
 
 def case(n=64, classes=100, seed=0):

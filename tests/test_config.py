@@ -17,8 +17,11 @@ import torch
 import yaml
 from conftest import ENVIRONMENT, ROOT, run
 
-from ckd_dist.config import COMMANDS, DistillConfig, TrainTeacherConfig, UserError, load_config, to_dict
-from ckd_dist.models import build_model
+from ckd_dist.commands import COMMANDS
+from ckd_dist.core.errors import UserError
+from ckd_dist.core.options import load_config, to_dict
+from ckd_dist.nn.models import build_model
+from ckd_dist.train.options import DistillConfig, TrainTeacherConfig
 from launch.graph import PipelineConfig, build
 
 NEEDED = ["--data.train", "A", "--model.name", "resnet8", "--run_dir", "R"]
@@ -141,7 +144,7 @@ def test_a_configuration_file_is_utf8_in_every_locale_and_may_repeat_itself(tmp_
     config = load_config(DistillConfig, [*NEEDED[:4], "--config", str(path)])
     assert (config.run_dir, config.optim.lr, config.optim.gamma) == ("é \U0001f600", 0.002, 0.002)
     code = (
-        "import sys; from ckd_dist.config import *; a, b, *words = sys.argv[1:]\n"
+        "import sys; from ckd_dist.core.options import *; a, b, *words = sys.argv[1:]\n"
         "print(load_config(DistillConfig, [*words, '--config', a]).optim.lr)\n"
         "try: load_config(DistillConfig, [*words, '--config', b])\n"
         "except UserError as error: print(error)"

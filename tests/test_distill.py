@@ -9,8 +9,12 @@ import torch
 from conftest import VIEWS, command_line, count_lines, kill_and_repeat, run
 from test_training import metrics
 
-from ckd_dist import cache_logits, checkpoint, distill, train_teacher
-from ckd_dist.config import CacheConfig, DistillConfig, TrainTeacherConfig, UserError, load_config
+from ckd_dist import cache_logits, distill, train_teacher
+from ckd_dist.core import checkpoint
+from ckd_dist.core.errors import UserError
+from ckd_dist.core.options import load_config
+from ckd_dist.store.options import CacheConfig
+from ckd_dist.train.options import DistillConfig, TrainTeacherConfig
 
 
 def options(fashion, run_dir, *more):

@@ -16,9 +16,10 @@ from conftest import ENVIRONMENT, ROOT, command_line, count_lines, run
 from test_training import metrics
 from test_views import EVERYTHING, RRC
 
-from ckd_dist import data, engine, models
-from ckd_dist.config import LoaderConfig
-from ckd_dist.loader import BetonLoader
+from ckd_dist.data import dataset
+from ckd_dist.data.loader import BetonLoader
+from ckd_dist.data.options import LoaderConfig
+from ckd_dist.nn import forward, models
 
 pytestmark = [
     pytest.mark.gpu,
@@ -28,7 +29,7 @@ pytestmark = [
 
 def batches(path, device, ids):
     """The batches of a mixing loader with rows, as lists of tensors on the CPU."""
-    info = data.read_info(path, "")
+    info = dataset.read_info(path, "")
     loader = BetonLoader(
         info, LoaderConfig(), replace(RRC, **EVERYTHING), batch_size=16, image_size=48, device=torch.device(device)
     )
@@ -70,8 +71,8 @@ def test_logits_on_the_gpu_are_near_those_of_the_cpu():
     model, images = models.build_model("resnet18", 100), torch.randn(32, 3, 64, 64)
     found = {}
     for device in ("cpu", "cuda"):
-        on_device = engine.to_device(model, torch.device(device))
-        found[device] = engine.forward_logits(on_device, images.to(device), "bfloat16").cpu()
+        on_device = forward.to_device(model, torch.device(device))
+        found[device] = forward.forward_logits(on_device, images.to(device), "bfloat16").cpu()
     error = (found["cuda"] - found["cpu"]).norm() / found["cpu"].norm()
     assert error < 2e-2  # bfloat16
 

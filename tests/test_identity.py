@@ -17,9 +17,14 @@ import yaml
 from conftest import contents, make_once, run
 from PIL import Image
 
-from ckd_dist import cache_logits, checkpoint, distill, evaluate, identity, search, select_teacher, train_teacher
-from ckd_dist.beton import open_images
-from ckd_dist.config import COMMANDS, TrainDataConfig, UserError, load_config
+from ckd_dist import cache_logits, distill, evaluate, select_teacher, train_teacher
+from ckd_dist.commands import COMMANDS
+from ckd_dist.core import checkpoint, identity
+from ckd_dist.core.errors import UserError
+from ckd_dist.core.options import load_config
+from ckd_dist.data.beton import open_images
+from ckd_dist.data.options import TrainDataConfig
+from ckd_dist.search import __main__ as search
 from ckd_dist.store.__main__ import main as store_main
 
 MAIN = {
@@ -115,17 +120,17 @@ class Stopped(Exception):
 
 
 STOPS = {
-    "cache_logits": ("ckd_dist.caching:Disk.commit", 3),
+    "cache_logits": ("ckd_dist.store.recording:Disk.commit", 3),
     "convert": ("ckd_dist.store.writer:ShardWriter.commit", 3),
-    "select_teacher": ("ckd_dist.selection:estimate", 0),
-    "search": ("ckd_dist.engine:Learner.write_summary", 1),
+    "select_teacher": ("ckd_dist.selection.choice:estimate", 0),
+    "search": ("ckd_dist.train.learner:Learner.write_summary", 1),
 }
 """Command -> the call at which it is to stop, and how many of them go well before; the others: the third step."""
 
 
 def stop(monkeypatch: pytest.MonkeyPatch, command: str) -> None:
     """Have the command end in its middle."""
-    target, count = STOPS.get(command, ("ckd_dist.engine:Learner.train_step", 2))
+    target, count = STOPS.get(command, ("ckd_dist.train.learner:Learner.train_step", 2))
     original, calls = pkgutil.resolve_name(target), itertools.count()
 
     def until(*arguments, **named):
@@ -134,7 +139,7 @@ def stop(monkeypatch: pytest.MonkeyPatch, command: str) -> None:
         return original(*arguments, **named)
 
     monkeypatch.setattr(target.replace(":", "."), until)
-    monkeypatch.setattr("ckd_dist.selection.SAVE_EVERY", 2)
+    monkeypatch.setattr("ckd_dist.selection.probes.SAVE_EVERY", 2)
 
 
 @pytest.fixture(scope="module")
@@ -285,7 +290,7 @@ def test_a_result_of_an_older_version_is_taken_as_it_is_and_that_is_said_once(
             nested["data"]["views"] = None
         (folder / "config.yaml").write_text(yaml.safe_dump(nested))
         (folder / "lineage.json").unlink()
-    monkeypatch.setattr("ckd_dist.run_folder._older", [])
+    monkeypatch.setattr("ckd_dist.core.run_folder._older", [])
     words = options(command, worlds / "ours")
     here(command, *words[: words.index("--run_dir") + 1], result, *words[words.index("--run_dir") + 2 :])
     assert capsys.readouterr().out.count("of an older version") == 1

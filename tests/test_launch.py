@@ -16,7 +16,8 @@ from cluster import PROGRAMS, job_id, launch, temporary_cluster, wait_for
 from conftest import ENVIRONMENT, ROOT, count_lines, run
 from test_training import metrics
 
-from ckd_dist.config import UserError, flag_words
+from ckd_dist.core.errors import UserError
+from ckd_dist.core.options import flag_words
 from launch import graph
 from launch.graph import PipelineConfig, TaskConfig
 from launch.jobs import FLAGS, SlurmConfig

@@ -8,10 +8,10 @@ import time
 import numpy as np
 import torch
 
-from ckd_dist import data
-from ckd_dist.config import LoaderConfig
-from ckd_dist.loader import BetonLoader
-from ckd_dist.recipe import ViewRecipe
+from ckd_dist.data import dataset
+from ckd_dist.data.loader import BetonLoader
+from ckd_dist.data.options import LoaderConfig
+from ckd_dist.data.recipe import ViewRecipe
 
 
 class LateCopy(threading.Thread):
@@ -37,7 +37,7 @@ def test_a_batch_is_copied_before_its_buffers_are_written_again(fashion, monkeyp
         return ids[:, 0].clone(), [copy, labels[:, 0].clone(), None, None, None], LateCopy(copy, images)
 
     def batches():
-        info = data.read_info(fashion["train"], "")
+        info = dataset.read_info(fashion["train"], "")
         recipe, cpu = ViewRecipe(kind="pad_crop"), torch.device("cpu")
         loader = BetonLoader(info, LoaderConfig(), recipe, batch_size=16, image_size=28, device=cpu)
         return [batch.images for batch in loader.batches(np.arange(info.count))]

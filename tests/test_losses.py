@@ -7,8 +7,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from ckd_dist import losses
-from ckd_dist.config import KDConfig
+from ckd_dist.data import batch
+from ckd_dist.nn import losses
+from ckd_dist.nn.options import KDConfig
 
 
 @pytest.fixture
@@ -36,7 +37,7 @@ def test_distillation_is_the_papers_loss(case, alpha, temperature):
 @pytest.mark.parametrize("loss", ["kd", "dkd"])
 def test_a_mixed_image_has_the_loss_of_both_labels_by_their_weights(case, loss):
     student, teacher, labels = case
-    mixed = losses.Mixed(labels.roll(1), torch.linspace(0, 1, 16, dtype=torch.float64))
+    mixed = batch.Mixed(labels.roll(1), torch.linspace(0, 1, 16, dtype=torch.float64))
     config = KDConfig(loss=loss)
     found, own, other = (
         losses.distillation(student, teacher, each, config, 0.1, both)["loss"]

@@ -7,9 +7,9 @@ import pickle
 import pytest
 import torch
 
-from ckd_dist import checkpoint
-from ckd_dist.config import UserError
-from ckd_dist.models import build_model, load_model, load_weights, require_fits
+from ckd_dist.core import checkpoint
+from ckd_dist.core.errors import UserError
+from ckd_dist.nn.models import build_model, load_model, load_weights, require_fits
 
 
 @pytest.mark.parametrize(

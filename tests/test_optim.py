@@ -7,9 +7,10 @@ import math
 import pytest
 import torch
 
-from ckd_dist.config import OptimConfig, UserError
-from ckd_dist.models import build_model
-from ckd_dist.optim import build_optimizer, image_size, learning_rate, parameter_groups
+from ckd_dist.core.errors import UserError
+from ckd_dist.nn.models import build_model
+from ckd_dist.nn.optim import build_optimizer, image_size, learning_rate, parameter_groups
+from ckd_dist.nn.options import OptimConfig
 
 
 def rates(epochs=10, steps_per_epoch=10, **options):

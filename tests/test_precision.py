@@ -8,10 +8,13 @@ import pytest
 import torch
 from conftest import ENVIRONMENT, cache_options, run
 
-from ckd_dist import cache_logits, precision, train_teacher
-from ckd_dist.config import CacheConfig, TrainTeacherConfig, load_config
-from ckd_dist.identity import saved_options
+from ckd_dist import cache_logits, train_teacher
+from ckd_dist.core import precision
+from ckd_dist.core.identity import saved_options
+from ckd_dist.core.options import load_config
 from ckd_dist.store.manifest import Manifest
+from ckd_dist.store.options import CacheConfig
+from ckd_dist.train.options import TrainTeacherConfig
 
 WITHOUT_AVX512 = {"ONEDNN_MAX_CPU_ISA": "AVX2", "ATEN_CPU_CAPABILITY": "avx2"}
 

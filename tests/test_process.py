@@ -15,9 +15,10 @@ import torch.distributed as td
 from conftest import ENVIRONMENT, ROOT, command_line, count_lines, run
 from test_training import metrics, options, train_here
 
-from ckd_dist import checkpoint, dist, engine
-from ckd_dist.config import UserError
-from ckd_dist.process import INTERRUPTED, PARENT, STOPPED, StopRequest
+from ckd_dist.core import checkpoint, dist
+from ckd_dist.core.errors import UserError
+from ckd_dist.core.process import INTERRUPTED, PARENT, STOPPED, StopRequest
+from ckd_dist.train import evaluation
 from launch.worker import RUN_MODULE
 
 TRAIN_LINEAR = str(ROOT / "tests" / "programs" / "train_linear.py")
@@ -26,7 +27,7 @@ SLEEP = "def main():\n  print('ready', flush=True)\n  time.sleep(99)\nrun_proces
 
 def start(code, *, environment=None, **more):
     """A small program, `code`, as a process that is ready once it has printed a line."""
-    program = f"from ckd_dist.process import *\nimport os, sys, time, signal\n{code}"
+    program = f"from ckd_dist.core.process import *\nimport os, sys, time, signal\n{code}"
     process = subprocess.Popen(
         [sys.executable, "-c", program],
         env={**ENVIRONMENT, **(environment or {})},
@@ -115,13 +116,13 @@ def test_a_signal_that_nobody_heeded_in_time_comes_again_for_whoever_handled_it_
 
 
 def test_a_signal_during_the_last_evaluation_of_a_training_is_not_lost(fashion, tmp_path, monkeypatch):
-    evaluate, seen = engine.evaluate, []
+    evaluate, seen = evaluation.evaluate, []
 
     def signal_and_evaluate(*arguments):
         signal.raise_signal(signal.SIGUSR2)
         return evaluate(*arguments)
 
-    monkeypatch.setattr(engine, "evaluate", signal_and_evaluate)
+    monkeypatch.setattr(evaluation, "evaluate", signal_and_evaluate)
     before = signal.signal(signal.SIGUSR2, lambda *_: seen.append((tmp_path / "run" / "summary.json").exists()))
     try:
         few = ["--data.train", fashion["holdout"], "--data.val", fashion["test"], "--epochs", 1, "--amp", "off"]
@@ -175,7 +176,7 @@ run_process(main)
 def test_ctrl_c_in_a_quickstart_leaves_its_stage_the_time_to_save(tmp_path):
     program = """
 import time
-from ckd_dist.process import StopRequest, run_process
+from ckd_dist.core.process import StopRequest, run_process
 def main():
     with StopRequest() as stop:
         print("ready", flush=True)
@@ -187,7 +188,7 @@ run_process(main)
 """
     (tmp_path / "save.py").write_text(program)
     path = {"PYTHONPATH": f"{ROOT}:{tmp_path}", "COLUMNS": "40"}
-    code = "from ckd_dist.stages import stage\nrun_process(lambda: stage('a stage', 'save'))"
+    code = "from ckd_dist.studies.stages import stage\nrun_process(lambda: stage('a stage', 'save'))"
     process = start(code, environment=path, start_new_session=True)
     for line in process.stdout:
         if line == "ready\n":
@@ -207,7 +208,7 @@ def test_sigusr2_ends_a_command_that_has_nothing_to_save_at_once():
 
 def test_ranks_end_with_a_torchrun_that_is_killed(tmp_path):
     program = tmp_path / "sleep.py"
-    program.write_text(f"import time\nfrom pathlib import Path\nfrom ckd_dist.process import run_process\n{SLEEP}")
+    program.write_text(f"import time\nfrom pathlib import Path\nfrom ckd_dist.core.process import run_process\n{SLEEP}")
     command = command_line(str(program), nproc=2)
     process = subprocess.Popen(command, env=ENVIRONMENT, cwd=ROOT, stdout=subprocess.PIPE, text=True)
     for _ in range(2):
@@ -222,7 +223,7 @@ def test_ranks_end_with_a_torchrun_that_is_killed(tmp_path):
 @pytest.mark.parametrize(
     "program",
     [
-        f"from ckd_dist.process import run_process\nimport time\n{SLEEP}",
+        f"from ckd_dist.core.process import run_process\nimport time\n{SLEEP}",
         RUN_MODULE.format(code=str(ROOT), module="nap"),
     ],
     ids=["a part of a search", "the command of a job"],
@@ -250,7 +251,7 @@ time.sleep(99)
 def test_a_process_that_a_shell_started_outlives_it_even_in_a_job(way, tmp_path):
     done = tmp_path / "done"
     code = f"""
-from ckd_dist.process import run_process
+from ckd_dist.core.process import run_process
 import os, time
 from pathlib import Path
 def main():
@@ -279,7 +280,7 @@ print("the shell has gone", flush=True)
 
 
 def test_a_name_that_the_terminal_cannot_show_is_no_error():
-    code = "from ckd_dist.process import run_process\nrun_process(lambda: print('né ± \\udcff'))"
+    code = "from ckd_dist.core.process import run_process\nrun_process(lambda: print('né ± \\udcff'))"
     environment = {**ENVIRONMENT, "PYTHONIOENCODING": "ascii:strict"}
     done = subprocess.run([sys.executable, "-c", code], env=environment, cwd=ROOT, capture_output=True)
     assert (done.returncode, done.stdout, done.stderr) == (0, b"n\\xe9 \\xb1 \\udcff\n", b"")

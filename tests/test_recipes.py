@@ -10,8 +10,13 @@ from conftest import ROOT
 from test_distill import here, summary
 from test_training import metrics
 
-from ckd_dist import cache_logits, distill, search, train_teacher
-from ckd_dist.config import COMMANDS, CacheConfig, DistillConfig, SearchConfig, load_config
+from ckd_dist import cache_logits, distill, train_teacher
+from ckd_dist.commands import COMMANDS
+from ckd_dist.core.options import load_config
+from ckd_dist.search import __main__ as search
+from ckd_dist.search.options import SearchConfig
+from ckd_dist.store.options import CacheConfig
+from ckd_dist.train.options import DistillConfig
 
 
 def recipes(family, module):

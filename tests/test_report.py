@@ -15,9 +15,10 @@ from conftest import ROOT
 from PIL import Image
 from scipy import stats
 
-from ckd_dist import figures, findings, page, report
-from ckd_dist.config import UserError
-from ckd_dist.results import COLUMNS, read_table, write_table
+from ckd_dist.core.errors import UserError
+from ckd_dist.core.results import COLUMNS, read_table, write_table
+from ckd_dist.report import __main__ as report
+from ckd_dist.report import figures, findings, page
 
 TOP1 = {
     "none": (80.0, 81.0, 80.5),

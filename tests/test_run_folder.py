@@ -16,9 +16,11 @@ import pytest
 import torch
 from test_training import metrics, options, same_weights, train_here
 
-from ckd_dist import checkpoint, engine, identity
-from ckd_dist.config import UserError
-from ckd_dist.run_folder import RunFolder, read_summary
+from ckd_dist.core import checkpoint, identity
+from ckd_dist.core.errors import UserError
+from ckd_dist.core.run_folder import RunFolder, read_summary
+from ckd_dist.train import loop
+from ckd_dist.train.learner import Learner
 
 FEW = ("--epochs", 2, "--amp", "off", "--log_every", 1, "--optim.schedule", "constant")
 """Six steps of 100 held-out images."""
@@ -85,7 +87,7 @@ def test_a_complete_run_is_looked_at_while_somebody_works_in_it_and_needs_no_pla
 
 def test_a_folder_without_a_saved_step_takes_other_options(fashion, tmp_path):
     run_dir = tmp_path / "run"
-    with pytest.raises(engine.TrainingError):
+    with pytest.raises(loop.TrainingError):
         train_here(*words(fashion, run_dir, "--optim.lr", 1000, "--optim.weight_decay", 10))
     assert (run_dir / "config.yaml").exists()
     train_here(*words(fashion, run_dir, "--optim.lr", 0.01, "--epochs", 1))
@@ -233,7 +235,7 @@ def test_a_full_disk_is_told_by_the_name_of_the_file_and_the_run_goes_on_when_th
     disk.mkdir()
     subprocess.run(["mount", "-t", "tmpfs", "-o", "size=8m", "tmpfs", disk], check=True)
     try:
-        run_dir, train_step = disk / "run", engine.Learner.train_step
+        run_dir, train_step = disk / "run", Learner.train_step
         filler = disk / "filler"
 
         def fill_and_step(learner, batch):
@@ -245,7 +247,7 @@ def test_a_full_disk_is_told_by_the_name_of_the_file_and_the_run_goes_on_when_th
                 with suppress(OSError):
                     learner.run._writer.add_scalar("more", 0.0, 0)
 
-        monkeypatch.setattr(engine.Learner, "train_step", fill_and_step)
+        monkeypatch.setattr(Learner, "train_step", fill_and_step)
         saves = 1 if name == "checkpoints/last.pt" else 1000
         board = str(name == "events.out.tfevents").lower()
         more = ("--save_last_every", saves, "--tensorboard", board, "--epochs", 2)
@@ -259,7 +261,7 @@ def test_a_full_disk_is_told_by_the_name_of_the_file_and_the_run_goes_on_when_th
         assert "Traceback" not in capfd.readouterr().err
         filler.unlink()
         assert not list(disk.rglob("*.tmp"))
-        monkeypatch.setattr(engine.Learner, "train_step", train_step)
+        monkeypatch.setattr(Learner, "train_step", train_step)
         train_here(*words(fashion, run_dir, *more))
         assert same_weights(*(checkpoint.checkpoint_path(run, 2) for run in (run_dir, complete)))
         lines = map(json.loads, (run_dir / "metrics.jsonl").read_text().splitlines())

@@ -16,22 +16,22 @@ import torch
 import yaml
 from conftest import ENVIRONMENT, ROOT, VIEWS, cache_options, command_line, count_lines
 
-from ckd_dist import cache_logits, checkpoint, data, distill, evaluate, search, train_teacher
-from ckd_dist.config import (
-    CacheConfig,
-    DistillConfig,
-    EvaluateConfig,
-    LoaderConfig,
-    SearchConfig,
-    TrainTeacherConfig,
-    UserError,
-    ViewDataConfig,
-    load_config,
-)
-from ckd_dist.recipe import ViewRecipe
-from ckd_dist.results import read_table
+from ckd_dist import cache_logits, distill, evaluate, train_teacher
+from ckd_dist.core import checkpoint
+from ckd_dist.core.errors import UserError
+from ckd_dist.core.options import load_config
+from ckd_dist.core.results import read_table
+from ckd_dist.data import dataset
+from ckd_dist.data.options import LoaderConfig, ViewDataConfig
+from ckd_dist.data.recipe import ViewRecipe
+from ckd_dist.search import __main__ as search
+from ckd_dist.search import choice
+from ckd_dist.search.options import SearchConfig
+from ckd_dist.search.trials import prepare, side_by_side
 from ckd_dist.store.__main__ import main as store_command
 from ckd_dist.store.manifest import Manifest
+from ckd_dist.store.options import CacheConfig
+from ckd_dist.train.options import DistillConfig, EvaluateConfig, TrainTeacherConfig
 
 
 def here(command, cls, *words):
@@ -93,11 +93,11 @@ def test_students_side_by_side_are_those_of_separate_runs_bit_for_bit(fashion, t
 
 
 def test_the_options_of_a_recipe_ask_for_it_and_name_all_that_training_can_vary(fashion):
-    info = data.read_info(fashion["train"], "data.train")
+    info = dataset.read_info(fashion["train"], "data.train")
     varied = {"scale": (0.3, 1.0), "flip": 0.0, "color_jitter": 0.1, "erase": 0.2, "mixup": 0.3, "cutmix": 0.4}
     recipe = ViewRecipe(kind="random_resized_crop", **varied)
-    options = data.view_options(recipe)
-    assert data.train_recipe(ViewDataConfig(train="", **options), info) == recipe
+    options = dataset.view_options(recipe)
+    assert dataset.train_recipe(ViewDataConfig(train="", **options), info) == recipe
     views, elsewhere = ({field.name for field in fields(cls)} for cls in (ViewDataConfig, LoaderConfig))
     assert options.keys() == views - elsewhere - {"train"}
     assert {field.name for field in fields(ViewRecipe)} == {"kind", *varied, "ratio", "padding", "center_share"}
@@ -147,7 +147,7 @@ def test_settings_are_chosen_on_held_out_images_and_only_those_are_tested(
     here(evaluate, EvaluateConfig, "--data.val", fashion["test"], "--checkpoint", path, "--data.batch_size", 64)
     assert json.loads(capsys.readouterr().out.splitlines()[-1])["top1"] == pytest.approx(row["test_top1"])
     # Again: nothing is trained, nothing is tested.
-    monkeypatch.setattr(search, "test", None)
+    monkeypatch.setattr(choice, "test", None)
     assert search_here(*words) == rows
     assert "group" not in capsys.readouterr().out
     with pytest.raises(UserError, match=r"run_dir: .* holds a run with grid\.alphas \[0\.1, 1\.0\], not \[0\.1\]"):
@@ -158,21 +158,21 @@ def test_a_random_part_of_the_grid_is_the_same_for_every_teacher(fashion, two_ru
     grid = ["--grid.teachers", "[[1],[2],[3]]", "--grid.alphas", "[0.1,0.5,0.9]", "--grid.temperatures", "[1,2,4,8]"]
     config = load_config(SearchConfig, options(fashion, two_runs, tmp_path / "run", *grid, "--grid.trials", "5"))
     settings = {}
-    for trial in search.prepare(config).trials:
+    for trial in prepare(config).trials:
         settings.setdefault(trial.teacher, []).append((trial.setting.alpha, trial.setting.temperature))
     assert len(settings) == 3 and all(len(set(each)) == 5 for each in settings.values())
     assert settings["1"] == settings["2"] == settings["3"]
     losses = ["--grid.losses", "[kd,mse]", "--grid.temperatures", "[2,4]"]
     config = load_config(SearchConfig, options(fashion, two_runs, tmp_path / "run", *losses))
-    assert len(search.prepare(config).trials) == 3  # mse has no temperature
-    assert search.prepare(config).trials[0].teacher == "3"  # the default: the last
+    assert len(prepare(config).trials) == 3  # mse has no temperature
+    assert prepare(config).trials[0].teacher == "3"  # the default: the last
 
 
 def test_groups_are_of_one_seed_and_fill_the_parts(fashion, two_runs, tmp_path):
     grid = ["--grid.alphas", "[0.1,0.3,0.5,0.7,0.9]", "--grid.seeds", "[0,1,2]"]
-    trials = search.prepare(load_config(SearchConfig, options(fashion, two_runs, tmp_path / "run", *grid))).trials
+    trials = prepare(load_config(SearchConfig, options(fashion, two_runs, tmp_path / "run", *grid))).trials
     for at_once, parts, expected in ((8, 1, 3), (2, 1, 9), (8, 2, 4), (5, 4, 4), (5, 64, 15)):
-        groups = search.side_by_side(trials, at_once, parts)
+        groups = side_by_side(trials, at_once, parts)
         assert len(groups) == expected and max(map(len, groups)) <= at_once
         assert all(len({trial.config.seed for trial in group}) == 1 for group in groups)
         assert sorted(t.name for group in groups for t in group) == sorted(t.name for t in trials)

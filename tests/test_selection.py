@@ -13,9 +13,14 @@ from conftest import command_line, kill_and_repeat, run
 from PIL import Image
 from torch import nn
 
-from ckd_dist import checkpoint, distill, models, select_teacher
-from ckd_dist.config import DistillConfig, SelectConfig, TrainingError, UserError, load_config
-from ckd_dist.identity import read_lineage
+from ckd_dist import distill, select_teacher
+from ckd_dist.core import checkpoint
+from ckd_dist.core.errors import TrainingError, UserError
+from ckd_dist.core.identity import read_lineage
+from ckd_dist.core.options import load_config
+from ckd_dist.nn import models
+from ckd_dist.selection.options import SelectConfig
+from ckd_dist.train.options import DistillConfig
 from data_prep.sources import load_source
 
 QUICK = ["--data.batch_size", 64, "--probe.steps", 80, "--probe.repeats", 2, "--student", "resnet8"]

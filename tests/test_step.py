@@ -9,11 +9,14 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from ckd_dist import engine, losses, models
 from ckd_dist.bench.step import CLASSES, learner, memory_batch, plain_loss
-from ckd_dist.config import DistillConfig, load_config
-from ckd_dist.lessons import Lessons
+from ckd_dist.core.options import load_config
+from ckd_dist.data.batch import Mixed
+from ckd_dist.nn import forward, models
 from ckd_dist.store import codecs
+from ckd_dist.train import loop
+from ckd_dist.train.options import DistillConfig
+from ckd_dist.train.schedule import Lessons
 
 DENSE, TOPK, SAMPLED = codecs.Dense(CLASSES), codecs.TopK(CLASSES, 8), codecs.Sampled(CLASSES, 8, 4.0)
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -72,7 +75,7 @@ CASES = [
 def test_a_train_step_does_not_wait(codec, loss, members, mixed, tmp_path):
     batch, function = memory_batch(16, 8, DEVICE), plain_loss
     if mixed:
-        batch.mixed = losses.Mixed(batch.labels.flip(0), torch.rand(16, device=DEVICE))
+        batch.mixed = Mixed(batch.labels.flip(0), torch.rand(16, device=DEVICE))
     if codec is not None:
         logits = torch.randn(members + 1, 16, CLASSES, device=DEVICE)
         batch.teacher_records = torch.stack([encoded(codec, each, batch.labels) for each in logits], dim=1)
@@ -90,7 +93,7 @@ def test_a_train_step_does_not_wait(codec, loss, members, mixed, tmp_path):
 @pytest.mark.parametrize("codec", [DENSE, TOPK, SAMPLED], ids=lambda codec: codec.name)
 def test_a_teachers_pass_does_not_wait(codec):
     batch = memory_batch(16, 8, DEVICE)
-    model = engine.to_device(models.build_model("resnet8", CLASSES), DEVICE)
+    model = forward.to_device(models.build_model("resnet8", CLASSES), DEVICE)
     with no_waiting(DEVICE):
-        encoded(codec, engine.forward_logits(model, batch.images, "bfloat16"), batch.labels)
-        engine.online_records([model, model], DENSE, "bfloat16", batch.images)
+        encoded(codec, forward.forward_logits(model, batch.images, "bfloat16"), batch.labels)
+        loop.online_records([model, model], DENSE, "bfloat16", batch.images)

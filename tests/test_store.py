@@ -23,16 +23,21 @@ import pytest
 import torch
 from conftest import ENVIRONMENT, ROOT, VIEWS, cache_options, command_line, contents, kill_and_repeat, run
 
-from ckd_dist import cache_logits, caching, data, engine, models
+from ckd_dist import cache_logits
 from ckd_dist.bench import storing
-from ckd_dist.config import CacheConfig, KDConfig, TrainingError, UserError, load_config
-from ckd_dist.files import NewFile
-from ckd_dist.loader import BetonLoader
-from ckd_dist.store import codecs
+from ckd_dist.core.errors import TrainingError, UserError
+from ckd_dist.core.files import NewFile
+from ckd_dist.core.options import load_config
+from ckd_dist.data import dataset
+from ckd_dist.data.loader import BetonLoader
+from ckd_dist.nn import forward, models
+from ckd_dist.nn.options import KDConfig
+from ckd_dist.store import codecs, recording
 from ckd_dist.store import manifest as manifests
 from ckd_dist.store.__main__ import main as store_command
 from ckd_dist.store.check import shard_fault
 from ckd_dist.store.manifest import Manifest
+from ckd_dist.store.options import CacheConfig
 from ckd_dist.store.reader import StoreReader
 from ckd_dist.store.writer import ShardWriter, is_written, locked, merged, open_store
 
@@ -44,7 +49,7 @@ def cache_here(*arguments):
 
 
 def records(store, fashion, epochs, ids, view):
-    return StoreReader(str(store), epochs, data.read_info(fashion["train"], "")).rows(np.asarray(ids), view)
+    return StoreReader(str(store), epochs, dataset.read_info(fashion["train"], "")).rows(np.asarray(ids), view)
 
 
 def rows(store, fashion, epochs, ids, view):
@@ -72,7 +77,7 @@ def test_records_reach_the_disk_in_order_and_bad_logits_do_not(device, store, tm
     logits = torch.from_numpy(np.load(shard.path(store))).float()
 
     def write(logits):
-        with caching.Disk(torch.device(device)) as disk:
+        with recording.Disk(torch.device(device)) as disk:
             writer = ShardWriter(tmp_path, shard, manifest)
             for part in logits.split(7):
                 disk.append(writer, manifest.recorded.encode(part), part)
@@ -89,17 +94,17 @@ def test_records_reach_the_disk_in_order_and_bad_logits_do_not(device, store, tm
 
 
 def test_records_are_the_teachers_answers_to_the_students_images(store, fashion, teacher):
-    info = data.read_info(fashion["train"], "")
+    info = dataset.read_info(fashion["train"], "")
     model, _ = models.load_model(teacher / "checkpoints" / "epoch_0002.pt", "")
-    recipe = data.train_recipe(load_config(CacheConfig, cache_options(fashion, teacher, store)).data, info)
+    recipe = dataset.train_recipe(load_config(CacheConfig, cache_options(fashion, teacher, store)).data, info)
     ids = np.random.default_rng(0).permutation(info.count)[:333]
-    from ckd_dist.config import LoaderConfig
+    from ckd_dist.data.options import LoaderConfig
 
     loader = BetonLoader(info, LoaderConfig(), recipe, batch_size=50, image_size=28, device=CPU)
     amp = Manifest.load(store, "").forward["amp"]
     for view in range(VIEWS):
         for batch in loader.batches(ids, view, lambda ids, view: records(store, fashion, [2], ids, view)):
-            answers = engine.forward_logits(engine.to_device(model, CPU), batch.images, amp)
+            answers = forward.forward_logits(forward.to_device(model, CPU), batch.images, amp)
             cached = codecs.Dense(10).decode(batch.teacher_records[:, 0], 1.0)
             torch.testing.assert_close(cached, answers.half().float(), rtol=2e-3, atol=2e-3)
 
@@ -188,7 +193,7 @@ def test_an_ensemble_is_the_mean_of_its_members_and_the_default_is_the_last(stor
 
 
 def test_a_reader_keeps_no_file_open_and_maps_the_view_at_hand_alone(store, fashion):
-    reader = StoreReader(str(store), [1, 2, 3], data.read_info(fashion["train"], ""))
+    reader = StoreReader(str(store), [1, 2, 3], dataset.read_info(fashion["train"], ""))
     before = len(os.listdir("/proc/self/fd"))
     found = [reader.rows(np.arange(1201), view) for view in (0, 1, 0)]
     assert len(os.listdir("/proc/self/fd")) == before
@@ -198,7 +203,7 @@ def test_a_reader_keeps_no_file_open_and_maps_the_view_at_hand_alone(store, fash
 
 
 def test_a_used_reader_may_go_to_another_process(store, fashion):
-    reader = StoreReader(str(store), [3], data.read_info(fashion["train"], ""))
+    reader = StoreReader(str(store), [3], dataset.read_info(fashion["train"], ""))
     unused = pickle.dumps(reader)
     rows = reader.rows(np.arange(100), 1)
     assert pickle.dumps(reader) == unused  # nothing of this process's memory
@@ -219,7 +224,7 @@ def test_a_shard_that_is_transposed_is_not_read(copy, fashion):
 
 
 def test_a_store_of_something_else_is_refused(copy, store, fashion, teacher, tmp_path):
-    holdout = data.read_info(fashion["holdout"], "")
+    holdout = dataset.read_info(fashion["holdout"], "")
     with pytest.raises(UserError, match="is of images with content_hash"):
         StoreReader(str(store), [], holdout)
     with pytest.raises(UserError, match=r"teacher\.checkpoints: no checkpoint of epoch 7; there are 1, 2, 3"):

@@ -14,11 +14,19 @@ import pytest
 import torch
 from conftest import VIEWS, cache_options, contents, run
 
-from ckd_dist import cache_logits, caching, data, distill, search
-from ckd_dist.config import CacheConfig, DistillConfig, LoaderConfig, SearchConfig, UserError, load_config
+from ckd_dist import cache_logits, distill
+from ckd_dist.core.errors import UserError
+from ckd_dist.core.options import load_config
+from ckd_dist.data import dataset
+from ckd_dist.data.options import LoaderConfig
+from ckd_dist.search import trials
+from ckd_dist.search.options import SearchConfig
+from ckd_dist.store import verify
 from ckd_dist.store.__main__ import main as store_command
 from ckd_dist.store.manifest import Manifest
+from ckd_dist.store.options import CacheConfig
 from ckd_dist.store.writer import ShardWriter, make_room, store_size
+from ckd_dist.train.options import DistillConfig
 
 
 def store_here(*words):
@@ -293,7 +301,7 @@ def test_views_belong_to_a_checkpoint(copy, store, fashion, teacher, tmp_path, c
     searched += ["--teacher.store", copy, "--run_dir", tmp_path / "search", "--grid.teachers"]
     for teachers, views in (("[[3]]", 3), ("[[3],[],[1,3]]", 2)):
         config = load_config(SearchConfig, [str(word) for word in [*searched, teachers]])
-        assert {trial.config.data.views for trial in search.prepare(config).trials} == {views}
+        assert {trial.config.data.views for trial in trials.prepare(config).trials} == {views}
     # While views are being added, those that were there go on teaching.
     shutil.rmtree(copy / "epoch_0003" / "view_0002")
     assert distill_here(fashion, tmp_path / "meanwhile", copy, "--data.views", 2, "--epochs", 1)
@@ -380,6 +388,6 @@ def test_images_that_decode_differently_are_noticed_and_said(copy, fashion, teac
     assert capsys.readouterr().out.count(said) == 1
     cache_here(*cache_options(fashion, teacher, copy))
     assert capsys.readouterr().out.count(said) == 1
-    info = data.read_info(fashion["train"], "")
-    assert caching.recompute(copy, info, str(teacher), manifest.members, LoaderConfig(), torch.device("cpu"), 8) == []
+    info = dataset.read_info(fashion["train"], "")
+    assert verify.recompute(copy, info, str(teacher), manifest.members, LoaderConfig(), torch.device("cpu"), 8) == []
     assert capsys.readouterr().out.count(said) == 1

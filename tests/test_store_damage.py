@@ -12,8 +12,9 @@ import shutil
 import numpy as np
 import pytest
 
-from ckd_dist import data
-from ckd_dist.config import UserError, flatten
+from ckd_dist.core.errors import UserError
+from ckd_dist.core.options import flatten
+from ckd_dist.data import dataset
 from ckd_dist.store import manifest as manifests
 from ckd_dist.store.manifest import Manifest, Shard
 from ckd_dist.store.reader import StoreReader
@@ -24,7 +25,7 @@ NAME = r"epoch_0003/view_0001/samples_00000250-00000499"
 
 
 def read(store, fashion, split="train", **changes):
-    info = dataclasses.replace(data.read_info(fashion[split], ""), **changes)
+    info = dataclasses.replace(dataset.read_info(fashion[split], ""), **changes)
     reader = StoreReader(str(store), [1, 2, 3], info)
     reader.check_shards()
     return reader.rows(np.arange(info.count), 1)
@@ -378,7 +379,7 @@ def test_what_does_no_harm_is_not_refused(copy, store, fashion):
 
 def test_a_damaged_checkpoint_does_not_bar_the_others(copy, fashion):
     SHARD.path(copy).unlink()
-    info = data.read_info(fashion["train"], "")
+    info = dataset.read_info(fashion["train"], "")
     reader = StoreReader(str(copy), [1, 2], info)
     reader.check_shards()
     assert len(reader.rows(np.arange(10), 1)) == 10

@@ -14,17 +14,16 @@ import pytest
 import torch
 from conftest import ENVIRONMENT, ROOT, command_line, count_lines, kill_and_repeat, run
 
-from ckd_dist import checkpoint, data, engine, evaluate, losses, models, train_teacher
-from ckd_dist.config import (
-    EvaluateConfig,
-    LoaderConfig,
-    TrainDataConfig,
-    TrainingError,
-    TrainTeacherConfig,
-    UserError,
-    load_config,
-)
-from ckd_dist.loader import BetonLoader
+from ckd_dist import evaluate, train_teacher
+from ckd_dist.core import checkpoint
+from ckd_dist.core.errors import TrainingError, UserError
+from ckd_dist.core.options import load_config
+from ckd_dist.data import dataset, order
+from ckd_dist.data.loader import BetonLoader
+from ckd_dist.data.options import LoaderConfig, TrainDataConfig
+from ckd_dist.nn import losses, models
+from ckd_dist.train import learner
+from ckd_dist.train.options import EvaluateConfig, TrainTeacherConfig
 
 
 def options(fashion, run_dir, *more):
@@ -84,13 +83,13 @@ def test_a_killed_run_ends_with_the_weights_of_one_that_never_was(fashion, tmp_p
 
 
 def test_an_average_of_the_weights_is_what_is_evaluated_and_kept(fashion, tmp_path, monkeypatch):
-    seen, train_step = [], engine.Learner.train_step
+    seen, train_step = [], learner.Learner.train_step
 
     def watched_step(self, batch):
         train_step(self, batch)
         seen.append({name: value.clone() for name, value in self.model.state_dict().items()})
 
-    monkeypatch.setattr(engine.Learner, "train_step", watched_step)
+    monkeypatch.setattr(learner.Learner, "train_step", watched_step)
     few = ["--data.train", fashion["holdout"], "--data.val", fashion["test"], "--epochs", 1, "--amp", "off"]
     train_here(*options(fashion, tmp_path / "run", *few, "--ema_decay", 0.4))
     path = tmp_path / "run" / "checkpoints" / "epoch_0001.pt"
@@ -240,10 +239,10 @@ def test_a_teacher_learns_both_labels_of_a_mixed_image(fashion, tmp_path):
     images = ["--data.train", fashion["holdout"], "--data.val", fashion["test"]]
     more = [*images, "--data.mixup", 1, "--epochs", 1, "--log_every", 1, "--amp", "off"]
     train_here(*options(fashion, tmp_path / "run", *more))
-    info, device = data.read_info(fashion["holdout"], ""), torch.device("cpu")
-    recipe = replace(data.train_recipe(TrainDataConfig(train=""), info), mixup=1.0)
+    info, device = dataset.read_info(fashion["holdout"], ""), torch.device("cpu")
+    recipe = replace(dataset.train_recipe(TrainDataConfig(train=""), info), mixup=1.0)
     loader = BetonLoader(info, LoaderConfig(), recipe, batch_size=100, image_size=28, device=device)
-    first = data.train_ids(data.shuffled_ids(info.count, 0, 0), 100)[:100]
+    first = order.train_ids(order.shuffled_ids(info.count, 0, 0), 100)[:100]
     (batch,) = loader.batches(first, train_teacher.FIRST_VIEW)
     torch.manual_seed(0)
     logits = models.build_model("resnet8", 10)(batch.images)

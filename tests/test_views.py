@@ -22,12 +22,14 @@ from numba.core import event
 from torchvision.transforms import RandomErasing, RandomResizedCrop
 from torchvision.transforms.v2 import functional
 
-from ckd_dist import data
-from ckd_dist.config import LoaderConfig, TrainDataConfig, UserError
-from ckd_dist.ffcv_mended import IMAGE_MODES, Epoch, _temporary_cache
-from ckd_dist.loader import BetonLoader, decode_view, read_labels, sample_pages
-from ckd_dist.recipe import ViewRecipe
-from ckd_dist.views import _CONTRAST, _SATURATION, _beta_quantiles, partners, render, stream_key, uniform, view
+from ckd_dist.core.errors import UserError
+from ckd_dist.data import dataset
+from ckd_dist.data.ffcv_repairs import IMAGE_MODES, Epoch, _temporary_cache
+from ckd_dist.data.loader import BetonLoader, decode_view, read_labels, sample_pages
+from ckd_dist.data.options import LoaderConfig, TrainDataConfig
+from ckd_dist.data.order import quasi_random_ids, rank_share, shuffled_ids, train_ids
+from ckd_dist.data.recipe import ViewRecipe
+from ckd_dist.data.views import _CONTRAST, _SATURATION, _beta_quantiles, partners, render, stream_key, uniform, view
 
 CPU = torch.device("cpu")
 RRC = ViewRecipe(kind="random_resized_crop")
@@ -36,7 +38,7 @@ EVERYTHING = {"color_jitter": 0.4, "erase": 0.5, "mixup": 0.4, "cutmix": 1.0}
 
 
 def loader(path, recipe, size, *, batch_size=32, seed=0, **options):
-    info = data.read_info(path, "data.train")
+    info = dataset.read_info(path, "data.train")
     config = LoaderConfig(**options)
     return BetonLoader(info, config, recipe, batch_size=batch_size, image_size=size, device=CPU, view_seed=seed)
 
@@ -60,12 +62,12 @@ def digests(beton_loader, ids, view_id):
 def test_bytes_do_not_depend_on_batch_size_workers_order_or_cache(name, recipe, size, request):
     path = request.getfixturevalue(name)
     path = path if isinstance(path, Path) else path["train"]
-    count = data.read_info(path, "data.train").count
+    count = dataset.read_info(path, "data.train").count
     first = None
     for batch_size, workers, os_cache in ((1, 2, True), (7, 1, False), (64, 2, False), (50, 1, True)):
         os_cache = os_cache or recipe.mixes
         beton_loader = loader(path, recipe, size, batch_size=batch_size, workers=workers, os_cache=os_cache)
-        for ids, view_id in itertools.product((np.arange(count), data.shuffled_ids(count, batch_size, 1)), (0, 5)):
+        for ids, view_id in itertools.product((np.arange(count), shuffled_ids(count, batch_size, 1)), (0, 5)):
             found = {(view_id, i): d for i, d in digests(beton_loader, ids, view_id).items()}
             first = first or {}
             for key, digest in found.items():
@@ -74,7 +76,7 @@ def test_bytes_do_not_depend_on_batch_size_workers_order_or_cache(name, recipe, 
 
 
 def test_bytes_do_not_depend_on_world_size(photographs, tmp_path):
-    count = data.read_info(photographs, "data.train").count
+    count = dataset.read_info(photographs, "data.train").count
     recipe = replace(RRC, **EVERYTHING)
     alone = digests(loader(photographs, recipe, 48), np.arange(count), 2)
     for world in (2, 3):
@@ -176,11 +178,11 @@ def test_pad_crop_is_the_padded_shifted_mirrored_image(fashion):
 
 
 def test_pad_crop_of_images_of_different_sizes_is_refused(photographs):
-    from ckd_dist.config import ViewDataConfig
+    from ckd_dist.data.options import ViewDataConfig
 
-    info = data.read_info(photographs, "data.train")
+    info = dataset.read_info(photographs, "data.train")
     with pytest.raises(UserError, match=r"data\.augment pad_crop"):
-        data.train_recipe(ViewDataConfig(train=str(photographs), augment="pad_crop"), info)
+        dataset.train_recipe(ViewDataConfig(train=str(photographs), augment="pad_crop"), info)
 
 
 def shown(recipe, view_id, height, width, size):
@@ -192,16 +194,16 @@ def shown(recipe, view_id, height, width, size):
 
 @pytest.mark.parametrize(("height", "width", "size"), [(32, 64, 64), (64, 32, 32), (28, 28, 28), (32, 32, 40)])
 def test_evaluation_shows_of_a_small_image_what_training_shows(height, width, size):
-    info = data.DatasetInfo(
+    info = dataset.DatasetInfo(
         path=Path(), dataset="", split="", count=1, num_classes=1, content_hash="", mean=(0, 0, 0), std=(1, 1, 1),
         min_size=(height, width), max_size=(height, width),
     )  # fmt: skip
-    found = shown(data.eval_recipe(info, "pad_crop"), 0, height, width, size)
+    found = shown(dataset.eval_recipe(info, "pad_crop"), 0, height, width, size)
     unmoved = next(n for n in itertools.count() if view(PAD, 0, n, 0, height, width) == ((0, 0, height, width), False))
     np.testing.assert_array_equal(found, shown(PAD, unmoved, height, width, size))
     square = shown(ViewRecipe(kind="center_crop", flip=0.0), 0, height, width, size)
     assert (found == square).all() == (height == width)
-    cropped = shown(data.eval_recipe(info, "random_resized_crop"), 0, height, width, size)
+    cropped = shown(dataset.eval_recipe(info, "random_resized_crop"), 0, height, width, size)
     np.testing.assert_array_equal(cropped, square)
 
 
@@ -234,21 +236,21 @@ def test_a_batch_stays_as_it_is_when_later_ones_come(fashion):
 
 @pytest.mark.parametrize("world", [1, 2, 3, 7])
 def test_ranks_share_every_global_batch(world, monkeypatch):
-    batch_size, parts, order = 10, [], data.shuffled_ids(103, 5, 2)
+    batch_size, parts, order = 10, [], shuffled_ids(103, 5, 2)
     for rank in range(world):
-        monkeypatch.setattr(data.dist, "rank", lambda rank=rank: rank)
-        monkeypatch.setattr(data.dist, "world_size", lambda: world)
-        share = data.rank_share(batch_size)
+        monkeypatch.setattr(dataset.dist, "rank", lambda rank=rank: rank)
+        monkeypatch.setattr(dataset.dist, "world_size", lambda: world)
+        share = rank_share(batch_size)
         assert share.stop - share.start in (batch_size // world, -(-batch_size // world))
-        parts.append(data.train_ids(order, batch_size).reshape(10, -1))
-        np.testing.assert_array_equal(data.train_ids(order, batch_size, first_step=4).reshape(6, -1), parts[-1][4:])
+        parts.append(train_ids(order, batch_size).reshape(10, -1))
+        np.testing.assert_array_equal(train_ids(order, batch_size, first_step=4).reshape(6, -1), parts[-1][4:])
     np.testing.assert_array_equal(np.concatenate(parts, axis=1), order[:100].reshape(10, 10))
 
 
 def test_quasi_random_order_takes_every_image_once_few_pages_at_a_time():
     images, pages = 20_000, np.repeat(np.arange(400, 600), 100)  # 200 pages after 400 of something else
     order, again, next_epoch, other_seed = (
-        data.quasi_random_ids(pages, 20, seed, epoch) for seed, epoch in ((0, 0), (0, 0), (0, 1), (1, 0))
+        quasi_random_ids(pages, 20, seed, epoch) for seed, epoch in ((0, 0), (0, 0), (0, 1), (1, 0))
     )
     np.testing.assert_array_equal(order, again)
     windows = []
@@ -263,12 +265,12 @@ def test_quasi_random_order_takes_every_image_once_few_pages_at_a_time():
 
 
 def test_pages_are_asked_for_once_before_their_images_turn(fashion, monkeypatch):
-    info = data.read_info(fashion["train"], "")
+    info = dataset.read_info(fashion["train"], "")
     pages = np.arange(info.count) // 100
     asked = []
-    monkeypatch.setattr("ckd_dist.loader.sample_pages", lambda info: (pages, 4096))
+    monkeypatch.setattr("ckd_dist.data.loader.sample_pages", lambda info: (pages, 4096))
     monkeypatch.setattr(os, "posix_fadvise", lambda fd, start, size, advice: asked.append(start // size))
-    order = data.quasi_random_ids(pages, 3, 0, 0)
+    order = quasi_random_ids(pages, 3, 0, 0)
     config = LoaderConfig()
     ahead = BetonLoader(info, config, PAD, batch_size=50, image_size=28, device=CPU, pages_ahead=3)
     seen = set()
@@ -279,12 +281,12 @@ def test_pages_are_asked_for_once_before_their_images_turn(fashion, monkeypatch)
 
 
 def test_an_epoch_has_the_order_that_the_options_ask_for(fashion):
-    info = data.read_info(fashion["train"], "")
+    info = dataset.read_info(fashion["train"], "")
     config = TrainDataConfig(train=str(info.path), order="quasi_random", window_pages=1)
     pages, size = sample_pages(info)
     assert size >= 2**20 and pages.min() >= 0 and len(pages) == info.count
     images = BetonLoader(info, config, PAD, batch_size=50, image_size=28, device=CPU)
-    np.testing.assert_array_equal(images.epoch_ids(config, 3, 2), data.quasi_random_ids(pages, 1, 3, 2))
+    np.testing.assert_array_equal(images.epoch_ids(config, 3, 2), quasi_random_ids(pages, 1, 3, 2))
 
 
 @pytest.mark.parametrize(
@@ -293,7 +295,7 @@ def test_an_epoch_has_the_order_that_the_options_ask_for(fashion):
 )
 def test_a_view_decoded_alone_is_that_of_the_loader(name, recipe, size, request):
     path = request.getfixturevalue(name)
-    info = data.read_info(path if isinstance(path, Path) else path["train"], "")
+    info = dataset.read_info(path if isinstance(path, Path) else path["train"], "")
     ids = np.array([5, 0, 77, 3])
     (batch,) = loader(info.path, recipe, size, seed=9).batches(ids, 4)
     alone = torch.from_numpy(decode_view(info, recipe, 9, 4, ids, size))
@@ -306,7 +308,7 @@ def test_a_view_decoded_alone_is_that_of_the_loader(name, recipe, size, request)
 
 def decoded(path, recipe, ids, size=48, view_id=1):
     """Views of samples as int64 [n, size, size, 3]."""
-    return decode_view(data.read_info(path, ""), recipe, 3, view_id, np.asarray(ids), size).astype(np.int64)
+    return decode_view(dataset.read_info(path, ""), recipe, 3, view_id, np.asarray(ids), size).astype(np.int64)
 
 
 def bounds(mask):
@@ -317,7 +319,7 @@ def bounds(mask):
 
 @pytest.mark.parametrize(("kind", "alpha"), [("mixup", 0.2), ("mixup", 1.0), ("cutmix", 1.0)])
 def test_a_mixed_view_is_made_of_the_views_of_two_samples(photographs, kind, alpha):
-    info = data.read_info(photographs, "")
+    info = dataset.read_info(photographs, "")
     single = replace(RRC, color_jitter=0.4, erase=0.5)
     recipe, ids = replace(single, **{kind: alpha}), np.arange(60)
     others, weights = partners(recipe, 3, 1, ids, info.count)
@@ -339,7 +341,7 @@ def test_a_mixed_view_is_made_of_the_views_of_two_samples(photographs, kind, alp
     (batch,) = loader(photographs, recipe, 48, seed=3, batch_size=64).batches(ids, 1)
     np.testing.assert_array_equal(batch.mixed.labels, read_labels(info)[others])
     np.testing.assert_array_equal(batch.mixed.weights, weights)
-    answers = data.torch.from_numpy(read_labels(info)[others])
+    answers = dataset.torch.from_numpy(read_labels(info)[others])
     expected = 100 * (1 - batch.mixed.weights + batch.mixed.weights * (answers == batch.labels))
     torch.testing.assert_close(batch.top1(answers), expected)
 

@@ -27,9 +27,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from ckd_dist.config import Parser
-from ckd_dist.process import run_process
-from ckd_dist.stages import console
+from ckd_dist.core.options import Parser
+from ckd_dist.core.process import run_process
+from ckd_dist.studies.stages import console
 
 IN_MEMORY = ("step", "teaching")
 CASES = ("loader", "order", *IN_MEMORY, "epochs", "store", "students", "scaling")
@@ -42,8 +42,8 @@ def main() -> None:
     parser.add_argument("--only", nargs="+", choices=CASES, default=CASES, metavar="CASE")
     options = parser.parse_args(sys.argv[1:])
 
-    from ckd_dist import dist, precision, run_folder
     from ckd_dist.bench import measure, step
+    from ckd_dist.core import dist, precision, run_folder
 
     with_ffcv = importlib.util.find_spec("ffcv") is not None
     if not with_ffcv:

@@ -13,14 +13,15 @@ from torch.utils.data import DataLoader, Dataset
 from torchvision.io import ImageReadMode, decode_jpeg
 from torchvision.transforms import v2
 
-from ckd_dist import data, dist
 from ckd_dist.bench.measure import Row, in_turn
-from ckd_dist.config import LoaderConfig
-from ckd_dist.data import DatasetInfo
-from ckd_dist.ffcv_mended import IMAGE_MODES, Epoch, IntDecoder, Loader, OrderOption, ToTensor
-from ckd_dist.loader import BetonLoader, read_labels, stored_images
-from ckd_dist.recipe import ViewRecipe
-from ckd_dist.stages import stage
+from ckd_dist.core import dist
+from ckd_dist.data import dataset
+from ckd_dist.data.dataset import DatasetInfo
+from ckd_dist.data.ffcv_repairs import IMAGE_MODES, Epoch, IntDecoder, Loader, OrderOption, ToTensor
+from ckd_dist.data.loader import BetonLoader, read_labels, stored_images
+from ckd_dist.data.options import LoaderConfig
+from ckd_dist.data.recipe import ViewRecipe
+from ckd_dist.studies.stages import stage
 
 SIZE, BATCH_SIZE, PHOTOGRAPHS, PASSES = 224, 64, 512, 4
 MODES = {"jpg": "JPEG", "proportion": "half JPEG, half raw", "raw": "raw"}
@@ -55,7 +56,7 @@ def photographs(folder: Path, mode: str) -> DatasetInfo:
         if mode != "jpg":
             options += ["--max-resolution", 341]
         stage(f"photographs, {MODES[mode]}", "data_prep.write_beton", *options)
-    return data.read_info(path, "RUN_DIR")
+    return dataset.read_info(path, "RUN_DIR")
 
 
 class StoredImages(Dataset):

@@ -17,13 +17,13 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from ckd_dist import data
 from ckd_dist.bench.loader import PHOTOGRAPHS, photograph_files
 from ckd_dist.bench.measure import Row
-from ckd_dist.config import LoaderConfig, TrainDataConfig
-from ckd_dist.loader import BetonLoader
-from ckd_dist.recipe import ViewRecipe
-from ckd_dist.stages import console, stage
+from ckd_dist.data import dataset
+from ckd_dist.data.loader import BetonLoader
+from ckd_dist.data.options import LoaderConfig, TrainDataConfig
+from ckd_dist.data.recipe import ViewRecipe
+from ckd_dist.studies.stages import console, stage
 
 COPIES, MEMORY, WINDOW, BATCH_SIZE = 12, 10**9, 12, 256
 LIMITS = {
@@ -45,7 +45,7 @@ def measure(folder: Path, tries: int = 3) -> list[Row]:
                 shutil.copyfile(image, root / "all" / f"{copy:02d}_{image.name}")  # links would count once
         options = ["--dataset", "imagefolder", "--root", root, "--split", "test", "--max-resolution", 341]
         stage(f"{COPIES * PHOTOGRAPHS} photographs, raw", "data_prep.write_beton", *options, "--out", path)
-    size, count = path.stat().st_size, data.read_info(path, "RUN_DIR").count
+    size, count = path.stat().st_size, dataset.read_info(path, "RUN_DIR").count
     rates: dict[str, list[float]] = {order: [] for order in LIMITS}
     try:
         with limited_memory() as group:
@@ -90,7 +90,7 @@ def _epoch_elsewhere(path: Path, order: str, group: Path) -> float:
 
 def main(path: str, order: str) -> None:
     """Print the images/s of one epoch."""
-    info = data.read_info(path, "BETON")
+    info = dataset.read_info(path, "BETON")
     pages_ahead = WINDOW if order == "quasi_random" else 0
     recipe, cpu = ViewRecipe(kind="random_resized_crop"), torch.device("cpu")
     loader = BetonLoader(

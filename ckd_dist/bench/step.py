@@ -14,14 +14,18 @@ import torch
 import torch.nn.functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
-from ckd_dist import engine, losses, models, precision
 from ckd_dist.bench.measure import Row, in_turn, synchronize
-from ckd_dist.config import DistillConfig, load_config, to_dict
-from ckd_dist.data import Batch
-from ckd_dist.identity import Origin
-from ckd_dist.lessons import Lessons
-from ckd_dist.run_folder import RunFolder
+from ckd_dist.core import precision
+from ckd_dist.core.identity import Origin
+from ckd_dist.core.options import load_config, to_dict
+from ckd_dist.core.run_folder import RunFolder
+from ckd_dist.data.batch import Batch
+from ckd_dist.nn import forward, losses, models
 from ckd_dist.store import codecs
+from ckd_dist.train import loop
+from ckd_dist.train.learner import Learner, Loss
+from ckd_dist.train.options import DistillConfig
+from ckd_dist.train.schedule import Lessons
 
 CLASSES = 1000
 
@@ -49,12 +53,12 @@ def models_of(device: torch.device) -> Models:
 def learner(
     folder: Path,
     model: str,
-    loss: engine.Loss,
+    loss: Loss,
     device: torch.device,
     batch_size: int,
     *options: str,
     steps_per_epoch: int = 32,
-) -> engine.Learner:
+) -> Learner:
     """A model ready to train for a thousand epochs, as `distill` makes it, with its run in `folder`."""
     shutil.rmtree(folder, ignore_errors=True)
     given = {"data.train": "memory", "model.name": model, "epochs": 1000, "run_dir": folder}
@@ -64,7 +68,7 @@ def learner(
     torch.manual_seed(0)
     network = models.build_model(model, CLASSES)
     run = RunFolder(config.run_dir, Origin(asked=to_dict(asked), settled=to_dict(config)))
-    return engine.Learner(network, config, loss, run, device, {}, steps_per_epoch)
+    return Learner(network, config, loss, run, device, {}, steps_per_epoch)
 
 
 def memory_batch(count: int, size: int, device: torch.device) -> Batch:
@@ -78,10 +82,10 @@ def plain_loss(logits: torch.Tensor, batch: Batch, epoch: int) -> dict[str, torc
     return {"loss": losses.cross_entropy(logits, batch.labels)}
 
 
-def train(one: engine.Learner, batches: Iterable[Batch], teacher: engine.OnlineTeacher | None = None) -> float:
+def train(one: Learner, batches: Iterable[Batch], teacher: loop.OnlineTeacher | None = None) -> float:
     """A step on each of the `batches`; gives the number of images."""
     before = one.step
-    for _ in engine.train_steps([one], batches, teacher, before):
+    for _ in loop.train_steps([one], batches, teacher, before):
         pass
     one.log(1.0, 0.0)
     return (one.step - before) * one.config.data.batch_size
@@ -109,7 +113,7 @@ def _bare_loop(name: str, device: torch.device, batch: Batch) -> Callable[[], No
     amp = precision.automatic()
 
     def step() -> None:
-        with engine.autocast(device, amp):
+        with forward.autocast(device, amp):
             logits = model(batch.images)
         F.cross_entropy(logits.float(), batch.labels).backward()
         optimizer.step()
@@ -181,13 +185,13 @@ def measure_teaching(folder: Path, device: torch.device) -> list[Row]:
     batch_size, size = sizes.batch_size, sizes.image_size
     batch = memory_batch(batch_size, size, device)
     logits = torch.randn(batch_size, CLASSES, device=device)
-    losses_: dict[str, tuple[engine.Loss, Batch]] = {"label": (plain_loss, batch)}
+    losses_: dict[str, tuple[Loss, Batch]] = {"label": (plain_loss, batch)}
     draws = torch.rand(batch_size, dtype=torch.float64, device=device)
     for codec in (codecs.Dense(CLASSES), codecs.TopK(CLASSES, 8)):
         records = codec.encode(3 * logits, batch.labels, draws)[:, None].clone()
         losses_[f"records, {codec.name}"] = (_taught(codec), replace(batch, teacher_records=records))
 
-    def alone(loss: engine.Loss, batch: Batch, repeat: int = 20) -> float:
+    def alone(loss: Loss, batch: Batch, repeat: int = 20) -> float:
         for _ in range(repeat):
             student = logits.clone().requires_grad_()
             values = loss(student, batch, 0)
@@ -215,14 +219,14 @@ def measure_teaching(folder: Path, device: torch.device) -> list[Row]:
     online: dict[str, Callable[[], float]] = {"step, records, dense": teacherless["step, records, dense"]}
     dense = codecs.Dense(CLASSES)
     for name in sizes.teachers:
-        network = engine.to_device(models.build_model(name, CLASSES), device)
+        network = forward.to_device(models.build_model(name, CLASSES), device)
         one = learner(folder / f"online_{name}", sizes.student, _taught(dense), device, batch_size)
-        teacher = partial(engine.online_records, [network], dense, precision.automatic())
+        teacher = partial(loop.online_records, [network], dense, precision.automatic())
         online[f"step, online {name}"] = partial(train, one, [replace(batch) for _ in range(8)], teacher)
     return [*rows, *in_turn(case, "images/s", online, rounds=9)[1:]]
 
 
-def _taught(codec: codecs.Codec) -> engine.Loss:
+def _taught(codec: codecs.Codec) -> Loss:
     """The loss of a student of one checkpoint."""
     words = ["--data.train=memory", "--model.name=resnet20", "--run_dir=-", "--epochs=1000"]
     config = load_config(DistillConfig, [*words, "--teacher.store=memory", "--teacher.checkpoints=[1]"])

@@ -13,19 +13,21 @@ from pathlib import Path
 
 import numpy as np
 
-from ckd_dist import caching, engine
 from ckd_dist.bench.loader import photographs
 from ckd_dist.bench.measure import Row, in_turn
 from ckd_dist.bench.training import Setup, output
-from ckd_dist.config import CacheConfig, load_config
-from ckd_dist.data import Batch, DatasetInfo
-from ckd_dist.recipe import ViewRecipe
-from ckd_dist.stages import stage
-from ckd_dist.store import codecs
+from ckd_dist.core.options import load_config
+from ckd_dist.data.batch import Batch
+from ckd_dist.data.dataset import DatasetInfo
+from ckd_dist.data.recipe import ViewRecipe
+from ckd_dist.nn import forward
+from ckd_dist.store import codecs, recording
 from ckd_dist.store.check import faults
 from ckd_dist.store.manifest import Manifest
+from ckd_dist.store.options import CacheConfig
 from ckd_dist.store.reader import StoreReader
 from ckd_dist.store.writer import ShardWriter, open_store, store_size
+from ckd_dist.studies.stages import stage
 
 IMAGENET = 1_281_167
 
@@ -53,7 +55,7 @@ def measure_caching(setup: Setup, info: DatasetInfo, model: str, size: int) -> l
     shutil.rmtree(stores, ignore_errors=True)
     new_store = (stores / str(number) for number in count_up())
     config = load_config(CacheConfig, [str(word) for word in [*options, "--teacher.run", run, "--store", stores]])
-    manifest, recorder = caching.describe(config, device)
+    manifest, recorder = recording.describe(config, device)
     teachers = recorder.load(list(manifest.checkpoints))
     every = np.arange(info.count)
     batches = list(recorder.loader.batches(every))
@@ -63,14 +65,14 @@ def measure_caching(setup: Setup, info: DatasetInfo, model: str, size: int) -> l
     def bare(names: list[str]) -> float:
         for batch in batches:
             for name in names:
-                engine.forward_logits(teachers[name], batch.images, manifest.forward["amp"])
+                forward.forward_logits(teachers[name], batch.images, manifest.forward["amp"])
         return info.count * len(names)
 
     def cache(loader, groups: list[list[str]]) -> Callable[[], float]:
         def work() -> float:
             recorder.loader, store = loader, next(new_store)
             for names in groups:
-                for _, ranges in caching.missing_work(store, manifest, names, 1, None):
+                for _, ranges in recording.missing_work(store, manifest, names, 1, None):
                     for _ in recorder.write(store, teachers, ranges):
                         pass
             return info.count * sum(map(len, groups))
@@ -148,7 +150,7 @@ def measure_reading(
             reader.rows(ids, 0)
         return batches * batch_size
 
-    size = caching.format_bytes(store_size(manifest)[0])
+    size = recording.format_bytes(store_size(manifest)[0])
     case = f"store, dense, {count:,} records of {classes} classes, {size}"
     works = {"numpy's take of the same rows in memory": take, "reading, random order, page cache": rows}
     limits = {"reading, random order, page cache": "memory: rows of 2 kB from anywhere"}

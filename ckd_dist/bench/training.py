@@ -16,13 +16,20 @@ from pathlib import Path
 
 import torch
 
-from ckd_dist import checkpoint, data, engine, models, precision, students
 from ckd_dist.bench.measure import Row, format_spread, in_turn, spread
 from ckd_dist.bench.step import Models, learner, memory_batch, models_of, plain_loss, train
-from ckd_dist.config import DistillConfig, load_config
-from ckd_dist.data import DatasetInfo
-from ckd_dist.loader import BetonLoader
-from ckd_dist.stages import stage
+from ckd_dist.core import checkpoint, precision
+from ckd_dist.core.options import load_config
+from ckd_dist.data import dataset
+from ckd_dist.data.dataset import DatasetInfo
+from ckd_dist.data.loader import BetonLoader
+from ckd_dist.data.order import shuffled_ids, train_ids
+from ckd_dist.nn import models
+from ckd_dist.nn.forward import forward_logits, to_device
+from ckd_dist.studies.stages import stage
+from ckd_dist.train import students
+from ckd_dist.train.options import DistillConfig
+from ckd_dist.train.teachers import open_teacher, resolved
 
 IMAGES, VIEWS = 4096, 2
 CODECS = {"dense": [], "topk": ["--codec", "topk", "--k", 8]}
@@ -54,7 +61,7 @@ class Setup:
     @cached_property
     def info(self) -> DatasetInfo:
         """Of the images."""
-        return data.read_info(self.images, "RUN_DIR")
+        return dataset.read_info(self.images, "RUN_DIR")
 
     def teacher(self, name: str) -> Path:
         """The run of a teacher."""
@@ -106,13 +113,13 @@ def measure_epochs(setup: Setup) -> list[Row]:
 
     def forward(network: torch.nn.Module) -> float:
         for batch in batches:
-            engine.forward_logits(network, batch.images, one.config.amp)
+            forward_logits(network, batch.images, one.config.amp)
         return images
 
     works["student's step, data in memory"] = partial(train, one, batches)
     for name in teachers:
         network, _ = models.load_model(setup.teacher(name) / "checkpoints" / "epoch_0001.pt", "RUN_DIR")
-        works[f"forward of {name}, data in memory"] = partial(forward, engine.to_device(network, setup.device))
+        works[f"forward of {name}, data in memory"] = partial(forward, to_device(network, setup.device))
     alone = {name: name for name in works if name.endswith("in memory")}
     taught, *others = in_turn(case, "images/s", works, rounds=7, references=alone)
     found = {row.what: row.rates for row in others}
@@ -134,8 +141,8 @@ class _Epochs:
         student, self._batch_size = setup.models.student, setup.models.batch_size
         options = [*setup.options, "--model.name", student, "--run_dir", "-", "--epochs", 1000, *teacher]
         config = load_config(DistillConfig, [str(word) for word in options])
-        config = replace(config, amp=precision.automatic(), teacher=students.resolved(config.teacher))
-        self._taught = students.teaching([config], students.open_teacher([config], setup.device), setup.info)
+        config = replace(config, amp=precision.automatic(), teacher=resolved(config.teacher))
+        self._taught = students.teaching([config], open_teacher([config], setup.device), setup.info)
         self._learner = learner(
             setup.folder / "scratch" / name,
             student,
@@ -158,8 +165,8 @@ class _Epochs:
     def __call__(self) -> float:
         one, loader, started, waited = self._learner, self._loader, time.perf_counter(), self._loader.seconds_waited
         epoch = one.step // one.steps_per_epoch
-        now, order = self._taught.source(epoch), data.shuffled_ids(loader.info.count, 0, epoch)
-        batches = loader.batches(data.train_ids(order, self._batch_size), now.view, now.rows)
+        now, order = self._taught.source(epoch), shuffled_ids(loader.info.count, 0, epoch)
+        batches = loader.batches(train_ids(order, self._batch_size), now.view, now.rows)
         images = train(one, batches, now.teacher)
         self.waited.append((loader.seconds_waited - waited) / (time.perf_counter() - started))
         return images

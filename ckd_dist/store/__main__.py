@@ -23,17 +23,11 @@ import sys
 from dataclasses import asdict, replace
 from pathlib import Path
 
-from ckd_dist.config import (
-    CodecConfig,
-    LoaderConfig,
-    Parser,
-    PlanConfig,
-    flag_words,
-    load_config,
-    option_words,
-    require,
-)
-from ckd_dist.process import run_process
+from ckd_dist.core.errors import require
+from ckd_dist.core.options import Parser, flag_words, load_config, option_words
+from ckd_dist.core.process import run_process
+from ckd_dist.data.options import LoaderConfig
+from ckd_dist.store.options import CodecConfig, PlanConfig
 
 COMMANDS = ("plan", "info", "verify", "repair", "convert")
 
@@ -95,11 +89,13 @@ def _parse(words: list[str]) -> argparse.Namespace:
 
 def plan(config: PlanConfig) -> int:
     """Print what a caching takes; returns 1 when it does not fit on the disk."""
-    from ckd_dist import caching, dist
-    from ckd_dist.log import format_seconds
+    from ckd_dist.core import dist
+    from ckd_dist.core.console import format_seconds
+    from ckd_dist.store import recording
+    from ckd_dist.store.plan import TimedPlan, plan
 
     with dist.process_group() as device:
-        found = caching.plan(config, device)
+        found = plan(config, device)
         rank, world = dist.rank(), dist.world_size()
     fits = found.missing_bytes <= found.free_bytes
     if rank:
@@ -107,14 +103,14 @@ def plan(config: PlanConfig) -> int:
     if config.json:
         print(json.dumps(asdict(found), indent=2))
         return 0 if fits else 1
-    size, free = caching.format_bytes(found.bytes), caching.format_bytes(found.free_bytes)
+    size, free = recording.format_bytes(found.bytes), recording.format_bytes(found.free_bytes)
     rows = {
         "size": f"{size} ({found.bytes:,} bytes) in {found.files:,} files",
-        "largest shard": caching.format_bytes(found.largest_shard_bytes),
+        "largest shard": recording.format_bytes(found.largest_shard_bytes),
         "free on the disk": free if fits else f"[red]{free}: it does not fit[/]",
-        "to write": f"{found.missing_records:,} records, {caching.format_bytes(found.missing_bytes)}",
+        "to write": f"{found.missing_records:,} records, {recording.format_bytes(found.missing_bytes)}",
     }
-    if isinstance(found, caching.TimedPlan):
+    if isinstance(found, TimedPlan):
         rows |= {
             "time": f"{format_seconds(found.seconds)} ({found.seconds:.1f} s) on {world} processes like this one",
             "one teacher, online": f"{1e6 * found.teacher_seconds_an_image:,.0f} µs an image; a student of "
@@ -177,10 +173,11 @@ def info(store: Path, as_json: bool) -> int:
 
 def verify(options: argparse.Namespace) -> int:
     """Compare every shard with its checksum and, asked to, records with the teacher; returns 1 for any difference."""
-    from ckd_dist import caching, dist
-    from ckd_dist.beton import open_beton
+    from ckd_dist.core import dist
+    from ckd_dist.data.beton import open_beton
     from ckd_dist.store.check import faults
     from ckd_dist.store.manifest import Manifest
+    from ckd_dist.store.verify import TOLERANCE, recompute
 
     require(bool(options.run) == bool(options.train), "--teacher.run and --data.train go together: give both or none")
     manifest = Manifest.load(options.store, "STORE")
@@ -193,8 +190,8 @@ def verify(options: argparse.Namespace) -> int:
             images = open_beton(options.train, "data.train")
             loader = LoaderConfig(batch_size=options.batch_size)
             members = manifest.members_of(options.name)
-            off = caching.recompute(options.store, images, options.run, members, loader, device, options.records)
-            result.update(recomputed=options.records * len(members), off=off, tolerance=caching.TOLERANCE)
+            off = recompute(options.store, images, options.run, members, loader, device, options.records)
+            result.update(recomputed=options.records * len(members), off=off, tolerance=TOLERANCE)
         rank = dist.rank()
     status = 1 if bad or result.get("off") else 0
     if rank:
@@ -206,16 +203,17 @@ def verify(options: argparse.Namespace) -> int:
         if "off" in result:
             lines = [f"{where}: deviates by {deviation:.3g}" for where, deviation in result["off"]]
             good = result["recomputed"] - len(lines)
-            lines.append(f"{good} of {result['recomputed']} records are the teacher's, within {caching.TOLERANCE}")
+            lines.append(f"{good} of {result['recomputed']} records are the teacher's, within {TOLERANCE}")
             print(*lines, sep="\n")
     return status
 
 
 def repair(options: argparse.Namespace) -> int:
     """Compute anew what is missing or bad."""
-    from ckd_dist import caching, dist
-    from ckd_dist.beton import open_beton
-    from ckd_dist.log import say
+    from ckd_dist.core import dist
+    from ckd_dist.core.console import say
+    from ckd_dist.data.beton import open_beton
+    from ckd_dist.store import recording
     from ckd_dist.store.check import faults
     from ckd_dist.store.manifest import Manifest
     from ckd_dist.store.reader import as_cached
@@ -226,8 +224,8 @@ def repair(options: argparse.Namespace) -> int:
         manifest = Manifest.load(store, "STORE")
         images = as_cached(open_beton(options.train, "data.train"), manifest, "STORE", store)
         loader = LoaderConfig(batch_size=options.batch_size)
-        recorder = caching.Recorder(manifest, images, options.run, loader, device)
-        if note := manifest.decoding_note(caching.image_digests(manifest, images)):
+        recorder = recording.Recorder(manifest, images, options.run, loader, device)
+        if note := manifest.decoding_note(recording.image_digests(manifest, images)):
             say(note)
         names = list(manifest.members_of(options.name).values())
         recorder.load(names[:1])  # refuses another run before anything is deleted
@@ -241,11 +239,11 @@ def repair(options: argparse.Namespace) -> int:
                 for shard, _ in bad:
                     make_room(store, shard)
             views = {name: manifest.checkpoints[name]["views"] for name in names}
-            return [each for name in names for each in caching.missing_work(store, manifest, [name], views[name], 1)]
+            return [each for name in names for each in recording.missing_work(store, manifest, [name], views[name], 1)]
 
         work = dist.on_main(delete_and_look)
         if work:
-            caching.write_work(store, recorder, work)
+            recording.write_work(store, recorder, work)
         else:
             say(f"{store}: nothing to repair")
     return 0
@@ -259,11 +257,11 @@ def convert(options: argparse.Namespace) -> int:
     import numpy as np
     import torch
 
-    from ckd_dist import caching, dist
-    from ckd_dist.beton import open_beton
-    from ckd_dist.loader import read_labels
-    from ckd_dist.log import ProgressDisplay, say
-    from ckd_dist.store import codecs
+    from ckd_dist.core import dist
+    from ckd_dist.core.console import ProgressDisplay, say
+    from ckd_dist.data.beton import open_beton
+    from ckd_dist.data.loader import read_labels
+    from ckd_dist.store import codecs, recording
     from ckd_dist.store.manifest import Manifest
     from ckd_dist.store.reader import StoreReader, as_cached
     from ckd_dist.store.writer import ShardWriter, all_shards, is_written
@@ -284,7 +282,7 @@ def convert(options: argparse.Namespace) -> int:
 
         def begin_and_look():
             paths = {"STORE": os.path.abspath(options.store), "data.train": os.path.abspath(options.train)}
-            new = caching.begin(options.new, replace(manifest, codec=codecs.to_dict(codec), paths=paths))
+            new = recording.begin(options.new, replace(manifest, codec=codecs.to_dict(codec), paths=paths))
             return new, [shard for shard in all_shards(manifest) if not is_written(options.new, shard)]
 
         new, missing = dist.on_main(begin_and_look)
@@ -296,7 +294,7 @@ def convert(options: argparse.Namespace) -> int:
                     for ids in np.array_split(np.arange(shard.first, shard.last + 1), -(-shard.count // 1024)):
                         rows = reader.rows(ids, shard.view, [members.index(shard.checkpoint)])[:, 0]
                         logits = source.decode(torch.from_numpy(rows), 1.0)
-                        writer.append(caching.encode(new, shard, ids, logits, labels[ids]).numpy())
+                        writer.append(recording.encode(new, shard, ids, logits, labels[ids]).numpy())
                         done += len(ids)
                         progress.update(done, "converting")
                     writer.commit()

@@ -9,9 +9,9 @@ from typing import BinaryIO
 
 import numpy as np
 
-from ckd_dist import dist
-from ckd_dist.files import file_sha256, parse_json
-from ckd_dist.log import ProgressDisplay
+from ckd_dist.core import dist
+from ckd_dist.core.console import ProgressDisplay
+from ckd_dist.core.files import file_sha256, parse_json
 from ckd_dist.store.manifest import Manifest, Shard, Sidecar
 
 

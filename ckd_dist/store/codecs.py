@@ -19,9 +19,11 @@ import numpy as np
 import torch
 from pydantic import Field
 
-from ckd_dist import losses
-from ckd_dist.config import CodecConfig, KDConfig, require
-from ckd_dist.files import parse_json
+from ckd_dist.core.errors import require
+from ckd_dist.core.files import parse_json
+from ckd_dist.nn import losses
+from ckd_dist.nn.options import KDConfig
+from ckd_dist.store.options import CodecConfig
 
 # Logits of a class that a sparse target leaves out are T times this: no probability, and no infinity in a loss.
 _LOG_NOTHING = -1e4

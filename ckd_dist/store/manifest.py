@@ -11,9 +11,10 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from ckd_dist.config import UserError, flatten, require
-from ckd_dist.files import parse_json, read_json, write_bytes_atomically
-from ckd_dist.recipe import ViewRecipe
+from ckd_dist.core.errors import UserError, require
+from ckd_dist.core.files import parse_json, read_json, write_bytes_atomically
+from ckd_dist.core.options import flatten
+from ckd_dist.data.recipe import ViewRecipe
 from ckd_dist.store import codecs
 
 FORMAT = 4

@@ -13,14 +13,14 @@ from typing import Any, BinaryIO
 import numpy as np
 from numba import types
 
-from ckd_dist import checkpoint
-from ckd_dist.config import UserError, require
-from ckd_dist.data import DatasetInfo
-from ckd_dist.recipe import ViewRecipe
+from ckd_dist.core import checkpoint
+from ckd_dist.core.errors import UserError, require
+from ckd_dist.data.dataset import DatasetInfo
+from ckd_dist.data.recipe import ViewRecipe
+from ckd_dist.data.views import compiled
 from ckd_dist.store import codecs
 from ckd_dist.store.check import faults, records_begin
 from ckd_dist.store.manifest import Manifest, Shard
-from ckd_dist.views import compiled
 
 _memcpy: Any = types.ExternalFunction("memcpy", types.uintp(types.uintp, types.uintp, types.uintp))
 

@@ -13,8 +13,8 @@ from pathlib import Path
 
 import numpy as np
 
-from ckd_dist.config import require
-from ckd_dist.files import NewFile, errors_name, lock, remove_leftovers, write_bytes_atomically
+from ckd_dist.core.errors import require
+from ckd_dist.core.files import NewFile, errors_name, lock, remove_leftovers, write_bytes_atomically
 from ckd_dist.store import codecs
 from ckd_dist.store.manifest import Manifest, Shard
 

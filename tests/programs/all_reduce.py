@@ -2,8 +2,8 @@
 
 import torch
 
-from ckd_dist import dist
-from ckd_dist.process import run_process
+from ckd_dist.core import dist
+from ckd_dist.core.process import run_process
 
 
 def main():

@@ -7,12 +7,14 @@ import time
 
 from torch import nn
 
-from ckd_dist import engine, models, train_teacher
-from ckd_dist.config import TrainTeacherConfig
-from ckd_dist.process import run_command
+from ckd_dist import train_teacher
+from ckd_dist.core.process import run_command
+from ckd_dist.nn import models
+from ckd_dist.train.learner import Learner
+from ckd_dist.train.options import TrainTeacherConfig
 
 models._CIFAR["linear"] = lambda num_classes: nn.Sequential(nn.Flatten(), nn.Linear(3 * 28 * 28, num_classes))
-train_step = engine.Learner.train_step
+train_step = Learner.train_step
 
 
 pause = 0.0 if int(os.environ.get("SLURM_RESTART_COUNT", "0")) else float(os.environ.get("PAUSE", "0"))
@@ -23,5 +25,5 @@ def pause_and_train(learner, batch):
     train_step(learner, batch)
 
 
-engine.Learner.train_step = pause_and_train  # type: ignore[method-assign]
+Learner.train_step = pause_and_train  # type: ignore[method-assign]
 run_command(train_teacher.main, TrainTeacherConfig, "train_linear")

@@ -8,8 +8,8 @@ from types import SimpleNamespace
 
 import torch.distributed as td
 
-from ckd_dist import caching, dist
-from ckd_dist.store import check
+from ckd_dist.core import dist
+from ckd_dist.store import check, recording
 from ckd_dist.store.manifest import Manifest
 
 store = Path(sys.argv[1])
@@ -28,4 +28,4 @@ with dist.process_group():
     check.shard_fault = lambda *_: list(slowly()) and None
     assert check.faults(store, manifest, [name]) == []
     recorder = SimpleNamespace(manifest=manifest, load=lambda _: {}, write=slowly)
-    caching.write_work(store, recorder, [([name], [[shard] for shard in manifest.shards(name, 0)])])
+    recording.write_work(store, recorder, [([name], [[shard] for shard in manifest.shards(name, 0)])])

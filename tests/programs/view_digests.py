@@ -7,17 +7,18 @@ from pathlib import Path
 
 import numpy as np
 
-from ckd_dist import data, dist
-from ckd_dist.config import LoaderConfig
-from ckd_dist.loader import BetonLoader
-from ckd_dist.recipe import ViewRecipe
+from ckd_dist.core import dist
+from ckd_dist.data import dataset, order
+from ckd_dist.data.loader import BetonLoader
+from ckd_dist.data.options import LoaderConfig
+from ckd_dist.data.recipe import ViewRecipe
 
 path, size, view, out, recipe_json = sys.argv[1:]
 with dist.process_group() as device:
-    info = data.read_info(path, "data.train")
+    info = dataset.read_info(path, "data.train")
     recipe = ViewRecipe.from_dict(json.loads(recipe_json))
     loader = BetonLoader(info, LoaderConfig(), recipe, batch_size=16, image_size=int(size), device=device)
-    ids = data.shuffled_ids(info.count, 3, dist.world_size())[dist.rank() :: dist.world_size()]
+    ids = order.shuffled_ids(info.count, 3, dist.world_size())[dist.rank() :: dist.world_size()]
     digests = {
         int(sample): hashlib.sha256(image.numpy().tobytes()).hexdigest()
         for batch in loader.batches(np.array(ids), int(view))

@@ -1,0 +1,84 @@
+"""Options of the network, its optimiser and the distillation loss."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from ckd_dist.core.errors import require
+from ckd_dist.core.options import COUNT, RATE, SHARE, TEMPERATURE, require_ranges
+
+
+@dataclass(kw_only=True)
+class ModelConfig:
+    """The network."""
+
+    name: str
+    """resnet8/20/32/56/110 (with projection shortcuts), wrn_16_2, wrn_40_1, wrn_40_2, mobilenetv2_075 (for 32x32
+    images), or any classification model of torchvision, such as resnet50."""
+    weights: str | None = None
+    """Initial weights: a file with a state dict, or a checkpoint of this system."""
+
+
+@dataclass(kw_only=True)
+class OptimConfig:
+    """Optimiser and learning-rate schedule."""
+
+    name: Literal["sgd", "adamw"] = "sgd"
+    """sgd is SGD with Nesterov momentum."""
+    lr: float = 0.1
+    """Peak learning rate."""
+    momentum: float = 0.9
+    """Momentum of sgd."""
+    weight_decay: float = 5e-4
+    """L2 penalty (sgd) or decoupled decay (adamw)."""
+    decay_norm_and_bias: bool = True
+    """Apply weight decay to biases and normalisation weights too; ImageNet recipes set false."""
+    schedule: Literal["cosine", "linear", "step", "multistep", "constant"] = "cosine"
+    """Shape of the learning rate after warm-up."""
+    warmup_epochs: float = 0.0
+    """Linear rise from 0 to lr over so many epochs."""
+    step_epochs: int = 60
+    """step: multiply by gamma after every so many epochs."""
+    milestones: list[int] = field(default_factory=list)
+    """multistep: epochs at which the rate is multiplied by gamma."""
+    gamma: float = 0.1
+    """Factor of step and multistep."""
+    clip_grad_norm: float | None = None
+    """Largest L2 norm of the whole gradient; default: no clipping."""
+
+    def __post_init__(self) -> None:
+        require_ranges(
+            self,
+            "optim.",
+            lr=RATE,
+            momentum=(0, 0.9999),
+            weight_decay=(0, 10),
+            warmup_epochs=(0, COUNT[1]),
+            step_epochs=COUNT,
+            milestones=COUNT,
+            gamma=(0, 10),
+            clip_grad_norm=(1e-9, 1_000_000_000),
+        )
+        require(
+            bool(self.milestones) == (self.schedule == "multistep"),
+            "optim.milestones goes with --optim.schedule multistep, and multistep needs it",
+        )
+
+
+@dataclass(kw_only=True)
+class KDConfig:
+    """The distillation loss: alpha * CE(label) + (1 - alpha) * loss(student, teacher)."""
+
+    loss: Literal["kd", "soft_target", "mse", "dkd", "dist", "standardized"] = "kd"
+    """kd: T^2 * KL(teacher/T || student/T), the paper's; soft_target: the cross entropy of the same; mse: of the
+    logits; dkd: decoupled; dist: correlations; standardized: kd of standardised logits."""
+    alpha: float = 0.5
+    """Weight of the label's cross entropy."""
+    temperature: float = 5.0
+    """Temperature T of both softmaxes; mse has none."""
+    beta: float = 8.0
+    """dkd: weight of the classes other than the label's."""
+
+    def __post_init__(self) -> None:
+        require_ranges(self, "kd.", alpha=SHARE, temperature=TEMPERATURE, beta=(0, 1000))

@@ -1,0 +1,83 @@
+"""Options of a search."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, field
+from typing import Literal
+
+from ckd_dist.core.errors import require
+from ckd_dist.core.options import COUNT, SEED, SHARE, TEMPERATURE, require_ranges
+from ckd_dist.data.options import TrainDataConfig
+from ckd_dist.train.options import DistillConfig
+
+
+@dataclass(kw_only=True)
+class SearchDataConfig(TrainDataConfig):
+    """Where the images come from and how their views are drawn."""
+
+    test: str | None = None
+    """Images for the final figures: a .beton file, used once, for the chosen students only."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require(self.val is not None, "data.val is missing: held-out images to choose on")
+
+
+@dataclass(kw_only=True)
+class GridConfig:
+    """What students differ in: every combination of the values listed here. An empty list stands for the one value of
+    the option that it is named after."""
+
+    teachers: list[list[int | str]] = field(default_factory=list)
+    """For each teacher the checkpoints that teach together, as in teacher.checkpoints: [[20],[40],[20,40]]; [] among
+    them is the student without a teacher."""
+    models: list[str] = field(default_factory=list)
+    """Students, as in model.name."""
+    losses: list[Literal["kd", "soft_target", "mse", "dkd", "dist", "standardized"]] = field(default_factory=list)
+    """As in kd.loss."""
+    alphas: list[float] = field(default_factory=list)
+    """As in kd.alpha."""
+    temperatures: list[float] = field(default_factory=list)
+    """As in kd.temperature."""
+    seeds: list[int] = field(default_factory=list)
+    """As in seed; a setting is judged by the mean over the seeds."""
+    trials: int | None = None
+    """Try only so many combinations of loss, alpha and temperature, drawn at random, the same for every teacher;
+    default: all."""
+
+    def __post_init__(self) -> None:
+        require_ranges(self, "grid.", alphas=SHARE, temperatures=TEMPERATURE, seeds=SEED, trials=COUNT)
+        for name in ("teachers", "models", "losses", "alphas", "temperatures", "seeds"):
+            values = getattr(self, name)
+            repeated = [value for i, value in enumerate(values) if value in values[:i]]
+            require(not repeated, f"grid.{name} names {repeated[:1]} twice")
+
+
+@dataclass(kw_only=True)
+class SearchConfig(DistillConfig):
+    """Train many students from one logit store, and choose each teacher's best setting on held-out images."""
+
+    data: SearchDataConfig
+    grid: GridConfig = field(default_factory=GridConfig)
+    students_at_once: int = 8
+    """Students of one seed that are trained side by side, on one loader and one read of the store; each holds its
+    weights and its optimiser's state in memory."""
+    processes: int = 1
+    """Processes on this machine that share the students out, each with its part of the cores, or a GPU."""
+    part: str | None = None
+    """Train only this part of the students, such as 3/16, and choose nothing: for job arrays."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require_ranges(self, students_at_once=(1, 10_000), processes=(1, 1024))
+        require(self.teacher.store is not None, "teacher.store is missing: a search reads cached logits")
+        require(self.teacher.selection is None, "teacher.selection is not for a search: name grid.teachers")
+        require(not self.teacher.weights, "teacher.weights is not for a search: its ensembles have equal weights")
+        found = re.fullmatch(r"(\d{1,6})/(\d{1,6})", self.part or "1/1")
+        require(
+            found is not None and 1 <= int(found[1]) <= int(found[2]), f"part is {self.part}: give 1/16 to 16/16, say"
+        )
+
+    def _teachers(self) -> list[list[int | str]]:
+        return self.grid.teachers or super()._teachers()
