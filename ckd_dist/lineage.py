@@ -127,7 +127,7 @@ def _lineage(path: Path) -> Lineage | None:
         elif name == "teacher.run":
             found[option] = identity.run(there, weights)
         elif name == "STORE":
-            store = identity.store(there, manifest, list(manifest.members))
+            store = manifest.as_input(there, manifest.members)
             holds = {key: value for key, value in store.holds.items() if not key.startswith("codec.")}
             found[option] = Input(kind="store", path=there, holds=holds)
     return Lineage(identity=manifest.identity_hash, inputs=found)
@@ -189,7 +189,7 @@ def _images(path: Path, then: dict) -> dict[str, Any]:
     from ckd_dist.data.dataset import read_info
 
     info = read_info(path, OPTION)
-    return {**identity.images(info).holds, "name": info.dataset}
+    return {**info.as_input().holds, "name": info.dataset}
 
 
 def _weights(path: Path, then: dict) -> dict[str, Any]:
@@ -214,7 +214,7 @@ def _store(path: Path, then: dict) -> dict[str, Any]:
     from ckd_dist.store.manifest import Manifest
 
     manifest = Manifest.load(path, OPTION)
-    return identity.store(path, manifest, list(manifest.members)).holds
+    return manifest.as_input(path, manifest.members).holds
 
 
 def _selection(path: Path, then: dict) -> dict[str, Any]:

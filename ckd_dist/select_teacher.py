@@ -4,10 +4,10 @@
       --teacher.run runs/teacher --run_dir runs/selection
 
 For every checkpoint, frozen, a decoder and a classifier are trained on its features F and scored on held-out images:
-I(X;F) and I(Y;F), see ckd_dist.selection.mi. The checkpoint with the largest I(X;F) + weight * I(Y;F) is chosen. Each image is
-decoded once for all checkpoints. selection.json holds the estimates, the choice under every scaling, and what to
-compare it with: the half-way and the last checkpoint, and scores of the logits alone. `distill --teacher.selection
-runs/selection` takes it.
+I(X;F) and I(Y;F), see ckd_dist.selection.mi. The checkpoint with the largest I(X;F) + weight * I(Y;F) is chosen. Each
+image is decoded once for all checkpoints. selection.json holds the estimates, the choice under every scaling, and
+what to compare it with: the half-way and the last checkpoint, and scores of the logits alone. `distill
+--teacher.selection runs/selection` takes it.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ def main(config: SelectConfig) -> None:
             option: classes.match_model(info, option, trajectory.metadata, teacher, how)
             for option, info in images.items()
         }
-        inputs = {option: identity.images(info) for option, info in images.items()}
+        inputs = {option: info.as_input() for option, info in images.items()}
         inputs["teacher.run"] = identity.run(teacher, trajectory.weights_sha256)
         origin = identity.Origin(asked=to_dict(asked), settled=to_dict(config), inputs=inputs)
         if RunFolder(config.run_dir, origin).complete:

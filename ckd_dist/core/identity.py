@@ -14,17 +14,13 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import yaml
 
 from ckd_dist.core.errors import UserError, require
 from ckd_dist.core.files import read_json, write_bytes_atomically
 from ckd_dist.core.options import flatten, read_yaml
-
-if TYPE_CHECKING:
-    from ckd_dist.data.dataset import DatasetInfo
-    from ckd_dist.store.manifest import Manifest
 
 FREE = ("data.workers", "data.os_cache", "data.verify", "save_last_every", "log_every", "tensorboard")
 """Options that change how a result comes about, not what it is."""
@@ -35,57 +31,43 @@ RESULTS = ("selection.json", "results.csv")
 # ------------------------------------------------------------------------------------------- inputs
 
 
+Kind = Literal["images", "weights", "run", "store", "selection", "file"]
+
+
 @dataclass(frozen=True, kw_only=True)
 class Input:
     """What a result was made of: an option's file or folder."""
 
-    kind: Literal["images", "weights", "run", "store", "selection", "file"]
+    kind: Kind
     path: str
     """Where it lay then, absolute: to find it again."""
     holds: dict[str, Any]
     """What it held: inputs that hold the same are interchangeable."""
 
-
-def images(info: DatasetInfo) -> Input:
-    """A .beton file: its images, labels and their normalisation."""
-    holds: dict[str, Any] = {key: getattr(info, key) for key in ("content_hash", "count", "num_classes")}
-    holds.update(mean=list(info.mean), std=list(info.std))
-    if info.label_map is not None:
-        holds["label_map"] = list(info.label_map)
-    return _input("images", info.path, holds)
+    @classmethod
+    def of(cls, kind: Kind, path: str | Path, holds: dict[str, Any]) -> Input:
+        """What lies at `path`, and holds this."""
+        return cls(kind=kind, path=os.path.abspath(path), holds=holds)
 
 
 def weights(path: str | Path, weights_sha256: str) -> Input:
     """A file of weights, by `checkpoint.weights_sha256`."""
-    return _input("weights", path, {"weights_sha256": weights_sha256})
+    return Input.of("weights", path, {"weights_sha256": weights_sha256})
 
 
 def run(path: str | Path, weights_sha256: Mapping[int, str]) -> Input:
     """A teacher's run: some of its checkpoints, epoch -> `checkpoint.weights_sha256`."""
-    return _input("run", path, {f"epoch {epoch}": weights for epoch, weights in sorted(weights_sha256.items())})
-
-
-def store(path: str | Path, manifest: Manifest, checkpoints: list[int | str]) -> Input:
-    """A logit store: what its logits are of, and some of its checkpoints, as users call them."""
-    holds = flatten({key: value for key, value in manifest.identity.items() if key != "shard_size"})
-    members = manifest.members
-    for name in sorted(checkpoints, key=str):
-        holds[f"checkpoint {name}"] = manifest.checkpoints[members[name]]["weights_sha256"]
-    return _input("store", path, holds)
+    return Input.of("run", path, {f"epoch {epoch}": weights for epoch, weights in sorted(weights_sha256.items())})
 
 
 def selection(folder: str | Path, weights_sha256: str) -> Input:
     """A run of select_teacher, by the weights of the checkpoint that it chose."""
-    return _input("selection", folder, {"weights_sha256": weights_sha256})
+    return Input.of("selection", folder, {"weights_sha256": weights_sha256})
 
 
 def file(path: str | Path, sha256: str) -> Input:
     """Any other file, by `files.file_sha256`."""
-    return _input("file", path, {"sha256": sha256})
-
-
-def _input(kind: Any, path: str | Path, holds: dict[str, Any]) -> Input:
-    return Input(kind=kind, path=os.path.abspath(path), holds=holds)
+    return Input.of("file", path, {"sha256": sha256})
 
 
 def difference(before: Mapping[str, Any], now: Mapping[str, Any]) -> str | None:

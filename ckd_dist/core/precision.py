@@ -12,11 +12,9 @@ import torch
 from ckd_dist.core import console, dist
 from ckd_dist.core.identity import saved_options
 from ckd_dist.core.options import Amp
-from ckd_dist.search.options import SearchConfig
-from ckd_dist.selection.options import SelectConfig
-from ckd_dist.train.options import DistillConfig, TrainTeacherConfig
 
-RunConfig = TypeVar("RunConfig", TrainTeacherConfig, DistillConfig, SearchConfig, SelectConfig)
+RunConfig = TypeVar("RunConfig", bound=Any)
+"""A dataclass of options with the field `amp`."""
 
 _BEST_LAST: tuple[Amp, ...] = ("off", "float16", "bfloat16")
 

@@ -199,6 +199,14 @@ def read_selection(path: Path, option: str) -> Selection:
     return read_json(path, Selection, option, "remove it, and run ckd_dist.select_teacher again")
 
 
+def read_choice(path: str, option: str) -> tuple[int, str]:
+    """(epoch, sha256 of its weights) that a selection.json, or the folder with one, chooses."""
+    file = Path(path) / "selection.json" if Path(path).is_dir() else Path(path)
+    require(file.exists(), f"{option}: no such file: {file} (write it with ckd_dist.select_teacher)")
+    found = read_selection(file, option)
+    return found.choice, found.weights_sha256
+
+
 def read_cost(path: Path, option: str) -> Cost:
     """cost.json; raises `UserError` where it is damaged."""
     return read_json(path, Cost, option, "remove it and selection.json, and run ckd_dist.select_teacher again")

@@ -10,6 +10,7 @@ from pydantic import Field
 
 from ckd_dist.core.errors import require
 from ckd_dist.core.files import read_json
+from ckd_dist.core.identity import Input
 from ckd_dist.data.options import ViewDataConfig
 from ckd_dist.data.recipe import ViewRecipe
 
@@ -41,6 +42,14 @@ class DatasetInfo:
     """Of the image set that the file is a part of; None in a file of an older version."""
     holdout: tuple[float, int] | None = None
     """Which part of the training images was held out: fraction and seed; None of test images."""
+
+    def as_input(self) -> Input:
+        """What a result that is made of these images depends on."""
+        holds: dict[str, Any] = {key: getattr(self, key) for key in ("content_hash", "count", "num_classes")}
+        holds.update(mean=list(self.mean), std=list(self.std))
+        if self.label_map is not None:
+            holds["label_map"] = list(self.label_map)
+        return Input.of("images", self.path, holds)
 
     @property
     def small(self) -> bool:

@@ -8,7 +8,6 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ckd_dist.core import identity
 from ckd_dist.core.identity import Origin, require_same, saved_options
 from ckd_dist.core.options import to_dict
 from ckd_dist.data.options import TrainDataConfig
@@ -110,7 +109,7 @@ def prepare(asked: SearchConfig) -> Search:
         option: teacher.match(info, option, config.data.map_classes)
         for option, info in open_images(config.data, "train", "val", "test").items()
     }
-    origin = setup.origin(asked, config, images, {"teacher.store": identity.store(store, manifest, heard)})
+    origin = setup.origin(asked, config, images, {"teacher.store": manifest.as_input(store, heard)})
     origin = replace(origin, asked=shared_options(asked), settled=shared_options(config))
     return Search(config, origin, images, teacher, list_trials(config, manifest, teachers))
 

@@ -5,15 +5,14 @@ from __future__ import annotations
 import statistics
 import time
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 import torch
 from torch import nn
 
 from ckd_dist.core import dist
-from ckd_dist.core.errors import TrainingError, require
-from ckd_dist.core.results import Candidate, FixedChoices, Selection, read_selection
+from ckd_dist.core.errors import TrainingError
+from ckd_dist.core.results import Candidate, FixedChoices, Selection
 from ckd_dist.data import dataset
 from ckd_dist.data.dataset import DatasetInfo
 from ckd_dist.data.options import LoaderConfig
@@ -152,14 +151,6 @@ def decide(
 
 def _deviation(values: list[float]) -> float | None:
     return statistics.stdev(values) if len(values) > 1 else None
-
-
-def read_choice(path: str, option: str) -> tuple[int, str]:
-    """(epoch, sha256 of its weights) that a selection.json, or the folder with one, chooses."""
-    file = Path(path) / "selection.json" if Path(path).is_dir() else Path(path)
-    require(file.exists(), f"{option}: no such file: {file} (write it with ckd_dist.select_teacher)")
-    found = read_selection(file, option)
-    return found.choice, found.weights_sha256
 
 
 def student_seconds(config: SelectConfig, trajectory: Trajectory, info: DatasetInfo, steps: int = 15) -> float:

@@ -13,6 +13,7 @@ from pydantic import Field
 
 from ckd_dist.core.errors import UserError, require
 from ckd_dist.core.files import parse_json, read_json, write_bytes_atomically
+from ckd_dist.core.identity import Input
 from ckd_dist.core.options import flatten
 from ckd_dist.data.recipe import ViewRecipe
 from ckd_dist.store import codecs
@@ -116,6 +117,13 @@ class Manifest:
         """Number of views that all of these checkpoints, as users call them, have."""
         members = self.members
         return min(self.checkpoints[members[name]]["views"] for name in names)
+
+    def as_input(self, store: str | Path, checkpoints: Iterable[int | str]) -> Input:
+        """What a result that is made of these checkpoints' logits, in the folder `store`, depends on."""
+        holds = flatten({key: value for key, value in self.identity.items() if key != "shard_size"})
+        for name in sorted(checkpoints, key=str):
+            holds[f"checkpoint {name}"] = self.checkpoints[self.members[name]]["weights_sha256"]
+        return Input.of("store", store, holds)
 
     def shards(self, checkpoint: str, view: int) -> list[Shard]:
         """All shards of one view of one checkpoint, in order."""

@@ -40,7 +40,7 @@ def origin(
 ) -> Origin:
     """What a training is made of: options as they were `asked` and as they were resolved to `config`, the `images` and
     the `teacher` that options name, and initial weights."""
-    inputs = {**{option: identity.images(info) for option, info in images.items()}, **teacher}
+    inputs = {**{option: info.as_input() for option, info in images.items()}, **teacher}
     if path := config.model.weights:
         inputs["model.weights"] = identity.weights(path, initial_weights(path)[1])
     return Origin(asked=to_dict(asked), settled=to_dict(config), inputs=inputs)

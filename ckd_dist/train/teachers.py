@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from ckd_dist.core import checkpoint, dist, identity
+from ckd_dist.core import checkpoint, dist, identity, results
 from ckd_dist.core.console import say
 from ckd_dist.core.errors import require
 from ckd_dist.core.identity import Input
@@ -18,7 +18,6 @@ from ckd_dist.data import classes
 from ckd_dist.data.dataset import DatasetInfo
 from ckd_dist.data.options import MapClasses
 from ckd_dist.nn import forward, models
-from ckd_dist.selection import choice
 from ckd_dist.store import codecs, recording
 from ckd_dist.store.manifest import Manifest
 from ckd_dist.store.reader import StoreReader
@@ -54,7 +53,7 @@ class Teacher:
         if not heard:
             return {}
         if self.manifest:
-            found = {"teacher.store": identity.store(self.path, self.manifest, heard)}
+            found = {"teacher.store": self.manifest.as_input(self.path, heard)}
             chosen = self.manifest.checkpoints[self.manifest.members[heard[0]]]["weights_sha256"]
         else:
             found = {"teacher.run": identity.run(self.path, {int(name): self.weights[int(name)] for name in heard})}
@@ -90,7 +89,7 @@ def resolved(asked: TeacherConfig) -> TeacherConfig:
     available = manifest.members if manifest else files
     if not asked.selection:
         return replace(asked, checkpoints=checkpoint.choose(available, asked.checkpoints, "teacher.checkpoints"))
-    epoch, chosen = choice.read_choice(asked.selection, "teacher.selection")
+    epoch, chosen = results.read_choice(asked.selection, "teacher.selection")
     hashes: dict[int | str, str] = {}
     if manifest:
         hashes = {name: manifest.checkpoints[member]["weights_sha256"] for name, member in manifest.members.items()}
