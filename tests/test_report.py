@@ -306,7 +306,7 @@ def test_what_is_no_study_is_refused_in_one_line(study, tmp_path, monkeypatch, s
     assert not (runs / "report").exists()
 
 
-def test_every_number_of_the_readmes_study_table_is_in_the_committed_results():
+def test_every_number_of_the_documented_study_is_in_the_committed_results():
     each = findings.taught(read_table(ROOT / "configs" / "study" / "results" / "results.csv", ""))
-    readme = (ROOT / "README.md").read_text().splitlines()
-    assert len(each) == 15 and [line for line in readme if line in page.markdown(each)] == page.markdown(each)
+    written = (ROOT / "docs" / "study.md").read_text().splitlines()
+    assert len(each) == 15 and [line for line in written if line in page.markdown(each)] == page.markdown(each)
