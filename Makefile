@@ -10,7 +10,7 @@ SHELL := bash
 .SHELLFLAGS := -euo pipefail -c
 .ONESHELL:
 .DEFAULT_GOAL := help
-.PHONY: help quickstart test soak codecs study bench lint wheelhouse setup testbed clean
+.PHONY: help quickstart test soak codecs study bench lint docs wheelhouse setup testbed clean
 
 help:  ## list the targets
 	@sed -nE 's/^([a-z]+):.*## (.*)/make \1|\2/p' Makefile | while IFS='|' read -r target text; do
@@ -26,10 +26,10 @@ test: setup testbed  ## set up, then every test that this machine can run
 soak: setup  ## set up, then kill a caching 60 times at random moments, 7 minutes
 	@.venv/bin/python -m pytest -m slow -k 60_times tests/test_store.py $(ARGS)
 
-codecs: setup  ## set up, then make the README's table of codecs, 80 minutes on two cores
+codecs: setup  ## set up, then make the documentation's table of codecs, 80 minutes on two cores
 	@.venv/bin/python -m ckd_dist.studies.codecs $(ARGS)
 
-study: setup  ## set up, then the study of the README and its report, 100 minutes on two cores
+study: setup  ## set up, then the study of the documentation and its report, 100 minutes on two cores
 	@.venv/bin/python -m ckd_dist.studies.checkpoints $(ARGS)
 
 bench: setup  ## set up, then measure the speed of this machine
@@ -66,6 +66,9 @@ lint: setup  ## set up, then ruff check, ruff format --check and mypy
 	.venv/bin/python -m ruff format --check .
 	.venv/bin/python -m mypy
 
+docs: setup  ## set up, then build the documentation into site/
+	@NO_MKDOCS_2_WARNING=1 .venv/bin/python -m mkdocs build --strict
+
 # FFCV's extension is called through ctypes, never through Python's API: one shared object, under a plain .so name and
 # with the few libraries that it needs beside it, loads in every CPython.
 wheelhouse: setup  ## set up, then build an FFCV wheel that installs with pip alone, into wheelhouse/
@@ -88,7 +91,7 @@ wheelhouse: setup  ## set up, then build an FFCV wheel that installs with pip al
 	ls -sh wheelhouse/ffcv-*.whl
 
 clean:  ## remove caches and build output; .venv, runs and data stay
-	@rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .coverage htmlcov
+	@rm -rf build dist site *.egg-info .pytest_cache .mypy_cache .ruff_cache .coverage htmlcov
 	find . \( -name .venv -o -name .git -o -name runs -o -name data \) -prune \
 		-o -type d -name __pycache__ -exec rm -rf {} +
 

@@ -46,7 +46,7 @@ class SelectConfig:
     scaling: Scaling = "raw"
     """How I(X;F), a value a pixel, and I(Y;F), a value an image, are scaled over the checkpoints before they are added.
     raw is the formula as the paper prints it: I(Y;F), which differs more, decides mostly, so that the choice is never
-    far from the last checkpoint. minmax and zscore give both the same range or deviation: in the study of the README
+    far from the last checkpoint. minmax and zscore give both the same range or deviation: in the documented study
     they choose an early checkpoint that teaches badly."""
     weight: float = 1.0
     """Weight of I(Y;F)."""
