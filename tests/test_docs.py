@@ -10,7 +10,8 @@ from typing import get_type_hints
 import pytest
 from conftest import ROOT, run
 
-from ckd_dist.config import COMMANDS, PlanConfig
+from ckd_dist.commands import COMMANDS
+from ckd_dist.store.options import PlanConfig
 from launch.graph import PipelineConfig
 from launch.jobs import LaunchConfig
 

@@ -1,1 +1,1 @@
-"""What this machine reaches, and what it could: every rate beside the limit that it is held against."""
+"""What this machine reaches, against what it could: each file measures one subject and gives rows of rates."""

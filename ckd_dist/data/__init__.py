@@ -1,1 +1,3 @@
-"""TODO"""
+"""Images: what a .beton file holds, the views and the order in which they are drawn, and the loader that makes batches
+of them. It knows no model. Only `views`, `loader`, `beton` and `ffcv_repairs` need FFCV.
+"""
