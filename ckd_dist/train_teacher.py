@@ -18,22 +18,21 @@ def main(config: TrainTeacherConfig) -> None:
     from ckd_dist.core import dist, precision
     from ckd_dist.data import dataset
     from ckd_dist.data.beton import open_images
-    from ckd_dist.nn import losses
-    from ckd_dist.train import loop, setup
-
-    def loss(logits, batch, epoch):
-        return {"loss": losses.cross_entropy(logits, batch.labels, config.label_smoothing, batch.mixed)}
+    from ckd_dist.train import setup
+    from ckd_dist.train.objective import LabelLoss
+    from ckd_dist.train.schedule import EpochSchedule
 
     with dist.process_group() as device:
         images = open_images(config.data, "train", "val")
-        settled = precision.settle(config, config.run_dir)
+        resolved = precision.settle(config, config.run_dir)
+        loss = LabelLoss(config.label_smoothing)
         setup.train(
-            [setup.Trainee(settled, setup.origin(config, settled, images, {}), loss)],
+            [setup.Run(resolved, setup.origin(config, resolved, images, {}), loss)],
             images,
             device=device,
             recipe=dataset.train_recipe(config.data, images["data.train"]),
             view_seed=config.data.view_seed or 0,
-            source=lambda epoch: loop.Source(FIRST_VIEW + epoch % (config.data.views or config.epochs)),
+            schedule=EpochSchedule(config.data.views or config.epochs, first_view=FIRST_VIEW),
             save_every=config.save_every or max(1, config.epochs // 10),
         )
 

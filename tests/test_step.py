@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from contextlib import contextmanager
-from functools import partial
 
 import pytest
 import torch
@@ -14,9 +13,9 @@ from ckd_dist.core.options import load_config
 from ckd_dist.data.batch import Mixed
 from ckd_dist.nn import forward, models
 from ckd_dist.store import codecs
-from ckd_dist.train import loop
+from ckd_dist.train.objective import DistillationLoss
 from ckd_dist.train.options import DistillConfig
-from ckd_dist.train.schedule import Lessons
+from ckd_dist.train.teachers import OnlineRecords
 
 DENSE, TOPK, SAMPLED = codecs.Dense(CLASSES), codecs.TopK(CLASSES, 8), codecs.Sampled(CLASSES, 8, 4.0)
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -81,8 +80,8 @@ def test_a_train_step_does_not_wait(codec, loss, members, mixed, tmp_path):
         batch.teacher_records = torch.stack([encoded(codec, each, batch.labels) for each in logits], dim=1)
         teacher = ["--teacher.store=-", f"--teacher.checkpoints={[*range(members)]}", f"--kd.loss={loss}"]
         words = ["--data.train=-", "--model.name=resnet8", "--run_dir=-", "--epochs=1000", "--kd.temperature=4"]
-        lessons = Lessons(load_config(DistillConfig, [*words, *teacher]), [*range(members + 1)], codec)
-        function = partial(lessons.loss, lambda epoch: lessons.members[epoch])
+        config, columns = load_config(DistillConfig, [*words, *teacher]), [[*range(members)]] * 1000
+        function = DistillationLoss(config, codec, columns, weights=[1 / members] * members)
     options = ["--optim.clip_grad_norm=1", "--optim.name=adamw"] if mixed else []
     one = learner(tmp_path / "run", "resnet8", function, DEVICE, 16, *options)
     one.train_step(batch)  # the first sets up what is kept
@@ -96,4 +95,4 @@ def test_a_teachers_pass_does_not_wait(codec):
     model = forward.to_device(models.build_model("resnet8", CLASSES), DEVICE)
     with no_waiting(DEVICE):
         encoded(codec, forward.forward_logits(model, batch.images, "bfloat16"), batch.labels)
-        loop.online_records([model, model], DENSE, "bfloat16", batch.images)
+        OnlineRecords([model, model], DENSE, "bfloat16")(batch.images)

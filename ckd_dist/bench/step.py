@@ -24,8 +24,9 @@ from ckd_dist.nn import forward, losses, models
 from ckd_dist.store import codecs
 from ckd_dist.train import loop
 from ckd_dist.train.learner import Learner, Loss
+from ckd_dist.train.objective import DistillationLoss
 from ckd_dist.train.options import DistillConfig
-from ckd_dist.train.schedule import Lessons
+from ckd_dist.train.teachers import OnlineRecords
 
 CLASSES = 1000
 
@@ -82,7 +83,7 @@ def plain_loss(logits: torch.Tensor, batch: Batch, epoch: int) -> dict[str, torc
     return {"loss": losses.cross_entropy(logits, batch.labels)}
 
 
-def train(one: Learner, batches: Iterable[Batch], teacher: loop.OnlineTeacher | None = None) -> float:
+def train(one: Learner, batches: Iterable[Batch], teacher: OnlineRecords | None = None) -> float:
     """A step on each of the `batches`; gives the number of images."""
     before = one.step
     for _ in loop.train_steps([one], batches, teacher, before):
@@ -221,7 +222,7 @@ def measure_teaching(folder: Path, device: torch.device) -> list[Row]:
     for name in sizes.teachers:
         network = forward.to_device(models.build_model(name, CLASSES), device)
         one = learner(folder / f"online_{name}", sizes.student, _taught(dense), device, batch_size)
-        teacher = partial(loop.online_records, [network], dense, precision.automatic())
+        teacher = OnlineRecords([network], dense, precision.automatic())
         online[f"step, online {name}"] = partial(train, one, [replace(batch) for _ in range(8)], teacher)
     return [*rows, *in_turn(case, "images/s", online, rounds=9)[1:]]
 
@@ -230,4 +231,4 @@ def _taught(codec: codecs.Codec) -> Loss:
     """The loss of a student of one checkpoint."""
     words = ["--data.train=memory", "--model.name=resnet20", "--run_dir=-", "--epochs=1000"]
     config = load_config(DistillConfig, [*words, "--teacher.store=memory", "--teacher.checkpoints=[1]"])
-    return partial(Lessons(config, [1], codec).loss, lambda epoch: [0])
+    return DistillationLoss(config, codec, columns=[[0]] * config.epochs, weights=[1.0])

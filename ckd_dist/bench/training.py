@@ -29,7 +29,7 @@ from ckd_dist.nn.forward import forward_logits, to_device
 from ckd_dist.studies.stages import stage
 from ckd_dist.train import students
 from ckd_dist.train.options import DistillConfig
-from ckd_dist.train.teachers import open_teacher, resolved
+from ckd_dist.train.teachers import open_teacher, resolve_checkpoints
 
 IMAGES, VIEWS = 4096, 2
 CODECS = {"dense": [], "topk": ["--codec", "topk", "--k", 8]}
@@ -141,12 +141,12 @@ class _Epochs:
         student, self._batch_size = setup.models.student, setup.models.batch_size
         options = [*setup.options, "--model.name", student, "--run_dir", "-", "--epochs", 1000, *teacher]
         config = load_config(DistillConfig, [str(word) for word in options])
-        config = replace(config, amp=precision.automatic(), teacher=resolved(config.teacher))
-        self._taught = students.teaching([config], open_teacher([config], setup.device), setup.info)
+        config = replace(config, amp=precision.automatic(), teacher=resolve_checkpoints(config.teacher))
+        self._distillation = students.set_up([config], open_teacher([config], setup.device), setup.info)
         self._learner = learner(
             setup.folder / "scratch" / name,
             student,
-            self._taught.losses[0],
+            self._distillation.losses[0],
             setup.device,
             self._batch_size,
             steps_per_epoch=setup.info.count // self._batch_size,
@@ -154,7 +154,7 @@ class _Epochs:
         self._loader = BetonLoader(
             setup.info,
             config.data,
-            self._taught.recipe,
+            self._distillation.recipe,
             batch_size=self._batch_size,
             image_size=setup.models.image_size,
             device=setup.device,
@@ -165,9 +165,9 @@ class _Epochs:
     def __call__(self) -> float:
         one, loader, started, waited = self._learner, self._loader, time.perf_counter(), self._loader.seconds_waited
         epoch = one.step // one.steps_per_epoch
-        now, order = self._taught.source(epoch), shuffled_ids(loader.info.count, 0, epoch)
-        batches = loader.batches(train_ids(order, self._batch_size), now.view, now.rows)
-        images = train(one, batches, now.teacher)
+        inputs, order = self._distillation.schedule.inputs(epoch), shuffled_ids(loader.info.count, 0, epoch)
+        batches = loader.batches(train_ids(order, self._batch_size), inputs.view, inputs.rows)
+        images = train(one, batches, inputs.teacher)
         self.waited.append((loader.seconds_waited - waited) / (time.perf_counter() - started))
         return images
 

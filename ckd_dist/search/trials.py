@@ -18,7 +18,7 @@ from ckd_dist.train.options import DistillConfig, TeacherConfig
 if TYPE_CHECKING:
     from ckd_dist.data.dataset import DatasetInfo
     from ckd_dist.store.manifest import Manifest
-    from ckd_dist.train.teachers import Teacher
+    from ckd_dist.train.teachers import CachedTeacher
 
 
 @dataclass(frozen=True)
@@ -50,7 +50,7 @@ class Search:
     origin: Origin
     images: dict[str, DatasetInfo]
     """Of data.train, data.val and data.test."""
-    teacher: Teacher
+    teacher: CachedTeacher
     trials: list[Trial]
 
     @property
@@ -62,9 +62,11 @@ class Search:
         """Whether the student is trained out; raises `UserError` where its folder holds a run of another origin."""
         from ckd_dist.core import run_folder
         from ckd_dist.train import setup
+        from ckd_dist.train.students import teacher_inputs
 
         config = trial.config
-        origin = setup.origin(config, config, self.student_images, self.teacher.inputs(config, config))
+        inputs = teacher_inputs(self.teacher, config, config)
+        origin = setup.origin(config, config, self.student_images, inputs)
         return run_folder.is_complete(Path(config.run_dir), origin)
 
     def missing(self, trials: list[Trial]) -> list[Trial]:
@@ -91,7 +93,7 @@ def prepare(asked: SearchConfig) -> Search:
     from ckd_dist.data.beton import open_images
     from ckd_dist.store.manifest import Manifest
     from ckd_dist.train import setup
-    from ckd_dist.train.teachers import Teacher
+    from ckd_dist.train.teachers import CachedTeacher
 
     store = asked.teacher.store or ""
     manifest = Manifest.load(Path(store), "teacher.store")
@@ -104,12 +106,12 @@ def prepare(asked: SearchConfig) -> Search:
     if config.data.views is None:
         views = dist.on_main(lambda: saved_options(began).get("data.views")) or manifest.views(heard)
         config = replace(config, data=replace(config.data, views=views))
-    teacher = Teacher(store, manifest)
+    teacher = CachedTeacher(store, manifest)
     images = {
         option: teacher.match(info, option, config.data.map_classes)
         for option, info in open_images(config.data, "train", "val", "test").items()
     }
-    origin = setup.origin(asked, config, images, {"teacher.store": manifest.as_input(store, heard)})
+    origin = setup.origin(asked, config, images, teacher.inputs(heard))
     origin = replace(origin, asked=shared_options(asked), settled=shared_options(config))
     return Search(config, origin, images, teacher, list_trials(config, manifest, teachers))
 

@@ -1,60 +1,37 @@
-"""THE train loop and THE evaluation loop: teacher and student both run in them.
+"""THE train loop: teachers and students both run in it.
 
-A run is a pure function of its configuration: step s trains on images that depend on (seed, s) alone, so a run that
-was killed goes on from its last saved step and ends with the weights of one that never was, bitwise on CPUs. Two runs
-on a GPU see the same images and draws, and differ by the rounding of its arithmetic.
+An epoch is a view of all images in a random order; a step is a batch for every learner; after an epoch all learners
+are evaluated and saved. A run is a pure function of its configuration: step s trains on images that depend on
+(seed, s) alone, so a run that was killed goes on from its last saved step and ends with the weights of one that never
+was, bitwise on CPUs. Two runs on a GPU see the same images and draws, and differ by the rounding of its arithmetic.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING, NoReturn
 
 import torch
-from torch import nn
 
 from ckd_dist.core import dist
 from ckd_dist.core.console import ProgressDisplay, format_seconds, say
 from ckd_dist.core.process import StopRequest
-from ckd_dist.data.batch import Batch, Rows
+from ckd_dist.data.batch import Batch
 from ckd_dist.data.order import train_ids
-from ckd_dist.nn.forward import forward_logits
 from ckd_dist.nn.optim import image_size
-from ckd_dist.store.codecs import Dense
 from ckd_dist.train.evaluation import evaluate
 from ckd_dist.train.learner import Learner
 from ckd_dist.train.options import TrainConfig
+from ckd_dist.train.schedule import EpochSchedule
+from ckd_dist.train.teachers import OnlineRecords
 
 if TYPE_CHECKING:
     from ckd_dist.data.loader import BetonLoader
 
 
-OnlineTeacher = Callable[[torch.Tensor], torch.Tensor]
-"""images of a batch -> records of its members, uint8 [n, members, bytes]."""
-
-
-@dataclass(frozen=True)
-class Source:
-    """What an epoch trains on: a view of the images, and where the teacher's records of it come from, if anywhere."""
-
-    view: int
-    rows: Rows | None = None
-    """Fetches records from a store."""
-    teacher: OnlineTeacher | None = None
-    """Makes them at every step."""
-
-
-def online_records(members: list[nn.Module], codec: Dense, amp: str, images: torch.Tensor) -> torch.Tensor:
-    """Records of an online teacher's members, uint8 [n, members, bytes]: their logits, rounded as the dense store
-    rounds them, so that cached and online teachers give the same numbers."""
-    records = [codec.encode(forward_logits(member, images, amp)) for member in members]
-    return torch.stack(records, dim=1).clone()  # made outside inference mode: autograd may save it
-
-
 def train_steps(
-    learners: list[Learner], batches: Iterable[Batch], teacher: OnlineTeacher | None = None, done: int = 0
+    learners: list[Learner], batches: Iterable[Batch], teacher: OnlineRecords | None = None, done: int = 0
 ) -> Iterator[tuple[int, list[Learner]]]:
     """Each of the `batches`, after `done` steps, is a step of every learner that has not taken it yet; yields the
     number of steps done and who took the last one."""
@@ -75,10 +52,10 @@ def fit(
     config: TrainConfig,
     *,
     save_every: int,
-    source: Callable[[int], Source],
+    schedule: EpochSchedule,
 ) -> None:
-    """Train `learners` side by side on the `source` of every epoch: each takes a step on every batch. Usually there is
-    one.
+    """Train `learners` side by side on what the `schedule` has for every epoch: each takes a step on every batch.
+    Usually there is one.
 
     Learners that were saved at different steps by a kill meet again: one that is ahead waits for the batch it needs.
     SIGUSR2 or Ctrl-C makes rank 0 save after the step that it is at and end the process, see `StopRequest`. Only rank 0
@@ -94,12 +71,11 @@ def fit(
             first = max(start, epoch * steps_per_epoch)
             order = loader.epoch_ids(config.data, config.seed, epoch)
             ids = train_ids(order, batch_size, first - epoch * steps_per_epoch)
-            now = source(epoch)
+            inputs = schedule.inputs(epoch)
             size = image_size(epoch, start=config.data.start_image_size, final=loader.image_size, epochs=config.epochs)
             clock.restart()
-            for done, active in train_steps(
-                learners, loader.batches(ids, now.view, now.rows, size), now.teacher, first
-            ):
+            batches = loader.batches(ids, inputs.view, inputs.rows, size)
+            for done, active in train_steps(learners, batches, inputs.teacher, first):
                 epoch_ends = done % steps_per_epoch == 0
                 save = done % config.save_last_every == 0 and not epoch_ends
                 if done % config.log_every == 0 or epoch_ends or save:

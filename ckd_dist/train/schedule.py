@@ -1,53 +1,39 @@
-"""What a student is taught: which checkpoints of the teacher it hears in each epoch, and the loss that it minimises."""
+"""What each epoch trains on: a view of the images, and which of the teacher's checkpoints a student learns from."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 
 import numpy as np
-import torch
 
 from ckd_dist.core.console import say
 from ckd_dist.core.errors import require
-from ckd_dist.data.batch import Batch
-from ckd_dist.nn import losses
-from ckd_dist.store import codecs
-from ckd_dist.train.options import DistillConfig
+from ckd_dist.data.batch import Rows
+from ckd_dist.store.reader import StoreReader
+from ckd_dist.train.options import TeacherConfig
+from ckd_dist.train.teachers import OnlineRecords, OnlineTeacher
 
 
-class Lessons:
-    """Which of the teacher's checkpoints a student hears in each epoch, and the loss that it minimises."""
+@dataclass(frozen=True)
+class TeacherSchedule:
+    """The checkpoints that one student learns from."""
 
-    def __init__(self, config: DistillConfig, available: list[int | str], codec: codecs.Codec):
-        """`available` are all checkpoints at hand, of which `config.teacher` names some; none for a plain student."""
-        self._config, self._codec = config, codec
-        asked = config.teacher
-        members = [available.index(name) for name in asked.checkpoints]
-        self._weights = [weight / sum(asked.weights) for weight in asked.weights] or [1 / len(members) for _ in members]
-        self.members = [members] * config.epochs
-        """For each epoch, positions among `available`."""
-        if asked.combine == "sequence":
-            self.members = [[members[turn]] for turn in turns(self._weights, config.epochs)]
-            self._weights = [1.0]
-            say(f"teachers in sequence: epochs {', '.join(str(available[turn]) for (turn,) in self.members)}")
+    checkpoints: list[list[int]]
+    """For each epoch, positions among all checkpoints at hand; empty lists for a student without a teacher."""
+    weights: list[float]
+    """Of the checkpoints of an epoch, in their order; their sum is 1."""
 
-    def loss(
-        self, columns: Callable[[int], list[int]], logits: torch.Tensor, batch: Batch, epoch: int
-    ) -> dict[str, torch.Tensor]:
-        """An `engine.Loss`, once `columns` is given: where in `batch.teacher_records` the members of an epoch are."""
-        config = self._config
-        if not self.members[epoch]:
-            return {"loss": losses.cross_entropy(logits, batch.labels, config.label_smoothing, batch.mixed)}
-        assert batch.teacher_records is not None
-        kd, combine = config.kd, config.teacher.combine
-        records = torch.stack([batch.teacher_records[:, column] for column in columns(epoch)], dim=1)
-        ours, teacher, answers = codecs.compared(
-            self._codec, records, kd, logits, weights=self._weights, combine=combine
-        )
-        values = losses.distillation(logits, teacher, batch.labels, kd, config.label_smoothing, batch.mixed, ours)
-        values["teacher_top1"] = batch.top1(answers)
-        values["agreement"] = 100.0 * (answers == logits.argmax(dim=1))
-        return values
+    @classmethod
+    def of(cls, teacher: TeacherConfig, available: Sequence[int | str], epochs: int) -> TeacherSchedule:
+        """As the options say, whose checkpoints are some of the `available` ones."""
+        positions = [available.index(name) for name in teacher.checkpoints]
+        weights = [weight / sum(teacher.weights) for weight in teacher.weights] or [1 / len(positions)] * len(positions)
+        if teacher.combine != "sequence":
+            return cls([positions] * epochs, weights)
+        sequence = [positions[turn] for turn in turns(weights, epochs)]
+        say(f"teachers in sequence: epochs {', '.join(str(available[position]) for position in sequence)}")
+        return cls([[position] for position in sequence], [1.0])
 
 
 def turns(shares: list[float], epochs: int) -> list[int]:
@@ -62,3 +48,50 @@ def turns(shares: list[float], epochs: int) -> list[int]:
         f"teacher.combine sequence: {len(shares)} checkpoints cannot all have a share of {epochs} epochs",
     )
     return np.repeat(np.arange(len(shares)), counts).tolist()
+
+
+@dataclass(frozen=True)
+class EpochInputs:
+    """What an epoch trains on."""
+
+    view: int
+    """Of the images."""
+    rows: Rows | None = None
+    """Fetches the teacher's records from a store, in the loader's thread."""
+    teacher: OnlineRecords | None = None
+    """Makes the teacher's records of every batch."""
+
+
+@dataclass(frozen=True)
+class StoredRecords:
+    """Records of some of the checkpoints of an open store; `data.batch.Rows`."""
+
+    reader: StoreReader
+    checkpoints: list[int]
+    """Positions among the reader's."""
+
+    def __call__(self, ids: np.ndarray, view: int) -> np.ndarray:
+        """Of samples `ids`, int64 [n]: uint8 [n, checkpoints, bytes]."""
+        return self.reader.rows(ids, view, self.checkpoints)
+
+
+@dataclass(frozen=True)
+class EpochSchedule:
+    """What every epoch trains on: a view of the images, and the records of the teacher's checkpoints, if there are
+    any."""
+
+    views: int
+    """Number of views, after which the first comes again."""
+    first_view: int = 0
+    teacher: StoreReader | OnlineTeacher | None = None
+    checkpoints: list[list[int]] = field(default_factory=list)
+    """For each epoch, positions among the teacher's checkpoints: the columns of its records."""
+
+    def inputs(self, epoch: int) -> EpochInputs:
+        """What epoch `epoch`, counted from 0, trains on."""
+        view = self.first_view + epoch % self.views
+        if self.teacher is None or not self.checkpoints[epoch]:
+            return EpochInputs(view)
+        if isinstance(self.teacher, StoreReader):
+            return EpochInputs(view, rows=StoredRecords(self.teacher, self.checkpoints[epoch]))
+        return EpochInputs(view, teacher=self.teacher.records(self.checkpoints[epoch]))

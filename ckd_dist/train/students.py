@@ -1,108 +1,115 @@
-"""Teach students from cached logits, online teachers, or labels alone: one, or many side by side on one loader and one
-read of the store. What `distill` and `search` do."""
+"""Distil students from a teacher's cached logits or its networks, or train them plainly: one, or many side by side on
+one loader and one read of the store. What `distill` and `search` do."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 
 import torch
 
-from ckd_dist.core import dist, precision
+from ckd_dist.core import dist, identity, precision
 from ckd_dist.core.console import say
-from ckd_dist.core.identity import saved_options
-from ckd_dist.data import dataset
-from ckd_dist.data.dataset import DatasetInfo
+from ckd_dist.core.identity import Input, saved_options
+from ckd_dist.data.dataset import DatasetInfo, train_recipe
 from ckd_dist.data.recipe import ViewRecipe
-from ckd_dist.store import codecs
 from ckd_dist.store.manifest import Manifest
-from ckd_dist.train import learner, loop, setup
+from ckd_dist.store.reader import StoreReader
+from ckd_dist.train import setup
+from ckd_dist.train.learner import Loss
+from ckd_dist.train.objective import DistillationLoss, LabelLoss
 from ckd_dist.train.options import DistillConfig
-from ckd_dist.train.schedule import Lessons
-from ckd_dist.train.teachers import Teacher, cached_teacher, online_teacher, open_teacher, resolved
+from ckd_dist.train.schedule import EpochSchedule, TeacherSchedule
+from ckd_dist.train.teachers import CachedTeacher, OnlineTeacher, open_teacher, resolve_checkpoints
 
 
-def train(asked: Sequence[DistillConfig], images: Mapping[str, DatasetInfo], device: torch.device) -> None:
-    """Train the students that `asked` describes, side by side, on the `images` of data.train and data.val; collective.
-    They agree in all but model, optimiser, loss, run folder and which of one teacher's checkpoints they hear, if
-    any."""
-    configs = [settled(each) for each in asked]
+def train(requested: Sequence[DistillConfig], images: Mapping[str, DatasetInfo], device: torch.device) -> None:
+    """Train students side by side on the `images` of data.train and data.val; collective.
+
+    `requested` are their options as the user gave them. They agree in all but model, optimiser, loss, run folder and
+    which of one teacher's checkpoints they learn from, if any.
+    """
+    configs = [resolve(each) for each in requested]
     teacher = open_teacher(configs, device)
-    images = {option: teacher.match(info, option, asked[0].data.map_classes) for option, info in images.items()}
-    taught = teaching(configs, teacher, images["data.train"])
-    trainees = [
-        setup.Trainee(config, setup.origin(each, config, images, teacher.inputs(each, config)), loss)
-        for each, config, loss in zip(asked, configs, taught.losses, strict=True)
+    if teacher:
+        how = configs[0].data.map_classes
+        images = {option: teacher.match(info, option, how) for option, info in images.items()}
+    distillation = set_up(configs, teacher, images["data.train"])
+    runs = [
+        setup.Run(config, setup.origin(each, config, images, teacher_inputs(teacher, each, config)), loss)
+        for each, config, loss in zip(requested, configs, distillation.losses, strict=True)
     ]
     setup.train(
-        trainees,
+        runs,
         images,
         device=device,
-        recipe=taught.recipe,
-        view_seed=taught.view_seed,
-        source=taught.source,
+        recipe=distillation.recipe,
+        view_seed=distillation.view_seed,
+        schedule=distillation.schedule,
         save_every=configs[0].save_every or configs[0].epochs,
     )
 
 
-def settled(asked: DistillConfig) -> DistillConfig:
+def resolve(requested: DistillConfig) -> DistillConfig:
     """The options of a student as they are resolved: precision, the teacher's checkpoints and, if they are cached, the
     number of views; as the run in its folder began, if there is one. Collective."""
-    config = precision.settle(asked, asked.run_dir)
-    config = replace(config, teacher=resolved(config.teacher))
+    config = precision.settle(requested, requested.run_dir)
+    config = replace(config, teacher=resolve_checkpoints(config.teacher))
     if config.teacher.store and config.data.views is None:
-        began = dist.on_main(lambda: saved_options(Path(asked.run_dir)).get("data.views"))
+        began = dist.on_main(lambda: saved_options(Path(config.run_dir)).get("data.views"))
         held = Manifest.load(Path(config.teacher.store), "teacher.store").views(config.teacher.checkpoints)
         config = replace(config, data=replace(config.data, views=began or held))
     return config
 
 
-@dataclass(frozen=True)
-class Teaching:
-    """What students on one loader are taught."""
+def teacher_inputs(
+    teacher: CachedTeacher | OnlineTeacher | None, requested: DistillConfig, config: DistillConfig
+) -> dict[str, Input]:
+    """What a student takes of its teacher, by option."""
+    checkpoints = config.teacher.checkpoints
+    if teacher is None or not checkpoints:
+        return {}
+    inputs = teacher.inputs(checkpoints)
+    if requested.teacher.selection:
+        chosen = teacher.weights_sha256(checkpoints[0])
+        inputs["teacher.selection"] = identity.selection(requested.teacher.selection, chosen)
+    return inputs
 
-    losses: list[learner.Loss]
+
+@dataclass(frozen=True)
+class Distillation:
+    """What students that share a loader are trained with."""
+
+    losses: list[Loss]
     """Of each student."""
-    source: Callable[[int], loop.Source]
-    """The view of an epoch, and who teaches it."""
+    schedule: EpochSchedule
     recipe: ViewRecipe
     view_seed: int
 
 
-def teaching(configs: Sequence[DistillConfig], teacher: Teacher, info: DatasetInfo) -> Teaching:
-    """For configurations that are `settled`, and images that match the teacher; raises `UserError` where teachers,
-    images and losses do not go together."""
+def set_up(
+    configs: Sequence[DistillConfig], teacher: CachedTeacher | OnlineTeacher | None, info: DatasetInfo
+) -> Distillation:
+    """For configurations that are resolved, and images that have the teacher's classes; raises `UserError` where
+    teacher, images and losses do not go together."""
     config = configs[0]
-    dense = codecs.Dense(info.num_classes)
-    reader = cached_teacher(configs, teacher.manifest, info) if teacher.manifest else None
-    online = online_teacher(configs, teacher, info, dense)
-    available = reader.checkpoints if reader else list(online)
-    lessons = [Lessons(each, available, reader.codec if reader else dense) for each in configs]
-    # Together they hear these: an epoch's records have a column for each.
-    union = [sorted({m for each in lessons for m in each.members[epoch]}) for epoch in range(config.epochs)]
-
-    seed, views = config.data.view_seed, config.data.views
-    if reader:
-        seed, views = reader.manifest.view_seed, views or reader.views
+    records = teacher.open(configs, info) if teacher else None
+    available = records.checkpoints if records else []
+    plans = [TeacherSchedule.of(each.teacher, available, each.epochs) for each in configs]
+    # The columns of an epoch's records: what any of the students needs.
+    columns = [sorted({c for plan in plans for c in plan.checkpoints[epoch]}) for epoch in range(config.epochs)]
+    losses: list[Loss] = []
+    for each, plan in zip(configs, plans, strict=True):
+        if records is None or not each.teacher.checkpoints:
+            losses.append(LabelLoss(each.label_smoothing))
+            continue
+        own = [[shared.index(c) for c in wanted] for shared, wanted in zip(columns, plan.checkpoints, strict=True)]
+        losses.append(DistillationLoss(each, records.codec, own, plan.weights))
+    views, seed, recipe = config.data.views, config.data.view_seed, None
+    if isinstance(records, StoreReader):
+        views, seed, recipe = views or records.views, records.manifest.view_seed, records.recipe
     if views and views < config.epochs:
         say(f"{views} views for {config.epochs} epochs: epoch {views + 1} sees the first view again, and so on")
-
-    def source(epoch: int) -> loop.Source:
-        members = [online[available[m]] for m in union[epoch]] if online else []
-        return loop.Source(
-            view=epoch % (views or config.epochs),
-            rows=partial(reader.rows, members=union[epoch]) if reader and union[epoch] else None,
-            teacher=partial(loop.online_records, members, dense, config.amp) if members else None,
-        )
-
-    def columns(each: Lessons, epoch: int) -> list[int]:
-        return [union[epoch].index(m) for m in each.members[epoch]]
-
-    return Teaching(
-        losses=[partial(each.loss, partial(columns, each)) for each in lessons],
-        source=source,
-        recipe=dataset.train_recipe(config.data, info, reader.recipe if reader else None),
-        view_seed=seed or 0,
-    )
+    schedule = EpochSchedule(views or config.epochs, teacher=records, checkpoints=columns)
+    return Distillation(losses, schedule, train_recipe(config.data, info, recipe), seed or 0)

@@ -1,9 +1,9 @@
-"""The teacher of students: a store or a run, and the checkpoints that each student hears."""
+"""Where a student's teacher comes from: the cached logits of a store, or the networks of a run, run at every step."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -17,93 +17,219 @@ from ckd_dist.core.identity import Input
 from ckd_dist.data import classes
 from ckd_dist.data.dataset import DatasetInfo
 from ckd_dist.data.options import MapClasses
-from ckd_dist.nn import forward, models
+from ckd_dist.nn import models
+from ckd_dist.nn.forward import forward_logits, to_device
 from ckd_dist.store import codecs, recording
 from ckd_dist.store.manifest import Manifest
 from ckd_dist.store.reader import StoreReader
 from ckd_dist.train.options import DistillConfig, TeacherConfig
 
-# ------------------------------------------------------------------------------------------- teachers
+# ------------------------------------------------------------------------------------------- which checkpoints
 
 
-@dataclass(frozen=True)
-class Teacher:
-    """A store or a run of which students hear some checkpoints; neither, for plain students."""
+def resolve_checkpoints(teacher: TeacherConfig) -> TeacherConfig:
+    """The options with the checkpoints that a selection, or nothing at all, stands for.
 
-    path: str = ""
-    manifest: Manifest | None = None
-    """Of a store."""
-    online: dict[int | str, nn.Module] = field(default_factory=dict)
-    """Of a run: checkpoints on the device."""
-    metadata: dict = field(default_factory=dict)
-    """Of a run's checkpoints."""
-    weights: dict[int, str] = field(default_factory=dict)
-    """Of a run: epoch -> sha256."""
-
-    def match(self, info: DatasetInfo, option: str, how: MapClasses | None) -> DatasetInfo:
-        """The images, their classes as the teacher's; see `classes.match`."""
-        if self.manifest:
-            count = self.manifest.dataset["num_classes"]
-            return classes.match(info, option, self.manifest.classes, count, self.path, how)
-        return classes.match_model(info, option, self.metadata, self.path, how) if self.online else info
-
-    def inputs(self, asked: DistillConfig, config: DistillConfig) -> dict[str, Input]:
-        """What a student takes of it, by option."""
-        heard = config.teacher.checkpoints
-        if not heard:
-            return {}
-        if self.manifest:
-            found = {"teacher.store": self.manifest.as_input(self.path, heard)}
-            chosen = self.manifest.checkpoints[self.manifest.members[heard[0]]]["weights_sha256"]
-        else:
-            found = {"teacher.run": identity.run(self.path, {int(name): self.weights[int(name)] for name in heard})}
-            chosen = self.weights[int(heard[0])]
-        if asked.teacher.selection:
-            found["teacher.selection"] = identity.selection(asked.teacher.selection, chosen)
-        return found
-
-
-def open_teacher(configs: Sequence[DistillConfig], device: torch.device) -> Teacher:
-    """The teacher of students whose configurations are `settled`; raises `UserError` where its files are damaged."""
-    teacher = next((each for each in configs if each.teacher.checkpoints), configs[0]).teacher
-    if teacher.store:
-        return Teacher(teacher.store, manifest=Manifest.load(Path(teacher.store), "teacher.store"))
-    if not teacher.run:
-        return Teacher()
-    files = checkpoint.trajectory(teacher.run, "teacher.run")
-    online, weights = {}, {}
-    for name in _union(configs):
-        model, metadata = models.load_model(files[int(name)], "teacher.run")
-        weights[int(name)] = checkpoint.weights_sha256(model.state_dict())
-        online[name] = forward.to_device(model, device)
-    return Teacher(teacher.run, online=online, metadata=metadata, weights=weights)
-
-
-def resolved(asked: TeacherConfig) -> TeacherConfig:
-    """With the checkpoints that a selection, or nothing at all, stands for; raises `UserError` for one that is not
-    there or, for a selection, has other weights."""
-    if not asked.store and not asked.run:
-        return asked
-    manifest = Manifest.load(Path(asked.store), "teacher.store") if asked.store else None
-    files = checkpoint.trajectory(asked.run, "teacher.run") if asked.run else {}
+    Raises `UserError` for one that is not there or, for a selection, has other weights.
+    """
+    if not teacher.store and not teacher.run:
+        return teacher
+    manifest = Manifest.load(Path(teacher.store), "teacher.store") if teacher.store else None
+    files = checkpoint.trajectory(teacher.run, "teacher.run") if teacher.run else {}
     available = manifest.members if manifest else files
-    if not asked.selection:
-        return replace(asked, checkpoints=checkpoint.choose(available, asked.checkpoints, "teacher.checkpoints"))
-    epoch, chosen = results.read_choice(asked.selection, "teacher.selection")
-    hashes: dict[int | str, str] = {}
+    if not teacher.selection:
+        return replace(teacher, checkpoints=checkpoint.choose(available, teacher.checkpoints, "teacher.checkpoints"))
+    epoch, chosen = results.read_choice(teacher.selection, "teacher.selection")
+    weights: dict[int | str, str] = {}
     if manifest:
-        hashes = {name: manifest.checkpoints[member]["weights_sha256"] for name, member in manifest.members.items()}
+        weights = {name: manifest.checkpoints[member]["weights_sha256"] for name, member in manifest.members.items()}
     else:
         checkpoint.choose(files, [epoch], "teacher.selection")
         model, _ = models.load_model(files[epoch], "teacher.run")
-        hashes[epoch] = checkpoint.weights_sha256(model.state_dict())
-    found = [name for name, weights in hashes.items() if weights == chosen]
+        weights[epoch] = checkpoint.weights_sha256(model.state_dict())
+    found = [name for name, weights_sha256 in weights.items() if weights_sha256 == chosen]
     require(
         bool(found),
-        f"teacher.selection: it chose epoch {epoch} with weights {chosen[:12]}, {asked.store or asked.run} has "
-        f"{hashes.get(epoch, 'none')[:12]}: they are of different runs",
+        f"teacher.selection: it chose epoch {epoch} with weights {chosen[:12]}, {teacher.store or teacher.run} has "
+        f"{weights.get(epoch, 'none')[:12]}: they are of different runs",
     )
-    return replace(asked, selection=None, checkpoints=found[:1])
+    return replace(teacher, selection=None, checkpoints=found[:1])
+
+
+def all_checkpoints(configs: Sequence[DistillConfig]) -> list[int | str]:
+    """The checkpoints of all students, in the order in which they are first named."""
+    return list(dict.fromkeys(name for each in configs for name in each.teacher.checkpoints))
+
+
+# ------------------------------------------------------------------------------------------- cached logits
+
+
+@dataclass(frozen=True)
+class CachedTeacher:
+    """A logit store."""
+
+    path: str
+    manifest: Manifest
+
+    def match(self, info: DatasetInfo, option: str, how: MapClasses | None) -> DatasetInfo:
+        """The images with the teacher's classes, see `classes.match`."""
+        count = self.manifest.dataset["num_classes"]
+        return classes.match(info, option, self.manifest.classes, count, self.path, how)
+
+    def inputs(self, checkpoints: Sequence[int | str]) -> dict[str, Input]:
+        """What a student of these checkpoints is made of, by option."""
+        return {"teacher.store": self.manifest.as_input(self.path, checkpoints)}
+
+    def weights_sha256(self, name: int | str) -> str:
+        """Of a checkpoint."""
+        return self.manifest.checkpoints[self.manifest.members[name]]["weights_sha256"]
+
+    def open(self, configs: Sequence[DistillConfig], info: DatasetInfo) -> StoreReader:
+        """The records of all checkpoints that the students learn from; collective.
+
+        Raises `UserError` where the store does not fit the images, a loss or the views, or a shard is damaged.
+        """
+        seed, views = configs[0].data.view_seed, configs[0].data.views
+        reader = StoreReader(self.path, all_checkpoints(configs), info)
+        codec, manifest = reader.codec, self.manifest
+        _require_served(configs, codec)
+        is_topk = isinstance(codec, codecs.TopK)
+        require(
+            not (is_topk and reader.recipe.mixes and any(each.kd.loss == "dkd" for each in configs)),
+            "kd.loss dkd needs the teacher's logits of both labels of a mixed image, and topk keeps the first one's: "
+            "use a store of codec dense",
+        )
+        require(
+            seed in (None, manifest.view_seed),
+            f"data.view_seed is {seed}, the store holds views of seed {manifest.view_seed}: leave it out",
+        )
+        fewest = min(reader.checkpoints, key=lambda name: manifest.views([name]))
+        require(
+            (views or 1) <= reader.views,
+            f"data.views is {views}, {self.path} holds {reader.views} views of epoch {fewest}: cache more or ask for "
+            "less",
+        )
+        reader.check_shards(views or reader.views)
+        _say_teacher(configs, "cached logits")
+        _warn_of_a_cut_softmax(configs, reader, info.count)
+        if note := dist.on_main(lambda: manifest.decoding_note(recording.image_digests(manifest, info))):
+            say(note)
+        return reader
+
+
+def _warn_of_a_cut_softmax(configs: Sequence[DistillConfig], reader: StoreReader, count: int) -> None:
+    """Warn where the classes that a top-k store keeps hold less than half of the teacher's softmax."""
+    temperatures = [each.kd.temperature for each in configs if each.teacher.store and each.kd.loss != "standardized"]
+    if not isinstance(reader.codec, codecs.TopK) or not temperatures:
+        return
+    some = torch.from_numpy(reader.rows(np.arange(min(1000, count)), 0)[:, 0])
+    share = reader.codec.kept(some, max(temperatures)).mean().item()
+    if share < 0.5:
+        say(
+            f"warning: at kd.temperature {max(temperatures):g} the {reader.codec.k} classes kept hold "
+            f"{100 * share:.0f} % of the teacher's softmax: a student learns little from so few; lower it, or use a "
+            "dense store"
+        )
+
+
+# ------------------------------------------------------------------------------------------- online
+
+
+@dataclass(frozen=True)
+class OnlineRecords:
+    """Makes the records of a batch, as a dense store of these networks would hold them."""
+
+    networks: Sequence[nn.Module]
+    codec: codecs.Dense
+    amp: str
+
+    def __call__(self, images: torch.Tensor) -> torch.Tensor:
+        """Logits of each network, uint8 [n, networks, bytes], rounded as the dense store rounds them, so that cached
+        and online teachers give the same numbers."""
+        records = [self.codec.encode(forward_logits(network, images, self.amp)) for network in self.networks]
+        return torch.stack(records, dim=1).clone()  # made outside inference mode: autograd may save it
+
+
+@dataclass(frozen=True)
+class OnlineTeacher:
+    """Some checkpoints of a run of train_teacher, on the device."""
+
+    path: str
+    networks: Mapping[int | str, nn.Module]
+    metadata: Mapping
+    """Of the last of them."""
+    weights: Mapping[int, str]
+    """Epoch -> sha256."""
+    amp: str
+    """Precision of the forward passes."""
+
+    @property
+    def checkpoints(self) -> list[int | str]:
+        """Their names."""
+        return list(self.networks)
+
+    @property
+    def codec(self) -> codecs.Dense:
+        """Of the records."""
+        return codecs.Dense(self.metadata["num_classes"])
+
+    def match(self, info: DatasetInfo, option: str, how: MapClasses | None) -> DatasetInfo:
+        """The images with the teacher's classes, see `classes.match`."""
+        return classes.match_model(info, option, self.metadata, self.path, how)
+
+    def inputs(self, checkpoints: Sequence[int | str]) -> dict[str, Input]:
+        """What a student of these checkpoints is made of, by option."""
+        weights = {int(name): self.weights_sha256(name) for name in checkpoints}
+        return {"teacher.run": identity.run(self.path, weights)}
+
+    def weights_sha256(self, name: int | str) -> str:
+        """Of a checkpoint."""
+        return self.weights[int(name)]
+
+    def open(self, configs: Sequence[DistillConfig], info: DatasetInfo) -> OnlineTeacher:
+        """Itself; raises `UserError` where the students' images are not those that it was trained on."""
+        _require_served(configs, self.codec)
+        require(
+            configs[0].data.start_image_size is None,
+            "data.start_image_size is not for an online teacher, who would see the small images too: cache its logits",
+        )
+        for key, ours in (
+            ("image_size", info.image_size(configs[0].data.image_size)),
+            ("mean", list(info.mean)),
+            ("std", list(info.std)),
+        ):
+            require(
+                self.metadata[key] == ours,
+                f"teacher.run: the online teacher was trained with {key} {self.metadata[key]}, the student gets "
+                f"{ours}: cache its logits instead",
+            )
+        _say_teacher(configs, "online, the logits")
+        return self
+
+    def records(self, checkpoints: Sequence[int]) -> OnlineRecords:
+        """Makes records of the checkpoints at these positions."""
+        names = self.checkpoints
+        return OnlineRecords([self.networks[names[position]] for position in checkpoints], self.codec, self.amp)
+
+
+# ------------------------------------------------------------------------------------------- both
+
+
+def open_teacher(configs: Sequence[DistillConfig], device: torch.device) -> CachedTeacher | OnlineTeacher | None:
+    """The teacher of students whose checkpoints are resolved, None where they have none; raises `UserError` where its
+    files are damaged."""
+    config = next((each for each in configs if each.teacher.checkpoints), configs[0])
+    if config.teacher.store:
+        return CachedTeacher(config.teacher.store, Manifest.load(Path(config.teacher.store), "teacher.store"))
+    if not config.teacher.run:
+        return None
+    files = checkpoint.trajectory(config.teacher.run, "teacher.run")
+    networks, weights = {}, {}
+    for name in all_checkpoints(configs):
+        model, metadata = models.load_model(files[int(name)], "teacher.run")
+        weights[int(name)] = checkpoint.weights_sha256(model.state_dict())
+        networks[name] = to_device(model, device)
+    return OnlineTeacher(config.teacher.run, networks, metadata, weights, config.amp)
 
 
 def _require_served(configs: Sequence[DistillConfig], codec: codecs.Codec) -> None:
@@ -112,73 +238,5 @@ def _require_served(configs: Sequence[DistillConfig], codec: codecs.Codec) -> No
             codecs.require_served(codec, each.kd, each.teacher.at_once)
 
 
-def _union(configs: Sequence[DistillConfig]) -> list[int | str]:
-    """All checkpoints that students hear, in the order in which they are first named."""
-    return list(dict.fromkeys(name for each in configs for name in each.teacher.checkpoints))
-
-
-def _say_teachers(configs: Sequence[DistillConfig], how: str) -> None:
-    say(f"teacher: {how} of {', '.join(f'epoch {name}' for name in _union(configs))}")
-
-
-def cached_teacher(configs: Sequence[DistillConfig], manifest: Manifest, info: DatasetInfo) -> StoreReader:
-    """The store, open for all checkpoints that the students hear; raises `UserError` where it does not fit the images,
-    a loss or the views."""
-    seed, views = configs[0].data.view_seed, configs[0].data.views
-    store = next(each.teacher.store for each in configs if each.teacher.store)
-    reader = StoreReader(store, _union(configs), info)
-    codec = reader.codec
-    _require_served(configs, codec)
-    require(
-        not (isinstance(codec, codecs.TopK) and reader.recipe.mixes and any(each.kd.loss == "dkd" for each in configs)),
-        "kd.loss dkd needs the teacher's logits of both labels of a mixed image, and topk keeps the first one's: "
-        "use a store of codec dense",
-    )
-    require(
-        seed in (None, manifest.view_seed),
-        f"data.view_seed is {seed}, the store holds views of seed {manifest.view_seed}: leave it out",
-    )
-    fewest = min(reader.checkpoints, key=lambda name: manifest.views([name]))
-    require(
-        (views or 1) <= reader.views,
-        f"data.views is {views}, {store} holds {reader.views} views of epoch {fewest}: cache more or ask for less",
-    )
-    reader.check_shards(views or reader.views)
-    _say_teachers(configs, "cached logits")
-    temperatures = [each.kd.temperature for each in configs if each.teacher.store and each.kd.loss != "standardized"]
-    if isinstance(codec, codecs.TopK) and temperatures:
-        some = torch.from_numpy(reader.rows(np.arange(min(1000, info.count)), 0)[:, 0])
-        share = codec.kept(some, max(temperatures)).mean().item()
-        if share < 0.5:
-            say(
-                f"warning: at kd.temperature {max(temperatures):g} the {codec.k} classes kept hold {100 * share:.0f} % "
-                "of the teacher's softmax: a student learns little from so few; lower it, or use a dense store"
-            )
-    if note := dist.on_main(lambda: manifest.decoding_note(recording.image_digests(manifest, info))):
-        say(note)
-    return reader
-
-
-def online_teacher(
-    configs: Sequence[DistillConfig], teacher: Teacher, info: DatasetInfo, codec: codecs.Codec
-) -> dict[int | str, nn.Module]:
-    """The checkpoints of a run, none of a store; raises `UserError` where students' images are not the teacher's."""
-    if not teacher.online:
-        return {}
-    _require_served(configs, codec)
-    require(
-        configs[0].data.start_image_size is None,
-        "data.start_image_size is not for an online teacher, who would see the small images too: cache its logits",
-    )
-    for key, ours in (
-        ("image_size", info.image_size(configs[0].data.image_size)),
-        ("mean", list(info.mean)),
-        ("std", list(info.std)),
-    ):
-        require(
-            teacher.metadata[key] == ours,
-            f"teacher.run: the online teacher was trained with {key} {teacher.metadata[key]}, the student gets "
-            f"{ours}: cache its logits instead",
-        )
-    _say_teachers(configs, "online, the logits")
-    return teacher.online
+def _say_teacher(configs: Sequence[DistillConfig], how: str) -> None:
+    say(f"teacher: {how} of {', '.join(f'epoch {name}' for name in all_checkpoints(configs))}")

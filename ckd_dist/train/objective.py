@@ -1,0 +1,50 @@
+"""What a model minimises at every step: the label's cross entropy, alone or with a distillation loss."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from ckd_dist.data.batch import Batch
+from ckd_dist.nn import losses
+from ckd_dist.store import codecs
+from ckd_dist.train.options import DistillConfig
+
+
+@dataclass(frozen=True)
+class LabelLoss:
+    """The cross entropy of the labels."""
+
+    label_smoothing: float = 0.0
+
+    def __call__(self, logits: torch.Tensor, batch: Batch, epoch: int) -> dict[str, torch.Tensor]:
+        """A `learner.Loss`."""
+        return {"loss": losses.cross_entropy(logits, batch.labels, self.label_smoothing, batch.mixed)}
+
+
+@dataclass(frozen=True)
+class DistillationLoss:
+    """The labels' cross entropy and the distillation loss, weighted as `config.kd` says."""
+
+    config: DistillConfig
+    codec: codecs.Codec
+    """Of the teacher's records."""
+    columns: Sequence[Sequence[int]]
+    """For each epoch, the columns of `batch.teacher_records` that hold this student's checkpoints."""
+    weights: list[float]
+    """Of these checkpoints, in their order."""
+
+    def __call__(self, logits: torch.Tensor, batch: Batch, epoch: int) -> dict[str, torch.Tensor]:
+        """A `learner.Loss`; beside the loss, the teacher's top-1 and its agreement with the student, in percent."""
+        assert batch.teacher_records is not None
+        config, kd = self.config, self.config.kd
+        records = torch.stack([batch.teacher_records[:, column] for column in self.columns[epoch]], dim=1)
+        ours, teacher, predictions = codecs.compared(
+            self.codec, records, kd, logits, weights=self.weights, combine=config.teacher.combine
+        )
+        values = losses.distillation(logits, teacher, batch.labels, kd, config.label_smoothing, batch.mixed, ours)
+        values["teacher_top1"] = batch.top1(predictions)
+        values["agreement"] = 100.0 * (predictions == logits.argmax(dim=1))
+        return values
