@@ -16,6 +16,7 @@ from ckd_dist.store.options import CacheConfig
 
 
 def main(config: CacheConfig) -> None:
+    """Write what the store lacks."""
     # Imported here because torch takes seconds: only once the options are known to be good.
     from ckd_dist.core import console, dist, precision
     from ckd_dist.store import recording

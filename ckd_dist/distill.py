@@ -13,6 +13,7 @@ from ckd_dist.train.options import DistillConfig
 
 
 def main(config: DistillConfig) -> None:
+    """Train a student."""
     # Imported here because torch takes seconds: only once the options are known to be good.
     from ckd_dist.core import dist
     from ckd_dist.data.beton import open_images

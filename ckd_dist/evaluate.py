@@ -14,6 +14,7 @@ from ckd_dist.train.options import EvaluateConfig
 
 
 def main(config: EvaluateConfig) -> None:
+    """Print what a checkpoint reaches."""
     # Imported here because torch takes seconds: only once the options are known to be good.
     from ckd_dist.core import checkpoint, console, dist, precision
     from ckd_dist.data import classes

@@ -22,6 +22,7 @@ from ckd_dist.selection.options import SelectConfig
 
 
 def main(config: SelectConfig) -> None:
+    """Estimate, choose, and show both."""
     # Imported here because torch takes seconds: only once the options are known to be good.
     from ckd_dist.core import console, dist, identity, precision
     from ckd_dist.core.run_folder import RunFolder

@@ -14,6 +14,7 @@ FIRST_VIEW = 1 << 20
 
 
 def main(config: TrainTeacherConfig) -> None:
+    """Train a teacher."""
     # Imported here because torch takes seconds: only once the options are known to be good.
     from ckd_dist.core import dist, precision
     from ckd_dist.data import dataset

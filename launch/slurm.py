@@ -176,7 +176,7 @@ def cancel(jobs: list[str]) -> None:
 
 def setting(name: str) -> str | None:
     """A value of the cluster's configuration."""
-    found = re.search(rf"^{name}\s*= (.*)$", command("scontrol", "show", "config").stdout, re.M)
+    found = re.search(rf"^{name}\s*= (.*)$", command("scontrol", "show", "config").stdout, re.MULTILINE)
     return found[1].strip() if found else None
 
 

@@ -339,7 +339,7 @@ def launch(cluster, module, *words, cwd=ROOT, status=0, env=None):
 
 
 def job_id(done):
-    return re.search(r"^job (\d+)", done.stdout, re.M)[1]
+    return re.search(r"^job (\d+)", done.stdout, re.MULTILINE)[1]
 
 
 def wait_for(good, seconds=120, what=""):

@@ -120,7 +120,7 @@ def test_the_state_shown_is_right_with_and_without_accounting(accounting, tmp_pa
 
     def states():
         done = launch(cluster, "pipeline", "status", "--config", config, cwd=tmp_path, env={**env, "COLUMNS": "150"})
-        rows = re.findall(r"^│ (\w+) +│ +1 │ (\w+)(?: \((.*?)\))? *│", done.stdout, re.M)
+        rows = re.findall(r"^│ (\w+) +│ +1 │ (\w+)(?: \((.*?)\))? *│", done.stdout, re.MULTILINE)
         return {name: f"{state} ({note})" if note else state for name, state, note in rows}
 
     with temporary_cluster(nodes=1, accounting=accounting) as cluster:

@@ -215,7 +215,7 @@ def test_the_whole_graph_with_a_job_that_fails_and_then_completed(cluster, tmp_p
     assert re.search(r"holds a run with [\w.]+ None, not", started.stdout)
 
     def table(text):
-        return dict(re.findall(r"^│ (\w+) +│ +\d+ │ (.*?) *│", text, re.M))
+        return dict(re.findall(r"^│ (\w+) +│ +\d+ │ (.*?) *│", text, re.MULTILINE))
 
     found = table(launch(cluster, "pipeline", "status", "--config", config, env={"COLUMNS": "150"}).stdout)
     done = {"train_images", "holdout_images", "test_images", "teacher", "cache", "verify", "select"}
@@ -264,7 +264,7 @@ def test_without_slurm_the_graph_runs_here(tmp_path):
     path.write_text(yaml.safe_dump({"run_dir": str(tmp_path / "graph"), "executor": "local", "tasks": tasks}))
     env = {"PYTHONPATH": f"{ROOT}:{PROGRAMS}:{tmp_path}"}
     done = launch(None, "pipeline", "--config", path, cwd=tmp_path, status=1, env=env)
-    found = dict(re.findall(r"^│ (\w) +│ +1 │ (\w+)", done.stdout, re.M))
+    found = dict(re.findall(r"^│ (\w) +│ +1 │ (\w+)", done.stdout, re.MULTILINE))
     assert found == {"a": "done", "b": "failed", "c": "cancelled", "d": "done"} and "no good" in done.stdout
     (tmp_path / "bad.py").write_text("print('better')")
     done = launch(None, "pipeline", "--config", path, cwd=tmp_path, env=env)

@@ -29,6 +29,7 @@ from ckd_dist.search.trials import prepare, side_by_side
 
 
 def main(config: SearchConfig) -> None:
+    """Train, choose and test students; show the choice."""
     # Imported here because torch takes seconds: only once the options are known to be good.
     from ckd_dist.core import console, dist
     from ckd_dist.core.run_folder import RunFolder
