@@ -66,11 +66,15 @@ class OptimConfig:
         )
 
 
+LossName = Literal["kd", "soft_target", "mse", "dkd", "dist", "standardized"]
+"""Of a distillation loss, see `losses.distillation`."""
+
+
 @dataclass(kw_only=True)
 class KDConfig:
     """The distillation loss: alpha * CE(label) + (1 - alpha) * loss(student, teacher)."""
 
-    loss: Literal["kd", "soft_target", "mse", "dkd", "dist", "standardized"] = "kd"
+    loss: LossName = "kd"
     """kd: T^2 * KL(teacher/T || student/T), the paper's; soft_target: the cross entropy of the same; mse: of the
     logits; dkd: decoupled; dist: correlations; standardized: kd of standardised logits."""
     alpha: float = 0.5

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass, field
-from typing import Literal
 
 from ckd_dist.core.errors import require
 from ckd_dist.core.options import COUNT, SEED, SHARE, TEMPERATURE, require_ranges
 from ckd_dist.data.options import TrainDataConfig
+from ckd_dist.nn.options import LossName
 from ckd_dist.train.options import DistillConfig
 
 
@@ -34,7 +34,7 @@ class GridConfig:
     them is the student without a teacher."""
     models: list[str] = field(default_factory=list)
     """Students, as in model.name."""
-    losses: list[Literal["kd", "soft_target", "mse", "dkd", "dist", "standardized"]] = field(default_factory=list)
+    losses: list[LossName] = field(default_factory=list)
     """As in kd.loss."""
     alphas: list[float] = field(default_factory=list)
     """As in kd.alpha."""
