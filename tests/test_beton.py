@@ -16,7 +16,7 @@ from ckd_dist.data import beton
 from ckd_dist.data.beton import content_hash, open_beton
 from ckd_dist.data.dataset import read_info
 from ckd_dist.train.options import EvaluateConfig
-from data_prep import writer
+from data_prep.beton import reader
 
 
 @pytest.fixture
@@ -54,7 +54,7 @@ def places(path):
 def test_reader_and_writer_agree_on_the_hash(fashion, photographs):
     for path in (fashion["holdout"], photographs):
         info = read_info(path, "")
-        assert content_hash(info) == writer.content_hash(path) == info.content_hash
+        assert content_hash(info) == reader.content_hash(path) == info.content_hash
 
 
 @pytest.mark.parametrize(

@@ -27,8 +27,10 @@ import pytest
 from conftest import ENVIRONMENT, ROOT
 from PIL import Image
 
-from data_prep import sources, splits, write_beton, writer
+from data_prep import parts, splits, write_beton
+from data_prep.beton import writer
 from data_prep.progress import Progress
+from data_prep.sources import arrays, datasets
 
 DEBIAN = Path("/usr/share/datasets/fashion-mnist")
 needs_fashion_mnist = pytest.mark.skipif(not DEBIAN.is_dir(), reason="needs Debian's package dataset-fashion-mnist")
@@ -207,7 +209,7 @@ def test_the_json_has_the_agreed_keys_and_true_values(tmp_path):
         "split": "holdout",
         "count": 100,
         "num_classes": 10,
-        "classes": sources.FASHION_MNIST_CLASSES,
+        "classes": arrays.FASHION_MNIST_CLASSES,
         "image_size": {"min": [28, 28], "max": [28, 28]},
         "beton_bytes": out.stat().st_size,
         "normalization": {"mean": [0.286] * 3, "std": [0.353] * 3},
@@ -218,8 +220,8 @@ def test_the_json_has_the_agreed_keys_and_true_values(tmp_path):
 
 @needs_fashion_mnist
 def test_stacked_fashion_mnist_has_every_image_once_and_its_classes_as_digits():
-    grey = sources.load_source("fashion_mnist", None, train=False)
-    stacked = sources.load_source("stacked_fashion_mnist", None, train=False)
+    grey = datasets.load_source("fashion_mnist", None, train=False)
+    stacked = datasets.load_source("stacked_fashion_mnist", None, train=False)
     assert len(stacked) == len(grey) // 3 and len(stacked.classes) == 1000
     assert stacked.classes[387] == "Dress, Bag, Sneaker"
     number = {image.tobytes(): i for i, image in enumerate(grey.images)}  # equal images get one number
@@ -484,7 +486,7 @@ def test_an_image_larger_than_a_page_is_refused_until_max_resolution_allows_it(t
 
 @needs_fashion_mnist
 def test_holdout_takes_its_fraction_of_every_class_and_stays_the_same():
-    labels = sources.read_idx(DEBIAN / "train-labels-idx1-ubyte.gz").astype(np.int64)
+    labels = arrays.read_idx(DEBIAN / "train-labels-idx1-ubyte.gz").astype(np.int64)
     held_out = splits.holdout_indices(labels, 0.1, 10)
     assert np.bincount(labels[held_out]).tolist() == [600] * 10
     assert len(np.unique(held_out)) == 6000
@@ -587,7 +589,7 @@ def test_arrays_are_one_source_by_their_labels_and_pixels():
     images, labels = np.arange(24, dtype=np.uint8).reshape(2, 3, 4), np.array([0, 1])
 
     def source_hash(images=images, labels=labels, where="here", dataset="cifar10"):
-        return sources.source_hash(dataset, sources.ArraySource(images, labels, ["a", "b"], where))
+        return datasets.source_hash(dataset, arrays.ArraySource(images, labels, ["a", "b"], where))
 
     assert source_hash() == source_hash(where="there", images=np.asfortranarray(images))
     others = [source_hash(images ^ 1), source_hash(images.reshape(2, 4, 3)), source_hash(labels=labels[::-1])]
@@ -624,8 +626,8 @@ def test_images_that_are_the_same_as_another_of_the_file_are_counted(tmp_path):
 def test_all_parts_of_a_set_come_of_one_command(tmp_path, imagenet, monkeypatch):
     for path in (imagenet / "train" / "n01440764").iterdir():  # one is held out, two are for training
         shutil.copy(path, imagenet / "val" / "n01440764" / f"copy of {path.name}")
-    listed, load = [], sources.load_source
-    monkeypatch.setattr(write_beton, "load_source", lambda *args: listed.append(args[2]) or load(*args))
+    listed, load = [], datasets.load_source
+    monkeypatch.setattr(parts, "load_source", lambda *args: listed.append(args[2]) or load(*args))
     one, each = tmp_path / "one", tmp_path / "each"
     one.mkdir()
     each.mkdir()
@@ -1047,7 +1049,7 @@ def test_a_damaged_idx_file_is_named(tmp_path, file):
 @pytest.mark.parametrize("room_again", [False, True])
 def test_a_full_disk_is_one_line_and_leaves_nothing(tmp_path, photos, monkeypatch, room_again):
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    run_workers = writer._run_workers
+    run_workers = writer.run_workers
 
     def run_short_of_room(*args) -> None:
         # Cuts the only page short, which the system reports as a partial write and FFCV overlooks.
@@ -1056,7 +1058,7 @@ def test_a_full_disk_is_one_line_and_leaves_nothing(tmp_path, photos, monkeypatc
         if room_again:  # before the parent's own writes could fail
             resource.setrlimit(resource.RLIMIT_FSIZE, limits)
 
-    monkeypatch.setattr(writer, "_run_workers", run_short_of_room)
+    monkeypatch.setattr(writer, "run_workers", run_short_of_room)
     argv = ["--dataset", "imagefolder", "--root", photos, "--split", "test", "--out", tmp_path / "x.beton"]
     try:
         result = write(*argv, "--workers", 1)

@@ -17,6 +17,13 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 ORDER = ("core", "data", "nn", "store", "train", "selection", "search", "report", "studies", "bench")
 """A folder of ckd_dist imports from those before it only; the commands beside them import from all."""
+DATA_PREP = (
+    *("errors", "progress", "signals", "splits"),
+    *(f"sources.{name}" for name in ("decoding", "arrays", "files", "layouts", "datasets")),
+    *(f"beton.{name}" for name in ("reader", "workers", "writer")),
+    *("options", "parts", "description", "publishing", "write_beton"),
+)
+"""A module of data_prep imports from those before it only."""
 
 
 def imported(path: Path) -> set[str]:
@@ -83,6 +90,15 @@ def test_launch_imports_options_lineage_and_how_processes_end_only():
 def test_data_prep_imports_nothing_of_ckd_dist():
     for path in (ROOT / "data_prep").rglob("*.py"):
         assert not any(name.startswith("ckd_dist") for name in imported(path)), path
+
+
+def test_modules_of_data_prep_import_from_those_before_them_only():
+    paths = {path for path in (ROOT / "data_prep").rglob("*.py") if path.name != "__init__.py"}
+    assert {ROOT / "data_prep" / f"{name.replace('.', '/')}.py" for name in DATA_PREP} == paths
+    for position, module in enumerate(DATA_PREP):
+        before = tuple(f"data_prep.{name}" for name in DATA_PREP[:position])
+        for name in imported(ROOT / "data_prep" / f"{module.replace('.', '/')}.py"):
+            assert name.startswith(before) or not name.startswith("data_prep"), f"{module} imports {name}"
 
 
 def test_the_train_loop_needs_no_ffcv():

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from conftest import ROOT  # noqa: F401  sets the number of threads
 
 from ckd_dist.selection import mi
-from data_prep.sources import load_source
+from data_prep.sources.datasets import load_source
 
 
 def train(features, pixels, labels, num_classes, steps=250, seed=0):

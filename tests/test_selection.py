@@ -21,7 +21,7 @@ from ckd_dist.core.options import load_config
 from ckd_dist.nn import models
 from ckd_dist.selection.options import SelectConfig
 from ckd_dist.train.options import DistillConfig
-from data_prep.sources import load_source
+from data_prep.sources.datasets import load_source
 
 QUICK = ["--data.batch_size", 64, "--probe.steps", 80, "--probe.repeats", 2, "--student", "resnet8"]
 
