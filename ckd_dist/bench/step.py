@@ -21,7 +21,9 @@ from ckd_dist.core.options import load_config, to_dict
 from ckd_dist.core.run_folder import RunFolder
 from ckd_dist.data.batch import Batch
 from ckd_dist.nn import forward, losses, models
-from ckd_dist.store import codecs
+from ckd_dist.store.codecs.base import Codec
+from ckd_dist.store.codecs.dense import Dense
+from ckd_dist.store.codecs.topk import TopK
 from ckd_dist.train import loop
 from ckd_dist.train.learner import Learner, Loss
 from ckd_dist.train.options import DistillConfig
@@ -187,7 +189,7 @@ def measure_teaching(folder: Path, device: torch.device) -> list[Row]:
     logits = torch.randn(batch_size, CLASSES, device=device)
     losses_: dict[str, tuple[Loss, Batch]] = {"label": (plain_loss, batch)}
     draws = torch.rand(batch_size, dtype=torch.float64, device=device)
-    for codec in (codecs.Dense(CLASSES), codecs.TopK(CLASSES, 8)):
+    for codec in (Dense(CLASSES), TopK(CLASSES, 8)):
         records = codec.encode(3 * logits, batch.labels, draws)[:, None].clone()
         losses_[f"records, {codec.name}"] = (_taught(codec), replace(batch, teacher_records=records))
 
@@ -217,7 +219,7 @@ def measure_teaching(folder: Path, device: torch.device) -> list[Row]:
         row.limit = f"adds {100 * added:.1f} % to the step"
 
     online: dict[str, Callable[[], float]] = {"step, records, dense": teacherless["step, records, dense"]}
-    dense = codecs.Dense(CLASSES)
+    dense = Dense(CLASSES)
     for name in sizes.teachers:
         network = forward.to_device(models.build_model(name, CLASSES), device)
         one = learner(folder / f"online_{name}", sizes.student, _taught(dense), device, batch_size)
@@ -226,7 +228,7 @@ def measure_teaching(folder: Path, device: torch.device) -> list[Row]:
     return [*rows, *in_turn(case, "images/s", online, rounds=9)[1:]]
 
 
-def _taught(codec: codecs.Codec) -> Loss:
+def _taught(codec: Codec) -> Loss:
     """The loss of a student of one checkpoint."""
     words = ["--data.train=memory", "--model.name=resnet20", "--run_dir=-", "--epochs=1000"]
     config = load_config(DistillConfig, [*words, "--teacher.store=memory", "--teacher.checkpoints=[1]"])

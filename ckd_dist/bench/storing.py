@@ -21,8 +21,9 @@ from ckd_dist.data.batch import Batch
 from ckd_dist.data.dataset import DatasetInfo
 from ckd_dist.data.recipe import ViewRecipe
 from ckd_dist.nn import forward
-from ckd_dist.store import codecs, recording
+from ckd_dist.store import recording
 from ckd_dist.store.check import faults
+from ckd_dist.store.codecs.dense import Dense
 from ckd_dist.store.manifest import Manifest
 from ckd_dist.store.options import CacheConfig
 from ckd_dist.store.reader import StoreReader
@@ -111,7 +112,7 @@ def measure_reading(
         recipe=ViewRecipe(kind="random_resized_crop").to_dict(),
         view_seed=0,
         forward={"image_size": 224, "mean": [0.0] * 3, "std": [1.0] * 3, "amp": "off"},
-        codec=codecs.to_dict(codecs.Dense(classes)),
+        codec=Dense(classes).to_dict(),
         shard_size=65536,
         checkpoints={"epoch_0001": {"epoch": 1, "model": "none", "weights_sha256": "none", "views": 1}},
         images={},

@@ -116,7 +116,7 @@ def prepare(asked: SearchConfig) -> Search:
 
 def list_trials(config: SearchConfig, manifest: Manifest, teachers: list[list[int | str]]) -> list[Trial]:
     """Every student of the search; raises `UserError` for a setting that the store does not serve."""
-    from ckd_dist.store import codecs
+    from ckd_dist.store.codecs.targets import require_supported
 
     grid = config.grid
     data = student_data(config, manifest)
@@ -133,7 +133,7 @@ def list_trials(config: SearchConfig, manifest: Manifest, teachers: list[list[in
             settings, grid.models or [config.model.name], grid.seeds or [config.seed]
         ):
             if setting:
-                codecs.require_served(manifest.recorded, setting, teacher.at_once)
+                require_supported(manifest.recorded, setting, teacher.at_once)
             weights = "+".join(hashes[name] for name in members) or None
             trials.append(make_trial(config, data, teacher, weights, setting, model, seed))
     return trials

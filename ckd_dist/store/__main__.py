@@ -261,7 +261,8 @@ def convert(options: argparse.Namespace) -> int:
     from ckd_dist.core.console import ProgressDisplay, say
     from ckd_dist.data.beton import open_beton
     from ckd_dist.data.loader import read_labels
-    from ckd_dist.store import codecs, recording
+    from ckd_dist.store import recording
+    from ckd_dist.store.codecs import factory
     from ckd_dist.store.manifest import Manifest
     from ckd_dist.store.reader import StoreReader, as_cached
     from ckd_dist.store.writer import ShardWriter, all_shards, is_written
@@ -271,7 +272,7 @@ def convert(options: argparse.Namespace) -> int:
     manifest = Manifest.load(options.store, "STORE")
     source = manifest.recorded
     require(source.name == "dense", f"STORE: {options.store} has codec {source.name}, convert reads dense stores only")
-    codec = codecs.from_config(asked, source.num_classes)
+    codec = factory.from_config(asked, source.num_classes)
     require(codec != source, f"convert: {options.store} is {manifest.codec} already: choose another codec")
     members = list(manifest.members.values())
     with dist.process_group():
@@ -282,7 +283,7 @@ def convert(options: argparse.Namespace) -> int:
 
         def begin_and_look():
             paths = {"STORE": os.path.abspath(options.store), "data.train": os.path.abspath(options.train)}
-            new = recording.begin(options.new, replace(manifest, codec=codecs.to_dict(codec), paths=paths))
+            new = recording.begin(options.new, replace(manifest, codec=codec.to_dict(), paths=paths))
             return new, [shard for shard in all_shards(manifest) if not is_written(options.new, shard)]
 
         new, missing = dist.on_main(begin_and_look)

@@ -29,7 +29,7 @@ from ckd_dist.data.recipe import ViewRecipe
 from ckd_dist.data.views import SAMPLED_CODEC, uniforms
 from ckd_dist.nn import models
 from ckd_dist.nn.forward import forward_logits, to_device
-from ckd_dist.store import codecs
+from ckd_dist.store.codecs import factory
 from ckd_dist.store.manifest import Manifest, Shard, member_name
 from ckd_dist.store.options import CacheConfig
 from ckd_dist.store.writer import (
@@ -59,11 +59,11 @@ def encode(
 ) -> torch.Tensor:
     """Records uint8 [n, bytes] of samples `ids` [n] of a shard: logits float32 [n, classes], labels int64 [n]."""
     codec, draws = manifest.recorded, None
-    if isinstance(codec, codecs.Sampled):
+    if codec.needs_draws:
         counter = SAMPLED_CODEC + manifest.checkpoints[shard.checkpoint]["epoch"]
         draws = torch.from_numpy(uniforms(manifest.view_seed, shard.view, ids, counter))
         draws = draws.to(logits.device, non_blocking=True)
-    return codec.encode(logits, labels, draws)  # type: ignore[arg-type]  # only sampled reads them
+    return codec.encode(logits, labels, draws)
 
 
 class Disk:
@@ -208,7 +208,7 @@ def describe(config: CacheConfig, device: torch.device) -> tuple[Manifest, Recor
             "views": config.views,
         }
     info = classes.match_model(info, "data.train", metadata, config.teacher.run, config.data.map_classes)
-    codec = codecs.from_config(config, info.num_classes)
+    codec = factory.from_config(config, info.num_classes)
     image_size = config.data.image_size or metadata["image_size"]
     models.require_fits(model, metadata["model"], info.num_classes, image_size, "data.image_size")
     manifest = Manifest(
@@ -227,7 +227,7 @@ def describe(config: CacheConfig, device: torch.device) -> tuple[Manifest, Recor
             "std": metadata["std"],
             "amp": precision.resolved(config.amp, dist.on_main(lambda: held_amp(Path(config.store)))),
         },
-        codec=codecs.to_dict(codec),
+        codec=codec.to_dict(),
         shard_size=config.shard_size,
         checkpoints=members,
         images={},
@@ -270,7 +270,7 @@ def write_work(store: Path, recorder: Recorder, work: Work) -> None:
     """Write the shards of `work`, ranks sharing the ranges; collective."""
     rank, world = dist.rank(), dist.world_size()
     manifest = recorder.manifest
-    size = codecs.record_bytes(manifest.recorded)
+    size = manifest.recorded.record_bytes
     mine = [(group, ranges[rank::world]) for group, ranges in work]
     total = sum(count_records(ranges) for _, ranges in mine)
     started, done = time.perf_counter(), 0

@@ -15,7 +15,6 @@ import numpy as np
 
 from ckd_dist.core.errors import require
 from ckd_dist.core.files import NewFile, errors_name, lock, remove_leftovers, write_bytes_atomically
-from ckd_dist.store import codecs
 from ckd_dist.store.manifest import Manifest, Shard
 
 
@@ -116,7 +115,7 @@ def sidecar_content(manifest: Manifest, shard: Shard, sha256: str) -> bytes:
 
 def shard_size(manifest: Manifest, shard: Shard) -> int:
     """Bytes of a shard's .npy file."""
-    return len(array_header(manifest, shard)) + codecs.record_bytes(manifest.recorded) * shard.count
+    return len(array_header(manifest, shard)) + manifest.recorded.record_bytes * shard.count
 
 
 def size_of(manifest: Manifest, shards: list[Shard]) -> int:
@@ -146,7 +145,7 @@ class ShardWriter:
         self.shard, self._store, self._manifest = shard, store, manifest
         path = shard.path(store)
         path.parent.mkdir(parents=True, exist_ok=True)
-        self._record_bytes = codecs.record_bytes(manifest.recorded)
+        self._record_bytes = manifest.recorded.record_bytes
         self._digest = hashlib.sha256()
         self._written = 0
         self._new = NewFile(path)

@@ -158,7 +158,7 @@ def fidelity(dense: Path, store: Path, temperature: int, count: int = 4096) -> d
     import torch.nn.functional as F
 
     from ckd_dist.nn.options import KDConfig
-    from ckd_dist.store import codecs
+    from ckd_dist.store.codecs.targets import teacher_logits
     from ckd_dist.store.reader import StoreReader
 
     exact, reader = StoreReader(str(dense), []), StoreReader(str(store), [])
@@ -166,13 +166,13 @@ def fidelity(dense: Path, store: Path, temperature: int, count: int = 4096) -> d
 
     def log_softmax(of: StoreReader, at: int) -> torch.Tensor:
         records = torch.from_numpy(of.rows(ids, 0))
-        return F.log_softmax(codecs.teacher_logits(of.codec, records, KDConfig(temperature=at)) / at, dim=1)
+        return F.log_softmax(teacher_logits(of.codec, records, KDConfig(temperature=at)) / at, dim=1)
 
-    result: dict[str, float | None] = {"bytes": codecs.record_bytes(reader.codec)}
+    result: dict[str, float | None] = {"bytes": reader.codec.record_bytes}
     result["top8_mass"] = log_softmax(exact, temperature).exp().topk(8, dim=1).values.sum(1).mean().item()
     for at in (1, 4):
         result[f"kl_at_{at}"] = None
-        if reader.codec.refusal(KDConfig(temperature=at), None) is None:
+        if reader.codec.unsupported(KDConfig(temperature=at), None) is None:
             truth, target = log_softmax(exact, at), log_softmax(reader, at)
             result[f"kl_at_{at}"] = F.kl_div(truth, target, reduction="batchmean", log_target=True).item()
     return result

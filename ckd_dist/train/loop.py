@@ -22,7 +22,7 @@ from ckd_dist.data.batch import Batch, Rows
 from ckd_dist.data.order import train_ids
 from ckd_dist.nn.forward import forward_logits
 from ckd_dist.nn.optim import image_size
-from ckd_dist.store.codecs import Dense
+from ckd_dist.store.codecs.dense import Dense
 from ckd_dist.train.evaluation import evaluate
 from ckd_dist.train.learner import Learner
 from ckd_dist.train.options import TrainConfig

@@ -11,14 +11,15 @@ from ckd_dist.core.console import say
 from ckd_dist.core.errors import require
 from ckd_dist.data.batch import Batch
 from ckd_dist.nn import losses
-from ckd_dist.store import codecs
+from ckd_dist.store.codecs.base import Codec
+from ckd_dist.store.codecs.targets import compared_logits
 from ckd_dist.train.options import DistillConfig
 
 
 class Lessons:
     """Which of the teacher's checkpoints a student hears in each epoch, and the loss that it minimises."""
 
-    def __init__(self, config: DistillConfig, available: list[int | str], codec: codecs.Codec):
+    def __init__(self, config: DistillConfig, available: list[int | str], codec: Codec):
         """`available` are all checkpoints at hand, of which `config.teacher` names some; none for a plain student."""
         self._config, self._codec = config, codec
         asked = config.teacher
@@ -41,7 +42,7 @@ class Lessons:
         assert batch.teacher_records is not None
         kd, combine = config.kd, config.teacher.combine
         records = torch.stack([batch.teacher_records[:, column] for column in columns(epoch)], dim=1)
-        ours, teacher, answers = codecs.compared(
+        ours, teacher, answers = compared_logits(
             self._codec, records, kd, logits, weights=self._weights, combine=combine
         )
         values = losses.distillation(logits, teacher, batch.labels, kd, config.label_smoothing, batch.mixed, ours)

@@ -16,7 +16,7 @@ from ckd_dist.core.identity import saved_options
 from ckd_dist.data import dataset
 from ckd_dist.data.dataset import DatasetInfo
 from ckd_dist.data.recipe import ViewRecipe
-from ckd_dist.store import codecs
+from ckd_dist.store.codecs.dense import Dense
 from ckd_dist.store.manifest import Manifest
 from ckd_dist.train import learner, loop, setup
 from ckd_dist.train.options import DistillConfig
@@ -75,7 +75,7 @@ def teaching(configs: Sequence[DistillConfig], teacher: Teacher, info: DatasetIn
     """For configurations that are `settled`, and images that match the teacher; raises `UserError` where teachers,
     images and losses do not go together."""
     config = configs[0]
-    dense = codecs.Dense(info.num_classes)
+    dense = Dense(info.num_classes)
     reader = cached_teacher(configs, teacher.manifest, info) if teacher.manifest else None
     online = online_teacher(configs, teacher, info, dense)
     available = reader.checkpoints if reader else list(online)

@@ -18,7 +18,10 @@ from ckd_dist.data import classes
 from ckd_dist.data.dataset import DatasetInfo
 from ckd_dist.data.options import MapClasses
 from ckd_dist.nn import forward, models
-from ckd_dist.store import codecs, recording
+from ckd_dist.store import recording
+from ckd_dist.store.codecs.base import Codec
+from ckd_dist.store.codecs.targets import require_supported
+from ckd_dist.store.codecs.topk import TopK
 from ckd_dist.store.manifest import Manifest
 from ckd_dist.store.reader import StoreReader
 from ckd_dist.train.options import DistillConfig, TeacherConfig
@@ -106,10 +109,10 @@ def resolved(asked: TeacherConfig) -> TeacherConfig:
     return replace(asked, selection=None, checkpoints=found[:1])
 
 
-def _require_served(configs: Sequence[DistillConfig], codec: codecs.Codec) -> None:
+def _require_served(configs: Sequence[DistillConfig], codec: Codec) -> None:
     for each in configs:
         if each.teacher.checkpoints:
-            codecs.require_served(codec, each.kd, each.teacher.at_once)
+            require_supported(codec, each.kd, each.teacher.at_once)
 
 
 def _union(configs: Sequence[DistillConfig]) -> list[int | str]:
@@ -130,7 +133,7 @@ def cached_teacher(configs: Sequence[DistillConfig], manifest: Manifest, info: D
     codec = reader.codec
     _require_served(configs, codec)
     require(
-        not (isinstance(codec, codecs.TopK) and reader.recipe.mixes and any(each.kd.loss == "dkd" for each in configs)),
+        not (isinstance(codec, TopK) and reader.recipe.mixes and any(each.kd.loss == "dkd" for each in configs)),
         "kd.loss dkd needs the teacher's logits of both labels of a mixed image, and topk keeps the first one's: "
         "use a store of codec dense",
     )
@@ -146,7 +149,7 @@ def cached_teacher(configs: Sequence[DistillConfig], manifest: Manifest, info: D
     reader.check_shards(views or reader.views)
     _say_teachers(configs, "cached logits")
     temperatures = [each.kd.temperature for each in configs if each.teacher.store and each.kd.loss != "standardized"]
-    if isinstance(codec, codecs.TopK) and temperatures:
+    if isinstance(codec, TopK) and temperatures:
         some = torch.from_numpy(reader.rows(np.arange(min(1000, info.count)), 0)[:, 0])
         share = codec.kept(some, max(temperatures)).mean().item()
         if share < 0.5:
@@ -160,7 +163,7 @@ def cached_teacher(configs: Sequence[DistillConfig], manifest: Manifest, info: D
 
 
 def online_teacher(
-    configs: Sequence[DistillConfig], teacher: Teacher, info: DatasetInfo, codec: codecs.Codec
+    configs: Sequence[DistillConfig], teacher: Teacher, info: DatasetInfo, codec: Codec
 ) -> dict[int | str, nn.Module]:
     """The checkpoints of a run, none of a store; raises `UserError` where students' images are not the teacher's."""
     if not teacher.online:
