@@ -33,15 +33,16 @@ from ckd_dist.data.loader import BetonLoader
 from ckd_dist.nn import forward, models
 from ckd_dist.nn.options import KDConfig
 from ckd_dist.store import manifest as manifests
-from ckd_dist.store import recording
 from ckd_dist.store.__main__ import main as store_command
+from ckd_dist.store.background import BackgroundWriter
 from ckd_dist.store.check import shard_fault
 from ckd_dist.store.codecs import Dense
 from ckd_dist.store.codecs.targets import teacher_logits
+from ckd_dist.store.creation import merged, open_store
 from ckd_dist.store.manifest import Manifest
 from ckd_dist.store.options import CacheConfig
 from ckd_dist.store.reader import StoreReader
-from ckd_dist.store.writer import ShardWriter, is_written, locked, merged, open_store
+from ckd_dist.store.writer import ShardWriter, is_written, locked
 
 CPU = torch.device("cpu")
 
@@ -79,7 +80,7 @@ def test_records_reach_the_disk_in_order_and_bad_logits_do_not(device, store, tm
     logits = torch.from_numpy(np.load(shard.path(store))).float()
 
     def write(logits):
-        with recording.Disk(torch.device(device)) as disk:
+        with BackgroundWriter(torch.device(device)) as disk:
             writer = ShardWriter(tmp_path, shard, manifest)
             for part in logits.split(7):
                 disk.append(writer, manifest.recorded.encode(part), part)

@@ -24,10 +24,13 @@ from ckd_dist.nn import forward
 from ckd_dist.store import recording
 from ckd_dist.store.check import faults
 from ckd_dist.store.codecs.dense import Dense
+from ckd_dist.store.creation import open_store
+from ckd_dist.store.describe import describe
 from ckd_dist.store.manifest import Manifest
 from ckd_dist.store.options import CacheConfig
 from ckd_dist.store.reader import StoreReader
-from ckd_dist.store.writer import ShardWriter, open_store, store_size
+from ckd_dist.store.size import format_bytes, store_size
+from ckd_dist.store.writer import ShardWriter
 from ckd_dist.studies.stages import stage
 
 IMAGENET = 1_281_167
@@ -56,7 +59,7 @@ def measure_caching(setup: Setup, info: DatasetInfo, model: str, size: int) -> l
     shutil.rmtree(stores, ignore_errors=True)
     new_store = (stores / str(number) for number in count_up())
     config = load_config(CacheConfig, [str(word) for word in [*options, "--teacher.run", run, "--store", stores]])
-    manifest, recorder = recording.describe(config, device)
+    manifest, recorder = describe(config, device)
     teachers = recorder.load(list(manifest.checkpoints))
     every = np.arange(info.count)
     batches = list(recorder.loader.batches(every))
@@ -151,7 +154,7 @@ def measure_reading(
             reader.rows(ids, 0)
         return batches * batch_size
 
-    size = recording.format_bytes(store_size(manifest)[0])
+    size = format_bytes(store_size(manifest)[0])
     case = f"store, dense, {count:,} records of {classes} classes, {size}"
     works = {"numpy's take of the same rows in memory": take, "reading, random order, page cache": rows}
     limits = {"reading, random order, page cache": "memory: rows of 2 kB from anywhere"}

@@ -136,6 +136,10 @@ class Manifest:
         views = views or self.checkpoints[checkpoint]["views"]
         return [shard for view in range(views) for shard in self.shards(checkpoint, view)]
 
+    def all_shards(self) -> list[Shard]:
+        """The shards of all checkpoints and views."""
+        return [shard for name in self.checkpoints for shard in self.checkpoint_shards(name)]
+
     def sidecar(self, shard: Shard, sha256: str) -> Sidecar:
         """What stands beside a shard whose file has the checksum `sha256`."""
         return Sidecar(
