@@ -31,7 +31,7 @@ from ckd_dist.store.options import CacheConfig
 from ckd_dist.store.reader import StoreReader
 from ckd_dist.store.size import format_bytes, store_size
 from ckd_dist.store.writer import ShardWriter
-from ckd_dist.studies.stages import stage
+from ckd_dist.studies.commands import run_module
 
 IMAGENET = 1_281_167
 
@@ -54,7 +54,7 @@ def measure_caching(setup: Setup, info: DatasetInfo, model: str, size: int) -> l
     count = 4
     options = ["--data.train", info.path, "--data.image_size", size, "--data.batch_size", 64]
     train = [*options, "--model.name", model, "--epochs", count, "--save_every", 1, "--optim.lr", 0.01]
-    stage(f"a trajectory of {model}", "ckd_dist.train_teacher", *train, "--run_dir", run)
+    run_module(f"a trajectory of {model}", "ckd_dist.train_teacher", *train, "--run_dir", run)
     stores = setup.folder / "scratch" / "cached"
     shutil.rmtree(stores, ignore_errors=True)
     new_store = (stores / str(number) for number in count_up())

@@ -15,7 +15,7 @@ from ckd_dist.core.errors import require
 from ckd_dist.data.beton import open_beton
 from ckd_dist.data.loader import read_labels
 from ckd_dist.store.codecs import factory
-from ckd_dist.store.creation import begin
+from ckd_dist.store.creation import create_or_extend
 from ckd_dist.store.manifest import Manifest, Shard
 from ckd_dist.store.options import CodecConfig
 from ckd_dist.store.reader import StoreReader, as_cached
@@ -43,11 +43,11 @@ def convert(store: Path, new_store: Path, train_images: str, wanted: Manifest) -
     reader = StoreReader(str(store), list(wanted.members), images)
     reader.check_shards()
 
-    def begin_and_list() -> tuple[Manifest, list[Shard]]:
-        manifest = begin(new_store, wanted)
+    def create_and_list() -> tuple[Manifest, list[Shard]]:
+        manifest = create_or_extend(new_store, wanted)
         return manifest, [shard for shard in wanted.all_shards() if not is_written(new_store, shard)]
 
-    manifest, missing = dist.on_main(begin_and_list)
+    manifest, missing = dist.on_main(create_and_list)
     members = list(wanted.members.values())
     mine = missing[dist.rank() :: dist.world_size()]
     done = 0

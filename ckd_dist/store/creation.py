@@ -12,7 +12,7 @@ from ckd_dist.store.size import require_space
 from ckd_dist.store.writer import clear_leftovers, locked
 
 
-def begin(store: Path, wanted: Manifest) -> Manifest:
+def create_or_extend(store: Path, wanted: Manifest) -> Manifest:
     """Make the store, or let it grow by what is `wanted`, and return what it is to hold then; raises `UserError`,
     before anything is made, where that is something else or does not fit on the disk."""
     manifest = merged(store, wanted)

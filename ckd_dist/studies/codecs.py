@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ckd_dist.core.results import mean_and_deviation
-from ckd_dist.studies.stages import console, run_in_folder, stage
+from ckd_dist.studies.commands import console, run_in_folder, run_module
 
 SEEDS, TEACHER_EPOCHS, STUDENT_EPOCHS, ALPHA = (0, 1, 2), 16, 8, 0.1
 ELSEWHERE = (
@@ -80,22 +80,22 @@ def compare(folder: Path, task: Task) -> dict:
     for split, path, count in (("train", train, task.images), ("holdout", held_out, 2000)):
         if not path.exists():
             options = ["--dataset", task.dataset, "--split", split, "--subset", count, "--out", path]
-            stage(f"{task.dataset}: {split}", "data_prep.write_beton", *options)
+            run_module(f"{task.dataset}: {split}", "data_prep.write_beton", *options)
     images = ["--data.train", train, "--data.val", held_out]
     recipe = ["--optim.warmup_epochs", 1, "--log_every", 20]
     teacher, dense = folder / "teacher", folder / "stores" / "dense"
-    stage(
+    run_module(
         f"{task.dataset}: teacher",
         *("ckd_dist.train_teacher", *images, *recipe, "--model.name", "resnet20", "--epochs", TEACHER_EPOCHS),
         *("--save_every", TEACHER_EPOCHS, "--run_dir", teacher),
     )
     cache = ["--teacher.run", teacher, "--views", STUDENT_EPOCHS, "--store", dense, "--data.batch_size", 256]
-    stage(f"{task.dataset}: dense logits", "ckd_dist.cache_logits", "--data.train", train, *cache)
+    run_module(f"{task.dataset}: dense logits", "ckd_dist.cache_logits", "--data.train", train, *cache)
     stores = {"dense float16": dense}
     for name, options in {name: options for each in task.codecs.values() for name, options in each.items()}.items():
         stores[name] = folder / "stores" / _slug(name)
         convert = ["ckd_dist.store", "convert", dense, stores[name], "--data.train", train, *options]
-        stage(f"{task.dataset}: {name}", *convert)
+        run_module(f"{task.dataset}: {name}", *convert)
 
     student = ["ckd_dist.distill", *images, *recipe, "--model.name", "resnet8", "--epochs", STUDENT_EPOCHS]
     runs: dict[tuple, list[object]] = {}
