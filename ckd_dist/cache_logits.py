@@ -20,16 +20,18 @@ def main(config: CacheConfig) -> None:
     # Imported here because torch takes seconds: only once the options are known to be good.
     from ckd_dist.core import console, dist, precision
     from ckd_dist.store import recording
+    from ckd_dist.store.creation import create_or_extend
+    from ckd_dist.store.describe import describe
 
     with dist.process_group() as device:
-        wanted, recorder = recording.describe(config, device)
+        wanted, recorder = describe(config, device)
         store, names = Path(config.store), list(wanted.checkpoints)
 
-        def open_and_look():
-            manifest = recording.begin(store, wanted)
+        def create_and_list():
+            manifest = create_or_extend(store, wanted)
             return manifest, recording.missing_work(store, manifest, names, config.views, config.teachers_at_once)
 
-        recorder.manifest, work = dist.on_main(open_and_look)
+        recorder.manifest, work = dist.on_main(create_and_list)
         if note := recorder.manifest.decoding_note(wanted.images):
             console.say(note)
         count = recorder.manifest.dataset["count"]

@@ -87,7 +87,7 @@ class Job:
 
 @dataclass(frozen=True)
 class Task:
-    """With its jobs, and what they ask for."""
+    """With its jobs, and what they request."""
 
     name: str
     config: TaskConfig
@@ -223,7 +223,7 @@ class Records:
 
 
 def state_without_queue(job: Job, record: Record | None) -> State | None:
-    """What is known of a job without asking SLURM: done, or never submitted; None where the queue must tell."""
+    """What is known of a job without a query to SLURM: done, or never submitted; None where the queue must tell."""
     if record is not None:
         result = read_result(record.result)
         if result is None or result["status"]:
@@ -238,14 +238,14 @@ def state_without_queue(job: Job, record: Record | None) -> State | None:
 
 def _require_same_images(job: Job, path: Path) -> None:
     """Raise `UserError` where a file that was there before the graph is not what the task would write."""
-    asked = _words_to_options(job.command.words)
+    requested = _words_to_options(job.command.words)
     described = Path(f"{path}.json")
     known = json.loads(described.read_text(encoding="utf-8")) if described.exists() else {}
     known = {**known.get("recipe", {}), **known}
     for key in ("dataset", "split", "subset", "holdout", "max-resolution", "write-mode"):
         there = known.get(key.replace("-", "_"))
         require(
-            key not in asked or there is None or asked[key] in (str(there), "all"),
-            f"tasks.{job.task}: {path} is there already, with {key} {there}, not {asked.get(key)}: remove it, or "
+            key not in requested or there is None or requested[key] in (str(there), "all"),
+            f"tasks.{job.task}: {path} is there already, with {key} {there}, not {requested.get(key)}: remove it, or "
             "choose another --out",
         )

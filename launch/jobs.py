@@ -1,4 +1,4 @@
-"""Submitting: what jobs ask of a cluster, the copy of the code that they run, and the checks before."""
+"""Submitting: what jobs request from a cluster, the copy of the code that they run, and the checks before."""
 
 from __future__ import annotations
 
@@ -155,10 +155,10 @@ def preflight(config: SlurmConfig, cpus: int, modules: Iterable[str], folder: Pa
         "nodes": (config.nodes, has.nodes, "nodes"),
         "timeout_min": (config.timeout_min, has.minutes, "minutes at most"),
     }
-    for name, (asked, there, what) in wanted.items():
+    for name, (amount, there, what) in wanted.items():
         require(
-            asked <= there,
-            f"slurm.{name}: {asked} {what.removesuffix(' at most')} asked, partition {has.name} has {there:g} {what}",
+            amount <= there,
+            f"slurm.{name}: {amount} {what.removesuffix(' at most')} asked, partition {has.name} has {there:g} {what}",
         )
 
 
@@ -307,7 +307,7 @@ def try_script(script: str) -> str:
 
 
 def submit(executor: Any, commands: list[list[str]], modules: list[str], code: Path, config: SlurmConfig) -> list[str]:
-    """Submit jobs that are alike in what they ask for, as an array where they are several; returns their ids.
+    """Submit jobs that are alike in what they request, as an array where they are several; returns their ids.
 
     Raises `UserError` where sbatch refuses.
     """

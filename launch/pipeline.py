@@ -76,8 +76,8 @@ class Pipeline:
     # ----------------------------------------------------------------------------------- states
 
     def look(self) -> dict[Job, State]:
-        """Every job's state; asks SLURM once for all, and again only for those that are in doubt."""
-        states, asked = {}, {}
+        """Every job's state; queries SLURM once for all, and again only for those that are in doubt."""
+        states, queried = {}, {}
         for job in self.all_jobs:
             record = self.records.get(job)
             known = state_without_queue(job, record)
@@ -85,9 +85,9 @@ class Pipeline:
                 states[job] = known
             else:
                 assert record is not None
-                asked[job] = record
+                queried[job] = record
         for kind, watch in (("slurm", slurm.Watch), ("local", local.LocalWatch)):
-            mine = {job: record for job, record in asked.items() if record.executor == kind}
+            mine = {job: record for job, record in queried.items() if record.executor == kind}
             if mine:
                 if kind == "slurm":
                     slurm.require_slurm()

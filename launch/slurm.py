@@ -75,7 +75,7 @@ class Watch:
         open_jobs = [job for job, state in self._states.items() if not state.final]
         if open_jobs:
             known = self._ask_slurm(open_jobs)
-            if known is not None:  # else the controller does not answer: as before
+            if known is not None:  # else the controller does not reply: as before
                 for job in open_jobs:
                     self._states[job] = self._decide(job, *known.get(job, ("", "")))
         return dict(self._states)

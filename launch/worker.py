@@ -111,7 +111,7 @@ class Worker:
         return status
 
     def _stop(self) -> None:
-        """Ask rank 0's command to stop until it has: it may still be at its imports, deaf to signals."""
+        """Send rank 0's command signals to stop until it has: at its imports, it does not handle them yet."""
         self._stopping = True
         while self._rank == 0 and self._child is not None and self._child.poll() is None:
             self._child.send_signal(signal.SIGUSR2)

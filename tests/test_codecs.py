@@ -10,8 +10,7 @@ from ckd_dist.core.errors import UserError
 from ckd_dist.data import views
 from ckd_dist.nn import losses
 from ckd_dist.nn.options import KDConfig
-from ckd_dist.store import codecs
-from ckd_dist.store.codecs import Dense, Sampled, TopK
+from ckd_dist.store.codecs import Dense, Sampled, TopK, factory, targets
 from ckd_dist.store.options import CodecConfig
 
 
@@ -26,7 +25,7 @@ def case(n=64, classes=100, seed=0):
 
 
 def decoded(codec, logits, labels, draws, kd, student=None):
-    return codecs.teacher_logits(codec, codec.encode(logits, labels, draws)[:, None], kd, student)
+    return targets.teacher_logits(codec, codec.encode(logits, labels, draws)[:, None], kd, student)
 
 
 def array(codec, records):
@@ -48,7 +47,7 @@ def array(codec, records):
 def test_a_record_has_the_documented_size(codec, size):
     records = codec.encode(*case(classes=codec.num_classes))
     assert records.dtype == torch.uint8 and records.shape == (64, size)
-    assert codecs.record_bytes(codec) == size
+    assert codec.record_bytes == size
     assert array(codec, records).nbytes == 64 * size
 
 
@@ -128,7 +127,7 @@ def test_topk_compares_the_rest_as_one_class(kind, temperature):
     top = TopK(50, 6).encode(logits, labels, draws)
     classes = torch.from_numpy(array(TopK(50, 6), top)["classes"].astype(np.int64))
     # The mass of the rest at other temperatures than 1 is the codec's own estimate, tested below.
-    estimate = codecs.teacher_logits(TopK(50, 6), top[:, None], kd).double()
+    estimate = targets.teacher_logits(TopK(50, 6), top[:, None], kd).double()
     scale = 1.0 if kind == "kd" else teacher.std(1, keepdim=True)
     p = (estimate / temperature).softmax(1)
     exact = (teacher / scale / temperature).softmax(1)
@@ -237,12 +236,12 @@ def test_an_ensemble_averages_logits_or_probabilities_by_weight():
     weights = [0.5, 0.3, 0.2]
     records = torch.stack([Dense(100).encode(member) for member in members], dim=1)
     kd = KDConfig(temperature=4.0)
-    mean = codecs.teacher_logits(Dense(100), records, kd, weights=weights)
+    mean = targets.teacher_logits(Dense(100), records, kd, weights=weights)
     torch.testing.assert_close(mean, sum(w * m for w, m in zip(weights, members, strict=True)))
-    target = codecs.teacher_logits(Dense(100), records, kd, weights=weights, combine="probabilities")
+    target = targets.teacher_logits(Dense(100), records, kd, weights=weights, combine="probabilities")
     expected = sum(w * (m / 4).softmax(1) for w, m in zip(weights, members, strict=True))
     torch.testing.assert_close((target / 4).softmax(1), expected)
-    standardized = codecs.teacher_logits(Dense(100), records, KDConfig(loss="standardized"), weights=weights)
+    standardized = targets.teacher_logits(Dense(100), records, KDConfig(loss="standardized"), weights=weights)
     torch.testing.assert_close(standardized, losses.standardize(mean))
 
 
@@ -260,7 +259,7 @@ def test_an_ensemble_averages_logits_or_probabilities_by_weight():
 )
 def test_a_loss_that_a_codec_cannot_serve_is_refused_with_those_that_can(codec, kd, combine, expected):
     with pytest.raises(UserError, match=f"codec is {codec.name}: .*{expected}"):
-        codecs.require_served(codec, kd, combine)
+        targets.require_supported(codec, kd, combine)
 
 
 @pytest.mark.parametrize("loss", ["kd", "soft_target", "dkd", "standardized", "mse", "dist"])
@@ -269,7 +268,7 @@ def test_what_a_codec_serves_is_finite(loss):
     logits[0] = torch.linspace(-3e4, 3e4, 100)  # as sure as can be
     logits[1] = 0.0
     kd = KDConfig(loss=loss, temperature=1.0)
-    served = [codec for codec in (Dense(100), TopK(100, 5), Sampled(100, 5)) if codec.refusal(kd, None) is None]
+    served = [codec for codec in (Dense(100), TopK(100, 5), Sampled(100, 5)) if codec.unsupported(kd, None) is None]
     for codec in served:
         student = torch.randn(64, 100, generator=torch.Generator().manual_seed(1)).requires_grad_()
         teacher = decoded(codec, logits, labels, draws, kd, student)
@@ -293,9 +292,9 @@ def test_what_a_codec_serves_is_finite(loss):
 )
 def test_codec_options_that_contradict_each_other_are_refused(options, expected):
     with pytest.raises(UserError, match=expected):
-        codecs.from_config(CodecConfig(**options), 10)
+        factory.from_config(CodecConfig(**options), 10)
 
 
 def test_a_codec_survives_the_manifest():
     for codec in (Dense(10), Dense(10, "bfloat16"), TopK(10, 4), Sampled(10, 4, 2.5)):
-        assert codecs.from_dict(codecs.to_dict(codec), 10) == codec
+        assert factory.from_dict(codec.to_dict(), 10) == codec

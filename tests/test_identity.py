@@ -120,7 +120,7 @@ class Stopped(Exception):
 
 
 STOPS = {
-    "cache_logits": ("ckd_dist.store.recording:Disk.commit", 3),
+    "cache_logits": ("ckd_dist.store.background:BackgroundWriter.commit", 3),
     "convert": ("ckd_dist.store.writer:ShardWriter.commit", 3),
     "select_teacher": ("ckd_dist.selection.choice:estimate", 0),
     "search": ("ckd_dist.train.learner:Learner.write_summary", 1),

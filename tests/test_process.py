@@ -188,7 +188,7 @@ run_process(main)
 """
     (tmp_path / "save.py").write_text(program)
     path = {"PYTHONPATH": f"{ROOT}:{tmp_path}", "COLUMNS": "40"}
-    code = "from ckd_dist.studies.stages import stage\nrun_process(lambda: stage('a stage', 'save'))"
+    code = "from ckd_dist.studies.commands import run_module\nrun_process(lambda: run_module('a stage', 'save'))"
     process = start(code, environment=path, start_new_session=True)
     for line in process.stdout:
         if line == "ready\n":

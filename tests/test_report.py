@@ -101,7 +101,7 @@ def report_here(monkeypatch, *words):
 
 
 def test_differences_are_paired_tested_and_adjusted(study):
-    each = findings.taught(findings.read_study(study).rows)
+    each = findings.student_groups(findings.read_study(study).rows)
     assert [one.teacher for one in each] == list(TOP1) and all(one.temperature in (None, 4.0) for one in each)
     base = findings.last_checkpoint(each)
     assert base is not None and base.teacher == "6" and base.top1 == TOP1["6"]
@@ -133,7 +133,7 @@ def test_a_choice_is_judged_by_what_its_students_lose(study):
     everything = findings.read_study(study)
     first, second = (selected.result for selected in everything.selections)
     assert [first.layer, second.layer] == ["features", "features.5"] and not everything.notes
-    each = findings.taught(everything.rows)
+    each = findings.student_groups(everything.rows)
     ways = {way.name: way for way in findings.ways_to_choose(findings.in_common(each, first), first)}
     best = statistics.mean(TOP1["4"])
     for name, epoch in {
@@ -167,7 +167,7 @@ def stars(figure):
 
 def test_a_star_is_at_what_the_selection_chose_by_its_own_scaling(study):
     everything = findings.read_study(study)
-    each = findings.taught(everything.rows)
+    each = findings.student_groups(everything.rows)
     singles = [one for one in each if one.epoch]
     results = [selected.result for selected in everything.selections]
     raw = figures.checkpoints(each, singles, results[0], "test")
@@ -307,6 +307,6 @@ def test_what_is_no_study_is_refused_in_one_line(study, tmp_path, monkeypatch, s
 
 
 def test_every_number_of_the_documented_study_is_in_the_committed_results():
-    each = findings.taught(read_table(ROOT / "configs" / "study" / "results" / "results.csv", ""))
+    each = findings.student_groups(read_table(ROOT / "configs" / "study" / "results" / "results.csv", ""))
     written = (ROOT / "docs" / "study.md").read_text().splitlines()
     assert len(each) == 15 and [line for line in written if line in page.markdown(each)] == page.markdown(each)

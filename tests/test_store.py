@@ -32,14 +32,17 @@ from ckd_dist.data import dataset
 from ckd_dist.data.loader import BetonLoader
 from ckd_dist.nn import forward, models
 from ckd_dist.nn.options import KDConfig
-from ckd_dist.store import codecs, recording
 from ckd_dist.store import manifest as manifests
 from ckd_dist.store.__main__ import main as store_command
+from ckd_dist.store.background import BackgroundWriter
 from ckd_dist.store.check import shard_fault
+from ckd_dist.store.codecs import Dense
+from ckd_dist.store.codecs.targets import teacher_logits
+from ckd_dist.store.creation import merged, open_store
 from ckd_dist.store.manifest import Manifest
 from ckd_dist.store.options import CacheConfig
 from ckd_dist.store.reader import StoreReader
-from ckd_dist.store.writer import ShardWriter, is_written, locked, merged, open_store
+from ckd_dist.store.writer import ShardWriter, is_written, locked
 
 CPU = torch.device("cpu")
 
@@ -77,7 +80,7 @@ def test_records_reach_the_disk_in_order_and_bad_logits_do_not(device, store, tm
     logits = torch.from_numpy(np.load(shard.path(store))).float()
 
     def write(logits):
-        with recording.Disk(torch.device(device)) as disk:
+        with BackgroundWriter(torch.device(device)) as disk:
             writer = ShardWriter(tmp_path, shard, manifest)
             for part in logits.split(7):
                 disk.append(writer, manifest.recorded.encode(part), part)
@@ -105,7 +108,7 @@ def test_records_are_the_teachers_answers_to_the_students_images(store, fashion,
     for view in range(VIEWS):
         for batch in loader.batches(ids, view, lambda ids, view: records(store, fashion, [2], ids, view)):
             answers = forward.forward_logits(forward.to_device(model, CPU), batch.images, amp)
-            cached = codecs.Dense(10).decode(batch.teacher_records[:, 0], 1.0)
+            cached = Dense(10).decode(batch.teacher_records[:, 0], 1.0)
             torch.testing.assert_close(cached, answers.half().float(), rtol=2e-3, atol=2e-3)
 
 
@@ -186,7 +189,7 @@ def test_an_ensemble_is_the_mean_of_its_members_and_the_default_is_the_last(stor
         (KDConfig(), "logits", (single[1] + single[3]) / 2),
         (KDConfig(loss="mse"), "logits", (single[1] + single[3]) / 2),
     ):
-        mean = codecs.teacher_logits(codecs.Dense(10), both, kd, combine=combine)
+        mean = teacher_logits(Dense(10), both, kd, combine=combine)
         np.testing.assert_array_equal(mean, expected)
     np.testing.assert_array_equal(rows(store, fashion, [], ids, 1), single[3])
     np.testing.assert_array_equal(single[2][1], np.load(next(store.glob("epoch_0002/view_0001/*1200.npy")))[200])

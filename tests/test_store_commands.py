@@ -25,7 +25,8 @@ from ckd_dist.store import verify
 from ckd_dist.store.__main__ import main as store_command
 from ckd_dist.store.manifest import Manifest
 from ckd_dist.store.options import CacheConfig
-from ckd_dist.store.writer import ShardWriter, make_room, store_size
+from ckd_dist.store.size import store_size
+from ckd_dist.store.writer import ShardWriter, make_room
 from ckd_dist.train.options import DistillConfig
 
 

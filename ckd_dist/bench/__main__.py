@@ -29,14 +29,14 @@ from typing import Any
 
 from ckd_dist.core.options import Parser
 from ckd_dist.core.process import run_process
-from ckd_dist.studies.stages import console
+from ckd_dist.studies.commands import console
 
 IN_MEMORY = ("step", "teaching")
 CASES = ("loader", "order", *IN_MEMORY, "epochs", "store", "students", "scaling")
 
 
 def main() -> None:
-    """Measure the cases that are asked for, and show them."""
+    """Measure the cases that the command line names, and show them."""
     parser = Parser(prog="python -m ckd_dist.bench", description=__doc__)
     parser.add_argument("run_dir", nargs="?", type=Path, default=Path("runs/bench"), metavar="RUN_DIR")
     parser.add_argument("--only", nargs="+", choices=CASES, default=CASES, metavar="CASE")
@@ -61,7 +61,7 @@ def main() -> None:
         scratch = folder / "scratch"
         cases: dict[str, Callable[[], list[measure.Row]]] = {
             "step": lambda: step.measure(scratch, device, limits),
-            "teaching": lambda: step.measure_teaching(scratch, device),
+            "teaching": lambda: step.measure_distillation(scratch, device),
         }
         if needs_files:
             setup = training.Setup(folder, device)

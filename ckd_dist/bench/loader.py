@@ -21,7 +21,7 @@ from ckd_dist.data.ffcv_repairs import IMAGE_MODES, Epoch, IntDecoder, Loader, O
 from ckd_dist.data.loader import BetonLoader, read_labels, stored_images
 from ckd_dist.data.options import LoaderConfig
 from ckd_dist.data.recipe import ViewRecipe
-from ckd_dist.studies.stages import stage
+from ckd_dist.studies.commands import run_module
 
 SIZE, BATCH_SIZE, PHOTOGRAPHS, PASSES = 224, 64, 512, 4
 MODES = {"jpg": "JPEG", "proportion": "half JPEG, half raw", "raw": "raw"}
@@ -55,7 +55,7 @@ def photographs(folder: Path, mode: str) -> DatasetInfo:
         options = ["--dataset", "imagefolder", "--root", root, "--split", "test", "--write-mode", mode, "--out", path]
         if mode != "jpg":
             options += ["--max-resolution", 341]
-        stage(f"photographs, {MODES[mode]}", "data_prep.write_beton", *options)
+        run_module(f"photographs, {MODES[mode]}", "data_prep.write_beton", *options)
     return dataset.read_info(path, "RUN_DIR")
 
 

@@ -23,7 +23,7 @@ from ckd_dist.data import dataset
 from ckd_dist.data.loader import BetonLoader
 from ckd_dist.data.options import LoaderConfig, TrainDataConfig
 from ckd_dist.data.recipe import ViewRecipe
-from ckd_dist.studies.stages import console, stage
+from ckd_dist.studies.commands import console, run_module
 
 COPIES, MEMORY, WINDOW, BATCH_SIZE = 12, 10**9, 12, 256
 LIMITS = {
@@ -44,7 +44,7 @@ def measure(folder: Path, tries: int = 3) -> list[Row]:
             for image in (photographs / "all").iterdir():
                 shutil.copyfile(image, root / "all" / f"{copy:02d}_{image.name}")  # links would count once
         options = ["--dataset", "imagefolder", "--root", root, "--split", "test", "--max-resolution", 341]
-        stage(f"{COPIES * PHOTOGRAPHS} photographs, raw", "data_prep.write_beton", *options, "--out", path)
+        run_module(f"{COPIES * PHOTOGRAPHS} photographs, raw", "data_prep.write_beton", *options, "--out", path)
     size, count = path.stat().st_size, dataset.read_info(path, "RUN_DIR").count
     rates: dict[str, list[float]] = {order: [] for order in LIMITS}
     try:

@@ -21,7 +21,9 @@ from ckd_dist.core.options import load_config, to_dict
 from ckd_dist.core.run_folder import RunFolder
 from ckd_dist.data.batch import Batch
 from ckd_dist.nn import forward, losses, models
-from ckd_dist.store import codecs
+from ckd_dist.store.codecs.base import Codec
+from ckd_dist.store.codecs.dense import Dense
+from ckd_dist.store.codecs.topk import TopK
 from ckd_dist.train import loop
 from ckd_dist.train.learner import Learner, Loss
 from ckd_dist.train.objective import DistillationLoss
@@ -64,11 +66,11 @@ def learner(
     shutil.rmtree(folder, ignore_errors=True)
     given = {"data.train": "memory", "model.name": model, "epochs": 1000, "run_dir": folder}
     words = [f"--{name}={value}" for name, value in {**given, "data.batch_size": batch_size}.items()]
-    asked = load_config(DistillConfig, [*words, *options])
-    config = precision.settle(asked, folder)
+    requested = load_config(DistillConfig, [*words, *options])
+    config = precision.settle(requested, folder)
     torch.manual_seed(0)
     network = models.build_model(model, CLASSES)
-    run = RunFolder(config.run_dir, Origin(asked=to_dict(asked), settled=to_dict(config)))
+    run = RunFolder(config.run_dir, Origin(asked=to_dict(requested), settled=to_dict(config)))
     return Learner(network, config, loss, run, device, {}, steps_per_epoch)
 
 
@@ -179,7 +181,7 @@ def _measure(
 # ------------------------------------------------------------------------------------------- with teachers
 
 
-def measure_teaching(folder: Path, device: torch.device) -> list[Row]:
+def measure_distillation(folder: Path, device: torch.device) -> list[Row]:
     """A student's train step with cached records and with online teachers, all in memory; and its losses alone, since
     what they add is less than two runs of the same step differ."""
     sizes = models_of(device)
@@ -188,9 +190,9 @@ def measure_teaching(folder: Path, device: torch.device) -> list[Row]:
     logits = torch.randn(batch_size, CLASSES, device=device)
     losses_: dict[str, tuple[Loss, Batch]] = {"label": (plain_loss, batch)}
     draws = torch.rand(batch_size, dtype=torch.float64, device=device)
-    for codec in (codecs.Dense(CLASSES), codecs.TopK(CLASSES, 8)):
+    for codec in (Dense(CLASSES), TopK(CLASSES, 8)):
         records = codec.encode(3 * logits, batch.labels, draws)[:, None].clone()
-        losses_[f"records, {codec.name}"] = (_taught(codec), replace(batch, teacher_records=records))
+        losses_[f"records, {codec.name}"] = (_distillation_loss(codec), replace(batch, teacher_records=records))
 
     def alone(loss: Loss, batch: Batch, repeat: int = 20) -> float:
         for _ in range(repeat):
@@ -200,16 +202,16 @@ def measure_teaching(folder: Path, device: torch.device) -> list[Row]:
             torch.stack(list(values.values())).detach().sum(dim=1)
         return repeat * batch_size
 
-    works, teacherless = {}, {}
+    works, steps = {}, {}
     for name, (loss, its_batch) in losses_.items():
         works[f"loss alone, {name}"] = partial(alone, loss, its_batch)
         one = learner(folder / name, sizes.student, loss, device, batch_size)
-        teacherless[f"step, {name}"] = partial(train, one, [its_batch] * 8)
+        steps[f"step, {name}"] = partial(train, one, [its_batch] * 8)
     again = learner(folder / "again", sizes.student, plain_loss, device, batch_size)
-    teacherless["step, label, again"] = partial(train, again, [batch] * 8)  # how far the same differs from itself
+    steps["step, label, again"] = partial(train, again, [batch] * 8)  # how far the same differs from itself
     case = f"teaching in memory, {sizes.student}, {size} px, batch {batch_size}, {CLASSES} classes"
-    references = dict.fromkeys(teacherless, "step, label")
-    rows = in_turn(case, "images/s", {**works, **teacherless}, rounds=15, references=references)
+    references = dict.fromkeys(steps, "step, label")
+    rows = in_turn(case, "images/s", {**works, **steps}, rounds=15, references=references)
     found = {row.what: row for row in rows}
     seconds = [1 / rate for rate in found["loss alone, label"].rates]
     for row in rows[1 : len(works)]:
@@ -217,18 +219,18 @@ def measure_teaching(folder: Path, device: torch.device) -> list[Row]:
         added = statistics.median((1 / rate - label) * step for rate, label, step in times)
         row.limit = f"adds {100 * added:.1f} % to the step"
 
-    online: dict[str, Callable[[], float]] = {"step, records, dense": teacherless["step, records, dense"]}
-    dense = codecs.Dense(CLASSES)
+    online: dict[str, Callable[[], float]] = {"step, records, dense": steps["step, records, dense"]}
+    dense = Dense(CLASSES)
     for name in sizes.teachers:
         network = forward.to_device(models.build_model(name, CLASSES), device)
-        one = learner(folder / f"online_{name}", sizes.student, _taught(dense), device, batch_size)
+        one = learner(folder / f"online_{name}", sizes.student, _distillation_loss(dense), device, batch_size)
         teacher = OnlineRecords([network], dense, precision.automatic())
         online[f"step, online {name}"] = partial(train, one, [replace(batch) for _ in range(8)], teacher)
     return [*rows, *in_turn(case, "images/s", online, rounds=9)[1:]]
 
 
-def _taught(codec: codecs.Codec) -> Loss:
-    """The loss of a student of one checkpoint."""
+def _distillation_loss(codec: Codec) -> Loss:
+    """The loss of a student that is distilled from one checkpoint."""
     words = ["--data.train=memory", "--model.name=resnet20", "--run_dir=-", "--epochs=1000"]
     config = load_config(DistillConfig, [*words, "--teacher.store=memory", "--teacher.checkpoints=[1]"])
     return DistillationLoss(config, codec, columns=[[0]] * config.epochs, weights=[1.0])

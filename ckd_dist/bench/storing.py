@@ -21,13 +21,17 @@ from ckd_dist.data.batch import Batch
 from ckd_dist.data.dataset import DatasetInfo
 from ckd_dist.data.recipe import ViewRecipe
 from ckd_dist.nn import forward
-from ckd_dist.store import codecs, recording
+from ckd_dist.store import recording
 from ckd_dist.store.check import faults
+from ckd_dist.store.codecs.dense import Dense
+from ckd_dist.store.creation import open_store
+from ckd_dist.store.describe import describe
 from ckd_dist.store.manifest import Manifest
 from ckd_dist.store.options import CacheConfig
 from ckd_dist.store.reader import StoreReader
-from ckd_dist.store.writer import ShardWriter, open_store, store_size
-from ckd_dist.studies.stages import stage
+from ckd_dist.store.size import format_bytes, store_size
+from ckd_dist.store.writer import ShardWriter
+from ckd_dist.studies.commands import run_module
 
 IMAGENET = 1_281_167
 
@@ -50,12 +54,12 @@ def measure_caching(setup: Setup, info: DatasetInfo, model: str, size: int) -> l
     count = 4
     options = ["--data.train", info.path, "--data.image_size", size, "--data.batch_size", 64]
     train = [*options, "--model.name", model, "--epochs", count, "--save_every", 1, "--optim.lr", 0.01]
-    stage(f"a trajectory of {model}", "ckd_dist.train_teacher", *train, "--run_dir", run)
+    run_module(f"a trajectory of {model}", "ckd_dist.train_teacher", *train, "--run_dir", run)
     stores = setup.folder / "scratch" / "cached"
     shutil.rmtree(stores, ignore_errors=True)
     new_store = (stores / str(number) for number in count_up())
     config = load_config(CacheConfig, [str(word) for word in [*options, "--teacher.run", run, "--store", stores]])
-    manifest, recorder = recording.describe(config, device)
+    manifest, recorder = describe(config, device)
     teachers = recorder.load(list(manifest.checkpoints))
     every = np.arange(info.count)
     batches = list(recorder.loader.batches(every))
@@ -111,7 +115,7 @@ def measure_reading(
         recipe=ViewRecipe(kind="random_resized_crop").to_dict(),
         view_seed=0,
         forward={"image_size": 224, "mean": [0.0] * 3, "std": [1.0] * 3, "amp": "off"},
-        codec=codecs.to_dict(codecs.Dense(classes)),
+        codec=Dense(classes).to_dict(),
         shard_size=65536,
         checkpoints={"epoch_0001": {"epoch": 1, "model": "none", "weights_sha256": "none", "views": 1}},
         images={},
@@ -150,7 +154,7 @@ def measure_reading(
             reader.rows(ids, 0)
         return batches * batch_size
 
-    size = recording.format_bytes(store_size(manifest)[0])
+    size = format_bytes(store_size(manifest)[0])
     case = f"store, dense, {count:,} records of {classes} classes, {size}"
     works = {"numpy's take of the same rows in memory": take, "reading, random order, page cache": rows}
     limits = {"reading, random order, page cache": "memory: rows of 2 kB from anywhere"}

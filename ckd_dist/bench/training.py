@@ -26,7 +26,7 @@ from ckd_dist.data.loader import BetonLoader
 from ckd_dist.data.order import shuffled_ids, train_ids
 from ckd_dist.nn import models
 from ckd_dist.nn.forward import forward_logits, to_device
-from ckd_dist.studies.stages import stage
+from ckd_dist.studies.commands import run_module
 from ckd_dist.train import students
 from ckd_dist.train.options import DistillConfig
 from ckd_dist.train.teachers import open_teacher, resolve_checkpoints
@@ -75,14 +75,14 @@ class Setup:
         """Write images, teachers of one epoch and logits, by the commands that a user would type."""
         if not self.images.exists():
             images = ["--dataset", "stacked_fashion_mnist", "--split", "train", "--subset", IMAGES]
-            stage("images", "data_prep.write_beton", *images, "--out", self.images)
+            run_module("images", "data_prep.write_beton", *images, "--out", self.images)
         for name in dict.fromkeys(self.models.teachers):
             model = ["--model.name", name, "--epochs", 1, "--run_dir", self.teacher(name)]
-            stage(f"a teacher, {name}", "ckd_dist.train_teacher", *self.options, *model)
+            run_module(f"a teacher, {name}", "ckd_dist.train_teacher", *self.options, *model)
         small = ["--teacher.run", self.teacher(self.models.teachers[0]), "--views", VIEWS]
         for codec, more in CODECS.items():
             store = ["--store", self.store(codec), *more]
-            stage(f"its logits, {codec}", "ckd_dist.cache_logits", *self.options, *small, *store)
+            run_module(f"its logits, {codec}", "ckd_dist.cache_logits", *self.options, *small, *store)
 
 
 # ------------------------------------------------------------------------------------------- epochs
@@ -121,13 +121,13 @@ def measure_epochs(setup: Setup) -> list[Row]:
         network, _ = models.load_model(setup.teacher(name) / "checkpoints" / "epoch_0001.pt", "RUN_DIR")
         works[f"forward of {name}, data in memory"] = partial(forward, to_device(network, setup.device))
     alone = {name: name for name in works if name.endswith("in memory")}
-    taught, *others = in_turn(case, "images/s", works, rounds=7, references=alone)
+    from_store, *others = in_turn(case, "images/s", works, rounds=7, references=alone)
     found = {row.what: row.rates for row in others}
     for row in others:
         if row.what.startswith("online teacher"):
             ahead = found[f"forward of {row.what.rpartition(' ')[2]}, data in memory"]
             most = [1 + a / b for a, b in zip(found["student's step, data in memory"], ahead, strict=True)]
-            gain = [a / b for a, b in zip(taught.rates, row.rates, strict=True)]
+            gain = [a / b for a, b in zip(from_store.rates, row.rates, strict=True)]
             share = spread([a / b for a, b in zip(gain, most, strict=True)])
             row.limit = f"the store gains {format_spread(share)}"
             row.limit += f" of student and teacher over student, {statistics.median(most):.2f}"

@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from ckd_dist.core.results import Bench, Selection
-from ckd_dist.report.findings import Study, Taught, WayToChoose, chosen_epochs
+from ckd_dist.report.findings import StudentGroup, Study, WayToChoose, chosen_epochs
 from ckd_dist.selection.mi import SCALINGS
 
 BLUE, ORANGE, GREEN, PURPLE, GREY = "#0072b2", "#d55e00", "#009e73", "#8d5a99", "#777777"
@@ -33,7 +33,9 @@ def spread(values: Sequence[float]) -> float:
     return statistics.stdev(values) if len(values) > 1 else 0.0
 
 
-def checkpoints(each: list[Taught], singles: list[Taught], selection: Selection | None, split: str) -> Figure:
+def checkpoints(
+    each: list[StudentGroup], singles: list[StudentGroup], selection: Selection | None, split: str
+) -> Figure:
     """Students' top-1 against the epoch of their teacher, and below it the teacher's own."""
     figure, axes = _axes(
         rows=2 if selection else 1,
@@ -67,11 +69,11 @@ def checkpoints(each: list[Taught], singles: list[Taught], selection: Selection 
     return figure
 
 
-def _plain(each: Sequence[Taught]) -> Taught | None:
+def _plain(each: Sequence[StudentGroup]) -> StudentGroup | None:
     return next((one for one in each if one.teacher == "none"), None)
 
 
-def ensembles(base: Taught, ensembles: list[Taught], split: str) -> Figure:
+def ensembles(base: StudentGroup, ensembles: list[StudentGroup], split: str) -> Figure:
     """Students' top-1 against the number of checkpoints in the ensemble: of one run, and of several."""
     figure, axes = _axes()
     ax = axes[0, 0]
@@ -164,7 +166,7 @@ def choice(selections: list[Selection]) -> Figure:
     return figure
 
 
-def regret(ways: Sequence[WayToChoose], singles: list[Taught]) -> Figure:
+def regret(ways: Sequence[WayToChoose], singles: list[StudentGroup]) -> Figure:
     """Regret of every way to choose, beside that of a checkpoint drawn at random."""
     best = max(one.mean for one in singles)
     bars = sorted(((way.name, way.regret) for way in ways), key=lambda pair: -pair[1])
@@ -180,7 +182,7 @@ def regret(ways: Sequence[WayToChoose], singles: list[Taught]) -> Figure:
     return figure
 
 
-def curves(study: Study, best_first: list[Taught], base: Taught | None) -> Figure | None:
+def curves(study: Study, best_first: list[StudentGroup], base: StudentGroup | None) -> Figure | None:
     """Held-out top-1 after every epoch, the mean over seeds: the best teachers, the last checkpoint, no teacher."""
     wanted = list(dict.fromkeys([*best_first[:3], *(one for one in (base, _plain(best_first)) if one)]))
     figure, axes = _axes()

@@ -22,7 +22,7 @@ SIGNIFICANT = 0.05
 
 
 @dataclass(frozen=True)
-class Taught:
+class StudentGroup:
     """Students of one model and one teacher, with the setting that was chosen for it on held-out images."""
 
     model: str
@@ -53,7 +53,7 @@ class Taught:
 
     @property
     def size(self) -> int:
-        """Number of checkpoints that teach together."""
+        """Number of checkpoints in the teacher: more than 1 for an ensemble."""
         return self.teacher.count("+") + 1
 
     @property
@@ -62,14 +62,14 @@ class Taught:
         return int(self.teacher) if self.teacher.isdecimal() else None
 
 
-def taught(rows: Sequence[dict]) -> list[Taught]:
+def student_groups(rows: Sequence[dict]) -> list[StudentGroup]:
     """The chosen students of results.csv, in its order."""
     found = []
     for (model, teacher), same in results.grouped([row for row in rows if row["chosen"]], "model", "teacher"):
         same = sorted(same, key=lambda row: row["seed"])
         first = same[0]
         found.append(
-            Taught(
+            StudentGroup(
                 model=model,
                 teacher=teacher,
                 weights_sha256=first["weights_sha256"],
@@ -102,7 +102,7 @@ class Study:
     rows: list[dict]
     """Its results.csv."""
     selections: list[Selected]
-    """Those among the checkpoints that taught, or might have: the one of the last feature map first."""
+    """Of the checkpoints that students were distilled from, or might have been; that of the last feature map first."""
     bench: results.Bench | None
     notes: list[str]
     """What is left out, and why."""
@@ -133,12 +133,12 @@ def read_study(runs: Path) -> Study:
     require(len(tables) == 1, f"RUNS: {', '.join(map(str, tables))}: name a folder with one search")
     rows = results.read_table(tables[0], "RUNS")
     require(any(row["chosen"] for row in rows), f"RUNS: {tables[0]} has no chosen students")
-    taught_by = {weights for row in rows for weights in (row["weights_sha256"] or "").split("+")}
+    teacher_weights = {weights for row in rows for weights in (row["weights_sha256"] or "").split("+")}
     is_known = all(row["weights_sha256"] or row["teacher"] == "none" for row in rows)
     selections, taken, notes = [], [], []
     for path in sorted(runs.rglob("selection.json")):
         result, cost = results.read_selection(path, "RUNS"), path.with_name("cost.json")
-        if is_known and taught_by.isdisjoint(each.weights_sha256 for each in result.checkpoints):
+        if is_known and teacher_weights.isdisjoint(each.weights_sha256 for each in result.checkpoints):
             notes.append(f"{path} is of another teacher: by their weights, none of its checkpoints taught the students")
         else:
             taken.append(path)
@@ -174,7 +174,7 @@ class Difference:
     p: float | None
     """Of a two-sided test, see `differences`; None where there is but one seed."""
     adjusted_p: float | None
-    """By Holm's method, for all the differences that were asked for together."""
+    """By Holm's method, for all the differences that are tested together."""
 
     @property
     def within_noise(self) -> bool:
@@ -182,13 +182,13 @@ class Difference:
         return self.adjusted_p is None or self.adjusted_p > SIGNIFICANT
 
 
-def last_checkpoint(each: Sequence[Taught]) -> Taught | None:
+def last_checkpoint(each: Sequence[StudentGroup]) -> StudentGroup | None:
     """The students of the last single checkpoint: of the usual teacher, with which others are compared."""
     singles = [one for one in each if one.epoch is not None]
     return max(singles, key=lambda one: one.epoch or 0, default=None)
 
 
-def differences(each: Sequence[Taught], base: Taught) -> list[Difference | None]:
+def differences(each: Sequence[StudentGroup], base: StudentGroup) -> list[Difference | None]:
     """Top-1 of each minus that of `base`, one of them; None for `base` itself, and where they have no seed in common.
 
     A randomised block design, the seeds being the blocks: teacher and seed add up, and what they leave unexplained is
@@ -244,14 +244,14 @@ class WayToChoose:
     """Of the correlation: that no order is behind it."""
 
 
-def in_common(each: Sequence[Taught], selection: Selection) -> list[tuple[Candidate, Taught]]:
+def in_common(each: Sequence[StudentGroup], selection: Selection) -> list[tuple[Candidate, StudentGroup]]:
     """The checkpoints that a selection and students both know, by their weights, in the order of training."""
     by_weights = {one.weights_sha256: one for one in each}
     candidates = selection.checkpoints
     return [(found, by_weights[found.weights_sha256]) for found in candidates if found.weights_sha256 in by_weights]
 
 
-def ways_to_choose(pairs: Sequence[tuple[Candidate, Taught]], selection: Selection) -> list[WayToChoose]:
+def ways_to_choose(pairs: Sequence[tuple[Candidate, StudentGroup]], selection: Selection) -> list[WayToChoose]:
     """All scores of a selection and the fixed choices, judged by the students of each checkpoint: of what they have
     `in_common`, at least one checkpoint."""
     epochs = [found.epoch for found, _ in pairs]

@@ -14,19 +14,19 @@ from ckd_dist.core.results import mean_and_deviation
 from ckd_dist.report import figures
 from ckd_dist.report.findings import (
     Difference,
+    StudentGroup,
     Study,
-    Taught,
     differences,
     in_common,
     last_checkpoint,
-    taught,
+    student_groups,
     ways_to_choose,
 )
 
 
 def write(study: Study, out: Path) -> None:
     """Write the page, its pictures and the table."""
-    each = taught(study.rows)
+    each = student_groups(study.rows)
     sections: list[str] = []
     pictures: dict[str, bytes] = {}
     for model in dict.fromkeys(one.model for one in each):
@@ -70,7 +70,7 @@ def _table(head: Sequence[str], rows: Sequence[Sequence[str]], bold: int | None 
 HEAD = ("teacher", "loss", "alpha", "T", "n", "held out, %", "test, %", "minus the last checkpoint", "p", "")
 
 
-def comparison(each: Sequence[Taught]) -> list[list[str]]:
+def comparison(each: Sequence[StudentGroup]) -> list[list[str]]:
     """A row for each teacher of one model: setting, n, mean and deviation, and the difference from the last
     checkpoint with a paired test."""
     base = last_checkpoint(each)
@@ -95,7 +95,7 @@ def _p_value(p: float) -> str:
     return f"{p:.3f}" if p >= 0.001 else "< 0.001"
 
 
-def markdown(each: Sequence[Taught]) -> list[str]:
+def markdown(each: Sequence[StudentGroup]) -> list[str]:
     """The comparison of every model as a table for a README."""
     lines = [f"| student | {' | '.join(HEAD)} |", "|---" * (len(HEAD) + 1) + "|"]
     for model in dict.fromkeys(one.model for one in each):
@@ -116,7 +116,7 @@ def _all_rows(rows: Sequence[dict]) -> str:
 # ------------------------------------------------------------------------------------------- sections
 
 
-def _model_sections(study: Study, each: list[Taught], pictures: dict[str, bytes]) -> Iterator[str]:
+def _model_sections(study: Study, each: list[StudentGroup], pictures: dict[str, bytes]) -> Iterator[str]:
     """Everything about the students of one model."""
     model = each[0].model
     split = "test" if any(one.test for one in each) else "held-out"
@@ -171,7 +171,7 @@ def _model_sections(study: Study, each: list[Taught], pictures: dict[str, bytes]
         yield _section("Learning curves", _picture(curves, f"{name}curves", pictures))
 
 
-def _headline(each: Sequence[Taught], split: str) -> str:
+def _headline(each: Sequence[StudentGroup], split: str) -> str:
     """What the table says, in words."""
     base = last_checkpoint(each)
     if base is None:

@@ -9,22 +9,16 @@ import sys
 import threading
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from ckd_dist.core.process import PARENT, STOPPED, StopRequest
 from ckd_dist.search.options import SearchConfig
 
-if TYPE_CHECKING:
-    pass
-
-
-# ------------------------------------------------------------------------------------------- processes
-
 
 def share_out(config: SearchConfig) -> None:
     """Train the students in processes of this machine, a part each, and return when all are done. One that fails ends
-    the others, and this process with its status; they end too when this process is killed, and save first when it is
-    asked to stop."""
+    the others, and this process with its status; they end too when this process is killed, and save first when it gets
+    a signal to stop."""
     import torch
 
     from ckd_dist.core import dist

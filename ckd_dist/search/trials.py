@@ -86,7 +86,7 @@ class Search:
 # ------------------------------------------------------------------------------------------- students
 
 
-def prepare(asked: SearchConfig) -> Search:
+def prepare(requested: SearchConfig) -> Search:
     """What a search is to do; collective. Raises `UserError` for a checkpoint that the store lacks, or a setting that
     it does not serve."""
     from ckd_dist.core import checkpoint, dist, precision
@@ -95,30 +95,30 @@ def prepare(asked: SearchConfig) -> Search:
     from ckd_dist.train import setup
     from ckd_dist.train.teachers import CachedTeacher
 
-    store = asked.teacher.store or ""
+    store = requested.teacher.store or ""
     manifest = Manifest.load(Path(store), "teacher.store")
-    default = checkpoint.choose(manifest.members, asked.teacher.checkpoints, "teacher.checkpoints")
-    teachers = asked.grid.teachers or [default]
-    heard = list(dict.fromkeys(name for members in teachers for name in members)) or default
-    checkpoint.choose(manifest.members, heard, "grid.teachers")
-    began = began_in(Path(asked.run_dir))
-    config = precision.settle(asked, began)
+    default = checkpoint.choose(manifest.members, requested.teacher.checkpoints, "teacher.checkpoints")
+    teachers = requested.grid.teachers or [default]
+    used = list(dict.fromkeys(name for members in teachers for name in members)) or default
+    checkpoint.choose(manifest.members, used, "grid.teachers")
+    began = began_in(Path(requested.run_dir))
+    config = precision.settle(requested, began)
     if config.data.views is None:
-        views = dist.on_main(lambda: saved_options(began).get("data.views")) or manifest.views(heard)
+        views = dist.on_main(lambda: saved_options(began).get("data.views")) or manifest.views(used)
         config = replace(config, data=replace(config.data, views=views))
     teacher = CachedTeacher(store, manifest)
     images = {
         option: teacher.match(info, option, config.data.map_classes)
         for option, info in open_images(config.data, "train", "val", "test").items()
     }
-    origin = setup.origin(asked, config, images, teacher.inputs(heard))
-    origin = replace(origin, asked=shared_options(asked), settled=shared_options(config))
+    origin = setup.origin(requested, config, images, teacher.inputs(used))
+    origin = replace(origin, asked=shared_options(requested), settled=shared_options(config))
     return Search(config, origin, images, teacher, list_trials(config, manifest, teachers))
 
 
 def list_trials(config: SearchConfig, manifest: Manifest, teachers: list[list[int | str]]) -> list[Trial]:
     """Every student of the search; raises `UserError` for a setting that the store does not serve."""
-    from ckd_dist.store import codecs
+    from ckd_dist.store.codecs.targets import require_supported
 
     grid = config.grid
     data = student_data(config, manifest)
@@ -135,7 +135,7 @@ def list_trials(config: SearchConfig, manifest: Manifest, teachers: list[list[in
             settings, grid.models or [config.model.name], grid.seeds or [config.seed]
         ):
             if setting:
-                codecs.require_served(manifest.recorded, setting, teacher.at_once)
+                require_supported(manifest.recorded, setting, teacher.at_once)
             weights = "+".join(hashes[name] for name in members) or None
             trials.append(make_trial(config, data, teacher, weights, setting, model, seed))
     return trials

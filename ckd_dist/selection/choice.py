@@ -1,4 +1,5 @@
-"""Probe the features of a teacher's checkpoints, and choose the one that teaches: the work of `select_teacher`."""
+"""Probe the features of a teacher's checkpoints, and choose the one to distill from: the work of
+`select_teacher`."""
 
 from __future__ import annotations
 
@@ -19,7 +20,7 @@ from ckd_dist.data.options import LoaderConfig
 from ckd_dist.nn import forward, models
 from ckd_dist.selection import mi
 from ckd_dist.selection.options import SelectConfig
-from ckd_dist.selection.probes import Trajectory, _loader
+from ckd_dist.selection.probes import Trajectory, probe_loader
 
 
 @dataclass
@@ -44,7 +45,7 @@ def estimate(
 ) -> tuple[dict[int, Estimates], dict[str, float]]:
     """Score the probes on held-out images: (epoch -> estimates, the constants `label_entropy` and `mean_colour_loss`).
     Collective: each rank takes a contiguous share."""
-    loader = _loader(
+    loader = probe_loader(
         config, trajectory, held_out, dataset.eval_recipe(held_out, config.data.augment), config.data.batch_size
     )
     epochs = list(trajectory.models)
@@ -60,10 +61,10 @@ def estimate(
         colour_sum += pixels.mean((2, 3)).sum(0)
         labels.append(batch.labels.cpu())
         for e, epoch in enumerate(epochs):
-            features, answers = forward.forward_features(
+            features, batch_logits = forward.forward_features(
                 trajectory.models[epoch], trajectory.layer, batch.images, config.amp
             )
-            logits[epoch].append(answers.cpu())
+            logits[epoch].append(batch_logits.cpu())
             with forward.autocast(device, config.amp):
                 both = probes[epoch](features, pixels, batch.labels)
             losses[e] += torch.stack(both, dim=1).sum(2)

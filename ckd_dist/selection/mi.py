@@ -87,8 +87,8 @@ class Probes(nn.Module):
         restored = self.decoder(self.enter(features, pixels.shape[-1])).float().view(n, *shape)
         target = pixels[:, None].expand(n, *shape)
         reconstruction = F.binary_cross_entropy_with_logits(restored, target, reduction="none").flatten(2).mean(2)
-        answers = self.classifier(features).float().view(n * self.repeats, -1)
-        cross_entropy = F.cross_entropy(answers, labels.repeat_interleave(self.repeats), reduction="none")
+        logits = self.classifier(features).float().view(n * self.repeats, -1)
+        cross_entropy = F.cross_entropy(logits, labels.repeat_interleave(self.repeats), reduction="none")
         return reconstruction.T, cross_entropy.view(n, self.repeats).T
 
 
@@ -135,16 +135,16 @@ def calibration_error(logits: torch.Tensor, labels: torch.Tensor, bins: int = 15
     """Expected calibration error in [0, 1]: the difference of confidence and accuracy, averaged over equal bins of
     confidence (Guo et al., "On Calibration of Modern Neural Networks", arXiv 1706.04599): logits float [n, classes],
     labels int64 [n]."""
-    confidence, answer = logits.double().softmax(1).max(1)
-    right = (answer == labels).double()
+    confidence, predicted = logits.double().softmax(1).max(1)
+    right = (predicted == labels).double()
     index = (confidence * bins).ceil().long().clamp(1, bins) - 1
     gap = torch.zeros(bins, dtype=torch.float64).index_add(0, index.cpu(), (confidence - right).cpu())
     return float(gap.abs().sum() / len(labels))
 
 
 def conditional_mutual_information(logits: torch.Tensor, labels: torch.Tensor) -> float:
-    """I(X; Y' | Y) in nats, Y' drawn from the softmax: how far answers to images of one class differ from that class's
-    mean answer (Ye et al., "Bayes Conditional Distribution Estimation for Knowledge Distillation Based on Conditional
+    """I(X; Y' | Y) in nats, Y' drawn from the softmax: how far the softmaxes of images of one class differ from their
+    mean (Ye et al., "Bayes Conditional Distribution Estimation for Knowledge Distillation Based on Conditional
     Mutual Information", arXiv 2401.08732): logits float [n, classes], labels int64 [n]."""
     log_p = F.log_softmax(logits.double(), dim=1)
     p = log_p.exp()

@@ -75,7 +75,10 @@ def load_trajectory(config: SelectConfig, device: torch.device) -> Trajectory:
     return Trajectory(teachers, weights, metadata, layer, features.shape[1], image_size, mean, std)
 
 
-def _loader(config: SelectConfig, trajectory: Trajectory, info: DatasetInfo, recipe, batch_size: int) -> BetonLoader:
+def probe_loader(
+    config: SelectConfig, trajectory: Trajectory, info: DatasetInfo, recipe, batch_size: int
+) -> BetonLoader:
+    """Images as the teacher sees them, in batches of `batch_size` on this process, by the view `recipe`."""
     mean, std = (tuple(values.flatten().tolist()) for values in (trajectory.mean, trajectory.std))
     return BetonLoader(
         info,
@@ -139,7 +142,7 @@ class ProbeTraining:
         require(batch_size <= info.count, f"data.batch_size {batch_size} is larger than the {info.count} images")
         share, recipe = order.rank_share(batch_size), dataset.train_recipe(config.data, info)
         require(not recipe.mixes, "data.mixup and data.cutmix are not for select_teacher: its images have one label")
-        loader = _loader(config, self._trajectory, info, recipe, share.stop - share.start)
+        loader = probe_loader(config, self._trajectory, info, recipe, share.stop - share.start)
         epoch, first = divmod(self.step, info.count // batch_size)
         while True:
             ids = order.train_ids(order.shuffled_ids(info.count, config.seed, epoch), batch_size, first)

@@ -18,9 +18,8 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import sys
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 
 from ckd_dist.core.errors import require
@@ -91,8 +90,8 @@ def plan(config: PlanConfig) -> int:
     """Print what a caching takes; returns 1 when it does not fit on the disk."""
     from ckd_dist.core import dist
     from ckd_dist.core.console import format_seconds
-    from ckd_dist.store import recording
     from ckd_dist.store.plan import TimedPlan, plan
+    from ckd_dist.store.size import format_bytes
 
     with dist.process_group() as device:
         found = plan(config, device)
@@ -103,12 +102,12 @@ def plan(config: PlanConfig) -> int:
     if config.json:
         print(json.dumps(asdict(found), indent=2))
         return 0 if fits else 1
-    size, free = recording.format_bytes(found.bytes), recording.format_bytes(found.free_bytes)
+    size, free = format_bytes(found.bytes), format_bytes(found.free_bytes)
     rows = {
         "size": f"{size} ({found.bytes:,} bytes) in {found.files:,} files",
-        "largest shard": recording.format_bytes(found.largest_shard_bytes),
+        "largest shard": format_bytes(found.largest_shard_bytes),
         "free on the disk": free if fits else f"[red]{free}: it does not fit[/]",
-        "to write": f"{found.missing_records:,} records, {recording.format_bytes(found.missing_bytes)}",
+        "to write": f"{found.missing_records:,} records, {format_bytes(found.missing_bytes)}",
     }
     if isinstance(found, TimedPlan):
         rows |= {
@@ -168,11 +167,12 @@ def info(store: Path, as_json: bool) -> int:
     return 0
 
 
-# ------------------------------------------------------------------------------------------- verify, repair
+# ------------------------------------------------------------------------------------------- verify, repair, convert
 
 
 def verify(options: argparse.Namespace) -> int:
-    """Compare every shard with its checksum and, asked to, records with the teacher; returns 1 for any difference."""
+    """Compare every shard with its checksum and, given the teacher, records with its logits; returns 1 for any
+    difference."""
     from ckd_dist.core import dist
     from ckd_dist.data.beton import open_beton
     from ckd_dist.store.check import faults
@@ -211,94 +211,23 @@ def verify(options: argparse.Namespace) -> int:
 def repair(options: argparse.Namespace) -> int:
     """Compute anew what is missing or bad."""
     from ckd_dist.core import dist
-    from ckd_dist.core.console import say
-    from ckd_dist.data.beton import open_beton
-    from ckd_dist.store import recording
-    from ckd_dist.store.check import faults
-    from ckd_dist.store.manifest import Manifest
-    from ckd_dist.store.reader import as_cached
-    from ckd_dist.store.writer import clear_leftovers, locked, make_room
+    from ckd_dist.store.repair import repair
 
-    store = options.store
     with dist.process_group() as device:
-        manifest = Manifest.load(store, "STORE")
-        images = as_cached(open_beton(options.train, "data.train"), manifest, "STORE", store)
-        loader = LoaderConfig(batch_size=options.batch_size)
-        recorder = recording.Recorder(manifest, images, options.run, loader, device)
-        if note := manifest.decoding_note(recording.image_digests(manifest, images)):
-            say(note)
-        names = list(manifest.members_of(options.name).values())
-        recorder.load(names[:1])  # refuses another run before anything is deleted
-        bad = faults(store, manifest, names)
-        for _, fault in bad:
-            say(fault)
-
-        def delete_and_look():
-            clear_leftovers(store)
-            with locked(store):
-                for shard, _ in bad:
-                    make_room(store, shard)
-            views = {name: manifest.checkpoints[name]["views"] for name in names}
-            return [each for name in names for each in recording.missing_work(store, manifest, [name], views[name], 1)]
-
-        work = dist.on_main(delete_and_look)
-        if work:
-            recording.write_work(store, recorder, work)
-        else:
-            say(f"{store}: nothing to repair")
+        repair(options.store, options.train, options.run, options.name, options.batch_size, device)
     return 0
-
-
-# ------------------------------------------------------------------------------------------- convert
 
 
 def convert(options: argparse.Namespace) -> int:
     """Write a dense store once more with another codec; goes on where a killed one stopped."""
-    import numpy as np
-    import torch
-
     from ckd_dist.core import dist
-    from ckd_dist.core.console import ProgressDisplay, say
-    from ckd_dist.data.beton import open_beton
-    from ckd_dist.data.loader import read_labels
-    from ckd_dist.store import codecs, recording
-    from ckd_dist.store.manifest import Manifest
-    from ckd_dist.store.reader import StoreReader, as_cached
-    from ckd_dist.store.writer import ShardWriter, all_shards, is_written
+    from ckd_dist.store.convert import convert, describe_converted
 
     given = {name: getattr(options, name) for name in ("codec", "k", "dtype", "sample_temperature")}
-    asked = load_config(CodecConfig, [f"--{name}={value}" for name, value in given.items() if value is not None])
-    manifest = Manifest.load(options.store, "STORE")
-    source = manifest.recorded
-    require(source.name == "dense", f"STORE: {options.store} has codec {source.name}, convert reads dense stores only")
-    codec = codecs.from_config(asked, source.num_classes)
-    require(codec != source, f"convert: {options.store} is {manifest.codec} already: choose another codec")
-    members = list(manifest.members.values())
+    config = load_config(CodecConfig, [f"--{name}={value}" for name, value in given.items() if value is not None])
+    wanted = describe_converted(options.store, options.train, config)
     with dist.process_group():
-        images = as_cached(open_beton(options.train, "data.train", verify=False), manifest, "STORE", options.store)
-        labels = torch.from_numpy(read_labels(images))
-        reader = StoreReader(str(options.store), list(manifest.members), images)
-        reader.check_shards()
-
-        def begin_and_look():
-            paths = {"STORE": os.path.abspath(options.store), "data.train": os.path.abspath(options.train)}
-            new = recording.begin(options.new, replace(manifest, codec=codecs.to_dict(codec), paths=paths))
-            return new, [shard for shard in all_shards(manifest) if not is_written(options.new, shard)]
-
-        new, missing = dist.on_main(begin_and_look)
-        mine = missing[dist.rank() :: dist.world_size()]
-        done = 0
-        with dist.uneven_work(), ProgressDisplay(sum(shard.count for shard in mine), unit="records") as progress:
-            for shard in mine:
-                with ShardWriter(options.new, shard, new) as writer:
-                    for ids in np.array_split(np.arange(shard.first, shard.last + 1), -(-shard.count // 1024)):
-                        rows = reader.rows(ids, shard.view, [members.index(shard.checkpoint)])[:, 0]
-                        logits = source.decode(torch.from_numpy(rows), 1.0)
-                        writer.append(recording.encode(new, shard, ids, logits, labels[ids]).numpy())
-                        done += len(ids)
-                        progress.update(done, "converting")
-                    writer.commit()
-        say(f"{options.new}: complete, {sum(shard.count for shard in missing):,} records converted to {codec.name}")
+        convert(options.store, options.new, options.train, wanted)
     return 0
 
 

@@ -16,7 +16,8 @@ from ckd_dist.core.files import parse_json, read_json, write_bytes_atomically
 from ckd_dist.core.identity import Input
 from ckd_dist.core.options import flatten
 from ckd_dist.data.recipe import ViewRecipe
-from ckd_dist.store import codecs
+from ckd_dist.store.codecs import factory
+from ckd_dist.store.codecs.base import Codec
 
 FORMAT = 4
 """Of manifest.json. Formats 2 and 3 are read too: they tell neither classes nor paths, and format 2 has one number of
@@ -70,7 +71,7 @@ class Manifest:
     forward: dict
     """How the teacher saw the images: `image_size`, `mean`, `std`, `amp`."""
     codec: dict
-    """What is kept of the logits (`codecs.to_dict`)."""
+    """What is kept of the logits (`Codec.to_dict`)."""
     shard_size: int
     """Records in every shard but the last of a view."""
     checkpoints: dict[str, dict]
@@ -95,9 +96,9 @@ class Manifest:
         return _checksum(self.identity)
 
     @property
-    def recorded(self) -> codecs.Codec:
+    def recorded(self) -> Codec:
         """The codec of the records."""
-        return codecs.from_dict(self.codec, self.dataset["num_classes"])
+        return factory.from_dict(self.codec, self.dataset["num_classes"])
 
     @property
     def members(self) -> dict[int | str, str]:
@@ -134,6 +135,10 @@ class Manifest:
         """The shards of one checkpoint, view after view: of the first `views`, default: of all."""
         views = views or self.checkpoints[checkpoint]["views"]
         return [shard for view in range(views) for shard in self.shards(checkpoint, view)]
+
+    def all_shards(self) -> list[Shard]:
+        """The shards of all checkpoints and views."""
+        return [shard for name in self.checkpoints for shard in self.checkpoint_shards(name)]
 
     def sidecar(self, shard: Shard, sha256: str) -> Sidecar:
         """What stands beside a shard whose file has the checksum `sha256`."""
@@ -195,7 +200,7 @@ class Manifest:
             shards = manifest.dataset["count"] // manifest.shard_size + 1
             total = shards * sum(checkpoint["views"] for checkpoint in manifest.checkpoints.values())
             require(total < 10**7, f"{option}: {path} is damaged: no store has {total} shards")
-            codecs.record_bytes(manifest.recorded)
+            _ = manifest.recorded.record_bytes  # raises for what is no codec
             return manifest
         except UserError:
             raise

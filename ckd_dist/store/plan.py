@@ -16,11 +16,11 @@ from torch import nn
 
 from ckd_dist.core import dist
 from ckd_dist.nn.forward import forward_logits
+from ckd_dist.store.creation import merged
+from ckd_dist.store.describe import describe
 from ckd_dist.store.options import PlanConfig
-from ckd_dist.store.recording import Recorder, count_records, describe, missing_work, space
-from ckd_dist.store.writer import merged, shard_size, store_size
-
-# ------------------------------------------------------------------------------------------- plan
+from ckd_dist.store.recording import Recorder, count_records, missing_work
+from ckd_dist.store.size import shard_size, space, store_size
 
 
 @dataclass(frozen=True)

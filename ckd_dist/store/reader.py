@@ -18,7 +18,6 @@ from ckd_dist.core.errors import UserError, require
 from ckd_dist.data.dataset import DatasetInfo
 from ckd_dist.data.recipe import ViewRecipe
 from ckd_dist.data.views import compiled
-from ckd_dist.store import codecs
 from ckd_dist.store.check import faults, records_begin
 from ckd_dist.store.manifest import Manifest, Shard
 
@@ -100,7 +99,7 @@ class StoreReader:
         self.checkpoints = checkpoint.choose(available, checkpoints, "teacher.checkpoints")
         self._members = [available[name] for name in self.checkpoints]
         self.codec = self.manifest.recorded
-        self._record_bytes = codecs.record_bytes(self.codec)
+        self._record_bytes = self.codec.record_bytes
         size = self._record_bytes * self.manifest.dataset["count"] * self.views * len(self._members)
         self._outgrows_memory = size > os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 2
         self._mapped: dict[tuple[str, int], tuple[list[_MappedFile], np.ndarray]] = {}

@@ -19,9 +19,6 @@ TOLERANCE = 0.1
 ResNet-20 deviates from a bfloat16 one by up to 0.02; records of another image by 0.2 at least, mostly by much more."""
 
 
-# ------------------------------------------------------------------------------------------- verify
-
-
 def recompute(
     store: Path,
     info: DatasetInfo,
@@ -49,9 +46,9 @@ def recompute(
         views = rng.permutation(manifest.checkpoints[name]["views"])[:4]
         for view, share in zip(views, np.array_split(np.arange(count), len(views)), strict=True):
             ids = np.sort(rng.integers(0, info.count, len(share)))
-            for batch, answers in recorder.logits(teachers, ids, int(view)):
+            for batch, logits in recorder.logits(teachers, ids, int(view)):
                 records = reader.rows(batch.ids.numpy(), int(view), [number])[:, 0]
-                deviations = reader.codec.deviation(torch.from_numpy(records).to(device), answers[name])
+                deviations = reader.codec.deviation(torch.from_numpy(records).to(device), logits[name])
                 for sample, deviation in zip(batch.ids.tolist(), deviations.tolist(), strict=True):
                     if not deviation <= TOLERANCE:
                         off.append((f"{name}, view {view}, sample {sample}", deviation))

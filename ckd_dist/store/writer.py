@@ -8,14 +8,12 @@ import json
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
 
-from ckd_dist.core.errors import require
 from ckd_dist.core.files import NewFile, errors_name, lock, remove_leftovers, write_bytes_atomically
-from ckd_dist.store import codecs
 from ckd_dist.store.manifest import Manifest, Shard
 
 
@@ -26,53 +24,6 @@ def locked(store: Path) -> Iterator[bool]:
     store.mkdir(parents=True, exist_ok=True)
     with open(store / ".lock", "w", encoding="utf-8") as file:
         yield lock(file, wait=True, unless_known=False)
-
-
-def merged(store: Path, wanted: Manifest) -> Manifest:
-    """The manifest of `store` with the checkpoints of `wanted` and their views added; `wanted` where there is no store
-    yet.
-
-    Raises `UserError` naming the field that differs when the store holds other logits.
-    """
-    # In this order: another command may be making the store, and all but these come after the manifest.
-    beginning = (".lock", ".manifest.json.")
-    foreign = store.exists() and any(not path.name.startswith(beginning) for path in store.iterdir())
-    if not (store / "manifest.json").exists():
-        require(
-            not foreign,
-            f"store: {store} is not empty and has no manifest.json: choose another --store",
-        )
-        return wanted
-    found = Manifest.load(store, "store")
-    found.require_same(wanted, f"store: {store}", "this command")
-    checkpoints = dict(found.checkpoints)
-    for name, values in wanted.checkpoints.items():
-        known = found.checkpoints.get(name, values)
-        checkpoints[name] = {**known, "views": max(known["views"], values["views"])}
-        require(
-            known == {**values, "views": known["views"]},
-            f"store: {store} holds {name} of a model {known['model']} with weights "
-            f"{known['weights_sha256'][:12]}, this run has {values['model']} {values['weights_sha256'][:12]}: "
-            "choose another --store",
-        )
-    require(
-        not found.classes or not wanted.classes or found.classes == wanted.classes,
-        f"store: {store} is of a teacher with other names of classes: choose another --store",
-    )
-    return replace(
-        found,
-        checkpoints=dict(sorted(checkpoints.items())),
-        classes=found.classes or wanted.classes,
-        paths={**wanted.paths, **found.paths},
-    )
-
-
-def open_store(store: Path, manifest: Manifest) -> None:
-    """Create the store, or let it grow to what `manifest`, of `merged`, says."""
-    store.mkdir(parents=True, exist_ok=True)
-    path = store / "manifest.json"
-    if not path.exists() or path.read_bytes() != manifest.content():
-        manifest.save(store)
 
 
 def clear_leftovers(store: Path) -> None:
@@ -114,28 +65,6 @@ def sidecar_content(manifest: Manifest, shard: Shard, sha256: str) -> bytes:
     return (json.dumps(asdict(manifest.sidecar(shard, sha256)), indent=2) + "\n").encode()
 
 
-def shard_size(manifest: Manifest, shard: Shard) -> int:
-    """Bytes of a shard's .npy file."""
-    return len(array_header(manifest, shard)) + codecs.record_bytes(manifest.recorded) * shard.count
-
-
-def size_of(manifest: Manifest, shards: list[Shard]) -> int:
-    """Bytes of shards and their sidecars."""
-    sidecars = sum(len(sidecar_content(manifest, shard, 64 * "0")) for shard in shards)
-    return sidecars + sum(shard_size(manifest, shard) for shard in shards)
-
-
-def all_shards(manifest: Manifest) -> list[Shard]:
-    """Every shard of the complete store."""
-    return [shard for name in manifest.checkpoints for shard in manifest.checkpoint_shards(name)]
-
-
-def store_size(manifest: Manifest) -> tuple[int, int]:
-    """(bytes, files) of the whole store when it is complete: the sum of its files' lengths, to the byte."""
-    shards = all_shards(manifest)
-    return len(manifest.content()) + size_of(manifest, shards), 1 + 2 * len(shards)
-
-
 class ShardWriter:
     """Writes one shard, records in order, to a file of its own that `commit` gives its name.
 
@@ -146,7 +75,7 @@ class ShardWriter:
         self.shard, self._store, self._manifest = shard, store, manifest
         path = shard.path(store)
         path.parent.mkdir(parents=True, exist_ok=True)
-        self._record_bytes = codecs.record_bytes(manifest.recorded)
+        self._record_bytes = manifest.recorded.record_bytes
         self._digest = hashlib.sha256()
         self._written = 0
         self._new = NewFile(path)

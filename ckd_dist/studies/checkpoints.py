@@ -15,7 +15,7 @@ from pathlib import Path
 
 from ckd_dist.core.errors import require
 from ckd_dist.core.process import run_process
-from ckd_dist.studies.stages import console, stage
+from ckd_dist.studies.commands import console, run_module
 
 CONFIGS, RUNS = Path("configs/study"), Path("runs/study")
 IMAGES = {"train": 6000, "holdout": 2000, "test": 10000}
@@ -24,7 +24,7 @@ LAYERS = ("features.8", "features.5")
 
 
 def main() -> None:
-    """Run every stage; ends the process when one fails."""
+    """Run every command; ends the process when one fails."""
     if sys.argv[1:]:
         print(__doc__)
         sys.exit(0 if sys.argv[1:] in (["-h"], ["--help"]) else 2)
@@ -34,11 +34,11 @@ def main() -> None:
         path = RUNS / f"{split}.beton"
         if not path.exists():
             options = ["--dataset", "fashion_mnist", "--split", split, "--holdout", 0.1, "--subset", count]
-            stage(f"{count} images for {split}", "data_prep.write_beton", *options, "--out", path)
+            run_module(f"{count} images for {split}", "data_prep.write_beton", *options, "--out", path)
 
     def run(title: str, config: str, *more: object, processes: int = 2) -> None:
         module = {"teacher": "train_teacher", "cache": "cache_logits", "select": "select_teacher"}.get(config, config)
-        stage(title, f"ckd_dist.{module}", "--config", CONFIGS / f"{config}.yaml", *more, processes=processes)
+        run_module(title, f"ckd_dist.{module}", "--config", CONFIGS / f"{config}.yaml", *more, processes=processes)
 
     run("the teacher and its trajectory", "teacher")
     run("the logits of every checkpoint", "cache")
@@ -51,8 +51,8 @@ def main() -> None:
         run(f"mutual information at {layer}", "select", "--layer", layer, "--run_dir", RUNS / f"selection_{layer}")
     run("the students", "search", processes=0)
     if not (RUNS / "bench" / "bench.json").exists():
-        stage("what cached logits save", "ckd_dist.bench", RUNS / "bench", "--only", "epochs")
-    stage("the report", "ckd_dist.report", RUNS)
+        run_module("what cached logits save", "ckd_dist.bench", RUNS / "bench", "--only", "epochs")
+    run_module("the report", "ckd_dist.report", RUNS)
     console.print(f"{time.perf_counter() - started:.0f} s in all")
 
 

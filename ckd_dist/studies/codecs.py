@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ckd_dist.core.results import mean_and_deviation
-from ckd_dist.studies.stages import console, run_in_folder, stage
+from ckd_dist.studies.commands import console, run_in_folder, run_module
 
 SEEDS, TEACHER_EPOCHS, STUDENT_EPOCHS, ALPHA = (0, 1, 2), 16, 8, 0.1
 ELSEWHERE = (
@@ -80,22 +80,22 @@ def compare(folder: Path, task: Task) -> dict:
     for split, path, count in (("train", train, task.images), ("holdout", held_out, 2000)):
         if not path.exists():
             options = ["--dataset", task.dataset, "--split", split, "--subset", count, "--out", path]
-            stage(f"{task.dataset}: {split}", "data_prep.write_beton", *options)
+            run_module(f"{task.dataset}: {split}", "data_prep.write_beton", *options)
     images = ["--data.train", train, "--data.val", held_out]
     recipe = ["--optim.warmup_epochs", 1, "--log_every", 20]
     teacher, dense = folder / "teacher", folder / "stores" / "dense"
-    stage(
+    run_module(
         f"{task.dataset}: teacher",
         *("ckd_dist.train_teacher", *images, *recipe, "--model.name", "resnet20", "--epochs", TEACHER_EPOCHS),
         *("--save_every", TEACHER_EPOCHS, "--run_dir", teacher),
     )
     cache = ["--teacher.run", teacher, "--views", STUDENT_EPOCHS, "--store", dense, "--data.batch_size", 256]
-    stage(f"{task.dataset}: dense logits", "ckd_dist.cache_logits", "--data.train", train, *cache)
+    run_module(f"{task.dataset}: dense logits", "ckd_dist.cache_logits", "--data.train", train, *cache)
     stores = {"dense float16": dense}
     for name, options in {name: options for each in task.codecs.values() for name, options in each.items()}.items():
         stores[name] = folder / "stores" / _slug(name)
         convert = ["ckd_dist.store", "convert", dense, stores[name], "--data.train", train, *options]
-        stage(f"{task.dataset}: {name}", *convert)
+        run_module(f"{task.dataset}: {name}", *convert)
 
     student = ["ckd_dist.distill", *images, *recipe, "--model.name", "resnet8", "--epochs", STUDENT_EPOCHS]
     runs: dict[tuple, list[object]] = {}
@@ -158,7 +158,7 @@ def fidelity(dense: Path, store: Path, temperature: int, count: int = 4096) -> d
     import torch.nn.functional as F
 
     from ckd_dist.nn.options import KDConfig
-    from ckd_dist.store import codecs
+    from ckd_dist.store.codecs.targets import teacher_logits
     from ckd_dist.store.reader import StoreReader
 
     exact, reader = StoreReader(str(dense), []), StoreReader(str(store), [])
@@ -166,13 +166,13 @@ def fidelity(dense: Path, store: Path, temperature: int, count: int = 4096) -> d
 
     def log_softmax(of: StoreReader, at: int) -> torch.Tensor:
         records = torch.from_numpy(of.rows(ids, 0))
-        return F.log_softmax(codecs.teacher_logits(of.codec, records, KDConfig(temperature=at)) / at, dim=1)
+        return F.log_softmax(teacher_logits(of.codec, records, KDConfig(temperature=at)) / at, dim=1)
 
-    result: dict[str, float | None] = {"bytes": codecs.record_bytes(reader.codec)}
+    result: dict[str, float | None] = {"bytes": reader.codec.record_bytes}
     result["top8_mass"] = log_softmax(exact, temperature).exp().topk(8, dim=1).values.sum(1).mean().item()
     for at in (1, 4):
         result[f"kl_at_{at}"] = None
-        if reader.codec.refusal(KDConfig(temperature=at), None) is None:
+        if reader.codec.unsupported(KDConfig(temperature=at), None) is None:
             truth, target = log_softmax(exact, at), log_softmax(reader, at)
             result[f"kl_at_{at}"] = F.kl_div(truth, target, reduction="batchmean", log_target=True).item()
     return result

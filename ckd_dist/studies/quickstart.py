@@ -13,31 +13,31 @@ from pathlib import Path
 
 from rich.table import Table
 
-from ckd_dist.studies.stages import console, run_in_folder, stage
+from ckd_dist.studies.commands import console, run_in_folder, run_module
 
 TRAIN_IMAGES, HELD_OUT_IMAGES, PROCESSES = 4000, 1000, 2
 TEACHER_EPOCHS, HALF_WAY, VIEWS, STUDENT_EPOCHS = 8, 4, 4, 4
 
 
 def main(folder: Path) -> None:
-    """Run every stage in `folder` and print what came out; ends the process when a stage fails."""
+    """Run every command in `folder` and print what came out; ends the process when one fails."""
     started = time.perf_counter()
     folder.mkdir(parents=True, exist_ok=True)
     train, held_out = folder / "train.beton", folder / "holdout.beton"
     for split, path, count in (("train", train, TRAIN_IMAGES), ("holdout", held_out, HELD_OUT_IMAGES)):
         if not path.exists():
             options = ["--dataset", "fashion_mnist", "--split", split, "--holdout", 0.1, "--subset", count]
-            stage(f"{count} images for {split}", "data_prep.write_beton", *options, "--out", path)
+            run_module(f"{count} images for {split}", "data_prep.write_beton", *options, "--out", path)
 
     data = ["--data.train", train, "--data.val", held_out]
     teacher, store = folder / "teacher", folder / "store"
-    stage(
+    run_module(
         "the teacher and its trajectory",
         *("ckd_dist.train_teacher", *data, "--model.name", "resnet20", "--epochs", TEACHER_EPOCHS),
         *("--save_every", 2, "--run_dir", teacher),
         processes=PROCESSES,
     )
-    caching = stage(
+    caching = run_module(
         "the logits of every checkpoint",
         *("ckd_dist.cache_logits", "--data.train", train, "--teacher.run", teacher, "--store", store),
         *("--views", VIEWS, "--shard_size", 1000),
@@ -56,7 +56,7 @@ def main(folder: Path) -> None:
         ),
     }
     for name, (source, options) in students.items():
-        stage(
+        run_module(
             f"student: teacher {source}",
             *("ckd_dist.distill", *data, "--model.name", "resnet8", "--epochs", STUDENT_EPOCHS, "--log_every", 1),
             *("--optim.warmup_epochs", 1, "--kd.alpha", 0.5, "--kd.temperature", 4, *options),

@@ -9,7 +9,8 @@ import torch
 
 from ckd_dist.data.batch import Batch
 from ckd_dist.nn import losses
-from ckd_dist.store import codecs
+from ckd_dist.store.codecs.base import Codec
+from ckd_dist.store.codecs.targets import compared_logits
 from ckd_dist.train.options import DistillConfig
 
 
@@ -29,7 +30,7 @@ class DistillationLoss:
     """The labels' cross entropy and the distillation loss, weighted as `config.kd` says."""
 
     config: DistillConfig
-    codec: codecs.Codec
+    codec: Codec
     """Of the teacher's records."""
     columns: Sequence[Sequence[int]]
     """For each epoch, the columns of `batch.teacher_records` that hold this student's checkpoints."""
@@ -41,7 +42,7 @@ class DistillationLoss:
         assert batch.teacher_records is not None
         config, kd = self.config, self.config.kd
         records = torch.stack([batch.teacher_records[:, column] for column in self.columns[epoch]], dim=1)
-        ours, teacher, predictions = codecs.compared(
+        ours, teacher, predictions = compared_logits(
             self.codec, records, kd, logits, weights=self.weights, combine=config.teacher.combine
         )
         values = losses.distillation(logits, teacher, batch.labels, kd, config.label_smoothing, batch.mixed, ours)

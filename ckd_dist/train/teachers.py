@@ -19,7 +19,11 @@ from ckd_dist.data.dataset import DatasetInfo
 from ckd_dist.data.options import MapClasses
 from ckd_dist.nn import models
 from ckd_dist.nn.forward import forward_logits, to_device
-from ckd_dist.store import codecs, recording
+from ckd_dist.store import recording
+from ckd_dist.store.codecs.base import Codec
+from ckd_dist.store.codecs.dense import Dense
+from ckd_dist.store.codecs.targets import require_supported
+from ckd_dist.store.codecs.topk import TopK
 from ckd_dist.store.manifest import Manifest
 from ckd_dist.store.reader import StoreReader
 from ckd_dist.train.options import DistillConfig, TeacherConfig
@@ -92,8 +96,8 @@ class CachedTeacher:
         seed, views = configs[0].data.view_seed, configs[0].data.views
         reader = StoreReader(self.path, all_checkpoints(configs), info)
         codec, manifest = reader.codec, self.manifest
-        _require_served(configs, codec)
-        is_topk = isinstance(codec, codecs.TopK)
+        _require_supported(configs, codec)
+        is_topk = isinstance(codec, TopK)
         require(
             not (is_topk and reader.recipe.mixes and any(each.kd.loss == "dkd" for each in configs)),
             "kd.loss dkd needs the teacher's logits of both labels of a mixed image, and topk keeps the first one's: "
@@ -120,7 +124,7 @@ class CachedTeacher:
 def _warn_of_a_cut_softmax(configs: Sequence[DistillConfig], reader: StoreReader, count: int) -> None:
     """Warn where the classes that a top-k store keeps hold less than half of the teacher's softmax."""
     temperatures = [each.kd.temperature for each in configs if each.teacher.store and each.kd.loss != "standardized"]
-    if not isinstance(reader.codec, codecs.TopK) or not temperatures:
+    if not isinstance(reader.codec, TopK) or not temperatures:
         return
     some = torch.from_numpy(reader.rows(np.arange(min(1000, count)), 0)[:, 0])
     share = reader.codec.kept(some, max(temperatures)).mean().item()
@@ -140,7 +144,7 @@ class OnlineRecords:
     """Makes the records of a batch, as a dense store of these networks would hold them."""
 
     networks: Sequence[nn.Module]
-    codec: codecs.Dense
+    codec: Dense
     amp: str
 
     def __call__(self, images: torch.Tensor) -> torch.Tensor:
@@ -169,9 +173,9 @@ class OnlineTeacher:
         return list(self.networks)
 
     @property
-    def codec(self) -> codecs.Dense:
+    def codec(self) -> Dense:
         """Of the records."""
-        return codecs.Dense(self.metadata["num_classes"])
+        return Dense(self.metadata["num_classes"])
 
     def match(self, info: DatasetInfo, option: str, how: MapClasses | None) -> DatasetInfo:
         """The images with the teacher's classes, see `classes.match`."""
@@ -188,7 +192,7 @@ class OnlineTeacher:
 
     def open(self, configs: Sequence[DistillConfig], info: DatasetInfo) -> OnlineTeacher:
         """Itself; raises `UserError` where the students' images are not those that it was trained on."""
-        _require_served(configs, self.codec)
+        _require_supported(configs, self.codec)
         require(
             configs[0].data.start_image_size is None,
             "data.start_image_size is not for an online teacher, who would see the small images too: cache its logits",
@@ -232,10 +236,10 @@ def open_teacher(configs: Sequence[DistillConfig], device: torch.device) -> Cach
     return OnlineTeacher(config.teacher.run, networks, metadata, weights, config.amp)
 
 
-def _require_served(configs: Sequence[DistillConfig], codec: codecs.Codec) -> None:
+def _require_supported(configs: Sequence[DistillConfig], codec: Codec) -> None:
     for each in configs:
         if each.teacher.checkpoints:
-            codecs.require_served(codec, each.kd, each.teacher.at_once)
+            require_supported(codec, each.kd, each.teacher.at_once)
 
 
 def _say_teacher(configs: Sequence[DistillConfig], how: str) -> None:

@@ -27,7 +27,7 @@ def run_in_folder(main: Callable[[Path], None], default: str) -> None:
     run_process(lambda: main(Path(words[0] if words else default)))
 
 
-def stage(title: str, *words: object, processes: int = 0) -> float:
+def run_module(title: str, *words: object, processes: int = 0) -> float:
     """Show and run `python -m WORDS`, under torchrun if there are `processes`, and return its seconds; a failure ends
     this process with its status."""
     command = ["-m", *map(str, words)]
@@ -37,7 +37,7 @@ def stage(title: str, *words: object, processes: int = 0) -> float:
     launcher = ["-m", "torch.distributed.run", *torchrun[1:]] if processes else []
     started = time.perf_counter()
     threads = {"OMP_NUM_THREADS": "1"} if processes else {}
-    with StopRequest(signal.SIGINT):  # Ctrl-C is for the stage, which saves; then this process ends too
+    with StopRequest(signal.SIGINT):  # Ctrl-C is for the command, which saves; then this process ends too
         done = subprocess.run([sys.executable, *launcher, *command], env={**threads, **os.environ})
     if done.returncode:
         console.print(f"this command failed with exit status {done.returncode}", style="red")
