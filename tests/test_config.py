@@ -15,7 +15,6 @@ from typing import get_type_hints
 import pytest
 import torch
 import yaml
-from conftest import ENVIRONMENT, ROOT, run
 
 from ckd_dist.commands import COMMANDS
 from ckd_dist.core.errors import UserError
@@ -23,6 +22,7 @@ from ckd_dist.core.options import load_config, to_dict
 from ckd_dist.nn.models import build_model
 from ckd_dist.train.options import DistillConfig, TrainTeacherConfig
 from launch.graph import PipelineConfig, build
+from tests.helpers.commands import ENVIRONMENT, ROOT, run
 
 NEEDED = ["--data.train", "A", "--model.name", "resnet8", "--run_dir", "R"]
 CLASSES = {name.removeprefix("ckd_dist."): cls for name, cls in COMMANDS.items()}

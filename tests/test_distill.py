@@ -6,15 +6,16 @@ import json
 
 import pytest
 import torch
-from conftest import VIEWS, command_line, count_lines, kill_and_repeat, run
-from test_training import metrics
 
 from ckd_dist import cache_logits, distill, train_teacher
 from ckd_dist.core import checkpoint
 from ckd_dist.core.errors import UserError
-from ckd_dist.core.options import load_config
 from ckd_dist.store.options import CacheConfig
 from ckd_dist.train.options import DistillConfig, TrainTeacherConfig
+from tests.helpers.commands import command_line, count_lines, kill_and_repeat, run
+from tests.helpers.here import here
+from tests.helpers.stores import VIEWS
+from tests.helpers.training import metrics, summary
 
 
 def options(fashion, run_dir, *more):
@@ -22,14 +23,6 @@ def options(fashion, run_dir, *more):
     model = ["--model.name", "resnet8", "--epochs", 3, "--optim.lr", 0.05, "--optim.warmup_epochs", 1]
     loss = ["--kd.alpha", 0.5, "--kd.temperature", 4, "--log_every", 1]
     return [str(word) for word in [*data, *model, *loss, "--run_dir", run_dir, *more]]
-
-
-def here(command, cls, *arguments):
-    command.main(load_config(cls, [str(word) for word in arguments]))
-
-
-def summary(run_dir):
-    return json.loads((run_dir / "summary.json").read_text())
 
 
 def test_cached_and_online_teachers_give_the_same_student(fashion, teacher, store, tmp_path):

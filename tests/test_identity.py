@@ -14,37 +14,17 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from conftest import contents, make_once, run
 from PIL import Image
 
-from ckd_dist import cache_logits, distill, evaluate, select_teacher, train_teacher
-from ckd_dist.commands import COMMANDS
 from ckd_dist.core import checkpoint, identity
 from ckd_dist.core.errors import UserError
-from ckd_dist.core.options import load_config
 from ckd_dist.data.beton import open_images
 from ckd_dist.data.options import TrainDataConfig
-from ckd_dist.search import __main__ as search
 from ckd_dist.store.__main__ import main as store_main
-
-MAIN = {
-    "train_teacher": train_teacher,
-    "distill": distill,
-    "cache_logits": cache_logits,
-    "select_teacher": select_teacher,
-    "search": search,
-    "evaluate": evaluate,
-}
-
-
-def here(name: str, *words: object) -> None:
-    """Run a command in this process."""
-    arguments = [str(word) for word in words]
-    if name == "convert":
-        store_main(["convert", *arguments])
-        return
-    MAIN[name].main(load_config(COMMANDS[f"ckd_dist.{name}"], arguments))
-
+from tests.helpers.commands import run
+from tests.helpers.here import run_here
+from tests.helpers.shared import make_once
+from tests.helpers.stores import contents
 
 # ------------------------------------------------------------------------------------------- two worlds
 
@@ -109,10 +89,10 @@ def write_world(folder: Path, number: int, images: Path) -> None:
             "--out",
             out,
         )
-    here("train_teacher", *training(images, "--seed", number, "--save_every", 1, "--run_dir", folder / "teacher"))
+    run_here("train_teacher", *training(images, "--seed", number, "--save_every", 1, "--run_dir", folder / "teacher"))
     shutil.copy(checkpoint.checkpoint_path(folder / "teacher", 1), folder / "init.pt")
     data = ["--data.train", images / "train.beton", "--data.batch_size", 100, "--amp", "off"]
-    here("cache_logits", *data, "--teacher.run", folder / "teacher", "--store", folder / "store", "--views", 2)
+    run_here("cache_logits", *data, "--teacher.run", folder / "teacher", "--store", folder / "store", "--views", 2)
 
 
 class Stopped(Exception):
@@ -150,7 +130,7 @@ def worlds(tmp_path_factory) -> Path:
         for number, name in enumerate(("ours", "others")):
             (folder / name).mkdir()
             write_world(folder / name, number, folder / "ours")
-        here("select_teacher", *options("select_teacher", folder / "ours"))
+        run_here("select_teacher", *options("select_teacher", folder / "ours"))
         for name, choice in (("ours", 1), ("others", 2)):
             selection = Path(shutil.copytree(folder / "ours" / "result", folder / name / "selection"))
             values = json.loads((selection / "selection.json").read_text())
@@ -162,9 +142,9 @@ def worlds(tmp_path_factory) -> Path:
             with pytest.MonkeyPatch.context() as monkeypatch:
                 stop(monkeypatch, command)
                 with pytest.raises(Stopped):
-                    here(command.split()[0], *options(command, folder / "ours"))
+                    run_here(command.split()[0], *options(command, folder / "ours"))
             shutil.copytree(folder / "ours" / "result", folder / f"stopped {command}")
-            here(command.split()[0], *options(command, folder / "ours"))
+            run_here(command.split()[0], *options(command, folder / "ours"))
             (folder / "ours" / "result").rename(folder / f"complete {command}")
 
     return make_once(tmp_path_factory, "worlds", make)
@@ -202,7 +182,7 @@ def test_an_input_that_is_replaced_in_place_is_refused_and_nothing_is_changed(co
     replace(worlds, folder, name)
     before = contents(folder / "result")
     with pytest.raises(UserError) as refusal:
-        here(command.split()[0], *options(command, folder))
+        run_here(command.split()[0], *options(command, folder))
     assert contents(folder / "result") == before
     assert str(folder) in str(refusal.value) and "\n" not in str(refusal.value)
 
@@ -212,7 +192,7 @@ def test_what_was_moved_copied_or_touched_goes_on_and_ends_as_if_it_never_was(co
     folder = place(worlds, tmp_path, "stopped", command)
     for path in folder.rglob("*"):
         path.touch()
-    here(command.split()[0], *options(command, folder))
+    run_here(command.split()[0], *options(command, folder))
     complete = worlds / f"complete {command}"
     for path in complete.rglob("epoch_*.pt"):
         ours = folder / "result" / path.relative_to(complete)
@@ -220,7 +200,7 @@ def test_what_was_moved_copied_or_touched_goes_on_and_ends_as_if_it_never_was(co
     for path in complete.rglob("*.npy"):
         assert (folder / "result" / path.relative_to(complete)).read_bytes() == path.read_bytes()
     before = {path: path.stat().st_mtime_ns for path in (folder / "result").rglob("*") if path.name != ".lock"}
-    here(command.split()[0], *options(command, folder))
+    run_here(command.split()[0], *options(command, folder))
     assert before == {path: path.stat().st_mtime_ns for path in (folder / "result").rglob("*") if path.name != ".lock"}
 
 
@@ -239,28 +219,28 @@ def test_a_student_goes_on_with_the_views_that_it_began_with(worlds, tmp_path):
     """Four epochs on a store of two views, which has four when the student goes on."""
     folder = Path(shutil.copytree(worlds / "ours", tmp_path / "world"))
     words = training(folder, "--epochs", 4, "--teacher.store", folder / "store")
-    here("distill", *words, "--run_dir", folder / "whole")
+    run_here("distill", *words, "--run_dir", folder / "whole")
     with pytest.MonkeyPatch.context() as monkeypatch, pytest.raises(Stopped):
         stop(monkeypatch, "distill")
-        here("distill", *words, "--run_dir", folder / "result")
+        run_here("distill", *words, "--run_dir", folder / "result")
     more = ["--data.train", folder / "train.beton", "--teacher.run", folder / "teacher", "--store", folder / "store"]
-    here("cache_logits", *more, "--views", 4)
-    here("distill", *words, "--run_dir", folder / "result")
-    here("distill", *words, "--run_dir", folder / "new")
+    run_here("cache_logits", *more, "--views", 4)
+    run_here("distill", *words, "--run_dir", folder / "result")
+    run_here("distill", *words, "--run_dir", folder / "new")
     whole, resumed, new = (weights_of(folder / name, 4) for name in ("whole", "result", "new"))
     assert same(whole, resumed) and not same(whole, new)
     with pytest.raises(UserError, match=r"holds a run with data\.views 2, not 4"):
-        here("distill", *words, "--data.views", 4, "--run_dir", folder / "result")
+        run_here("distill", *words, "--data.views", 4, "--run_dir", folder / "result")
 
 
 def test_a_table_of_students_that_are_gone_is_made_anew(worlds, tmp_path):
     folder = place(worlds, tmp_path, "complete", "search")
     table = folder / "result" / "results.csv"
     before = table.read_text()
-    here("search", *options("search", folder))
+    run_here("search", *options("search", folder))
     assert table.read_text() == before
     shutil.rmtree(next((folder / "result" / "students").glob("*teacher_2*")))
-    here("search", *options("search", folder))
+    run_here("search", *options("search", folder))
     first, second = (
         [without_time(row) for row in csv.DictReader(io.StringIO(text))] for text in (before, table.read_text())
     )
@@ -292,7 +272,7 @@ def test_a_result_of_an_older_version_is_taken_as_it_is_and_that_is_said_once(
         (folder / "lineage.json").unlink()
     monkeypatch.setattr("ckd_dist.core.run_folder._older", [])
     words = options(command, worlds / "ours")
-    here(command, *words[: words.index("--run_dir") + 1], result, *words[words.index("--run_dir") + 2 :])
+    run_here(command, *words[: words.index("--run_dir") + 1], result, *words[words.index("--run_dir") + 2 :])
     assert capsys.readouterr().out.count("of an older version") == 1
 
 
@@ -328,13 +308,15 @@ def folders(tmp_path_factory) -> dict[str, Path]:
     }
     found = {name: write_classes(root / name, *how) for name, how in named.items()}
     words = ["--data.train", found["train"], "--data.batch_size", 32, "--model.name", "resnet8", "--amp", "off"]
-    here("train_teacher", *words, "--epochs", 30, "--optim.lr", 0.05, "--run_dir", root / "teacher", "--save_every", 30)
+    run_here(
+        "train_teacher", *words, "--epochs", 30, "--optim.lr", 0.05, "--run_dir", root / "teacher", "--save_every", 30
+    )
     return {**found, "checkpoint": root / "teacher" / "checkpoints" / "epoch_0030.pt", "teacher": root / "teacher"}
 
 
 def top1(folders, capsys, name, *more):
     capsys.readouterr()
-    here("evaluate", "--data.val", folders[name], "--checkpoint", folders["checkpoint"], *more)
+    run_here("evaluate", "--data.val", folders[name], "--checkpoint", folders["checkpoint"], *more)
     return json.loads(capsys.readouterr().out.splitlines()[-1])["top1"]
 
 
@@ -373,13 +355,13 @@ def test_every_command_compares_classes_and_a_store_of_mapped_ones_teaches_the_s
         ("select_teacher", [*common, *ours, *val, *teacher, "--run_dir", tmp_path / "run"]),
     ):
         with pytest.raises(UserError, match=r"class 2 of .* is 10, of .* it is 02"):
-            here(command, *words)
+            run_here(command, *words)
     assert not any(tmp_path.iterdir())
-    here("cache_logits", *cache, *others, *BY_NAME, "--store", tmp_path / "store")
+    run_here("cache_logits", *cache, *others, *BY_NAME, "--store", tmp_path / "store")
     taught = [*student, *others, *val, "--log_every", 1, "--teacher.store", tmp_path / "store"]
     with pytest.raises(UserError, match="class 2 of"):
-        here("distill", *taught)
-    here("distill", *taught, *BY_NAME)
+        run_here("distill", *taught)
+    run_here("distill", *taught, *BY_NAME)
     lines = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
     assert json.loads(lines[0])["teacher_top1"] > 50
     assert store_main(["verify", *map(str, [tmp_path / "store", *teacher, *others])]) == 0
@@ -404,7 +386,7 @@ def test_parts_of_one_set_that_overlap_are_refused(worlds, tmp_path):
         ("search", [*searched, "--data.test", ours / "val.beton"], r"data\.test: .* and data\.val .* the same images"),
     ):
         with pytest.raises(UserError, match=expected):
-            here(command, *words)
+            run_here(command, *words)
     assert not (tmp_path / "run").exists()
 
 

@@ -10,11 +10,11 @@ import time
 import psutil
 import pytest
 import yaml
-from cluster import job_id, launch, temporary_cluster, wait_for
-from conftest import ROOT, count_lines
-from test_training import metrics, same_weights
 
 from launch import slurm
+from tests.helpers.cluster import job_id, launch, temporary_cluster, wait_for
+from tests.helpers.commands import ROOT, count_lines
+from tests.helpers.training import metrics, same_weights
 
 
 @pytest.fixture(scope="module")

@@ -12,9 +12,6 @@ from pathlib import Path
 
 import pytest
 import yaml
-from cluster import PROGRAMS, job_id, launch, temporary_cluster, wait_for
-from conftest import ENVIRONMENT, ROOT, count_lines, run
-from test_training import metrics
 
 from ckd_dist.core.errors import UserError
 from ckd_dist.core.options import flag_words
@@ -22,6 +19,9 @@ from launch import graph
 from launch.graph import PipelineConfig, TaskConfig
 from launch.jobs import FLAGS, SlurmConfig
 from launch.submit import split
+from tests.helpers.cluster import job_id, launch, temporary_cluster, wait_for
+from tests.helpers.commands import ENVIRONMENT, PROGRAMS, ROOT, count_lines, run
+from tests.helpers.training import metrics
 
 
 @pytest.fixture(scope="module")

@@ -6,7 +6,6 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import ROOT  # noqa: F401  sets the number of threads
 
 from ckd_dist.selection import mi
 from data_prep.sources import load_source

@@ -6,7 +6,6 @@ import os
 
 import pytest
 import torch
-from conftest import ENVIRONMENT, cache_options, run
 
 from ckd_dist import cache_logits, train_teacher
 from ckd_dist.core import precision
@@ -15,6 +14,8 @@ from ckd_dist.core.options import load_config
 from ckd_dist.store.manifest import Manifest
 from ckd_dist.store.options import CacheConfig
 from ckd_dist.train.options import TrainTeacherConfig
+from tests.helpers.commands import ENVIRONMENT, run
+from tests.helpers.stores import cache_options
 
 WITHOUT_AVX512 = {"ONEDNN_MAX_CPU_ISA": "AVX2", "ATEN_CPU_CAPABILITY": "avx2"}
 

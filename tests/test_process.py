@@ -12,14 +12,14 @@ import time
 import psutil
 import pytest
 import torch.distributed as td
-from conftest import ENVIRONMENT, ROOT, command_line, count_lines, run
-from test_training import metrics, options, train_here
 
 from ckd_dist.core import checkpoint, dist
 from ckd_dist.core.errors import UserError
 from ckd_dist.core.process import INTERRUPTED, PARENT, STOPPED, StopRequest
 from ckd_dist.train import evaluation
 from launch.worker import RUN_MODULE
+from tests.helpers.commands import ENVIRONMENT, ROOT, command_line, count_lines, run
+from tests.helpers.training import metrics, options, train_here
 
 TRAIN_LINEAR = str(ROOT / "tests" / "programs" / "train_linear.py")
 SLEEP = "def main():\n  print('ready', flush=True)\n  time.sleep(99)\nrun_process(main)"

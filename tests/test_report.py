@@ -11,7 +11,6 @@ import subprocess
 
 import numpy as np
 import pytest
-from conftest import ROOT
 from PIL import Image
 from scipy import stats
 
@@ -19,6 +18,7 @@ from ckd_dist.core.errors import UserError
 from ckd_dist.core.results import COLUMNS, read_table, write_table
 from ckd_dist.report import __main__ as report
 from ckd_dist.report import figures, findings, page
+from tests.helpers.commands import ROOT
 
 TOP1 = {
     "none": (80.0, 81.0, 80.5),

@@ -14,13 +14,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_training import metrics, options, same_weights, train_here
 
 from ckd_dist.core import checkpoint, identity
 from ckd_dist.core.errors import UserError
 from ckd_dist.core.run_folder import RunFolder, read_summary
 from ckd_dist.train import loop
 from ckd_dist.train.learner import Learner
+from tests.helpers.training import metrics, options, same_weights, train_here
 
 FEW = ("--epochs", 2, "--amp", "off", "--log_every", 1, "--optim.schedule", "constant")
 """Six steps of 100 held-out images."""

@@ -12,11 +12,9 @@ from dataclasses import fields
 import numpy as np
 import psutil
 import pytest
-import torch
 import yaml
-from conftest import ENVIRONMENT, ROOT, VIEWS, cache_options, command_line, count_lines
 
-from ckd_dist import cache_logits, distill, evaluate, train_teacher
+from ckd_dist import cache_logits, distill, evaluate
 from ckd_dist.core import checkpoint
 from ckd_dist.core.errors import UserError
 from ckd_dist.core.options import load_config
@@ -24,49 +22,16 @@ from ckd_dist.core.results import read_table
 from ckd_dist.data import dataset
 from ckd_dist.data.options import LoaderConfig, ViewDataConfig
 from ckd_dist.data.recipe import ViewRecipe
-from ckd_dist.search import __main__ as search
 from ckd_dist.search import choice
 from ckd_dist.search.options import SearchConfig
 from ckd_dist.search.trials import prepare, side_by_side
-from ckd_dist.store.__main__ import main as store_command
 from ckd_dist.store.manifest import Manifest
 from ckd_dist.store.options import CacheConfig
-from ckd_dist.train.options import DistillConfig, EvaluateConfig, TrainTeacherConfig
-
-
-def here(command, cls, *words):
-    command.main(load_config(cls, [str(word) for word in words]))
-
-
-@pytest.fixture(scope="module")
-def two_runs(fashion, teacher, store, tmp_path_factory):
-    """The shared store with the last checkpoint of a second run, `other`, in it."""
-    folder = tmp_path_factory.mktemp("two_runs")
-    path = shutil.copytree(store, folder / "store")
-    model = ["--model.name", "resnet8", "--epochs", 1, "--seed", 1, "--run_dir", folder / "run"]
-    here(train_teacher, TrainTeacherConfig, "--data.train", fashion["train"], "--data.batch_size", 64, *model)
-    here(cache_logits, CacheConfig, *cache_options(fashion, folder / "run", path, "--teacher.name", "other"))
-    return path
-
-
-def options(fashion, store, run_dir, *more):
-    images = ["--data.train", fashion["train"], "--data.val", fashion["holdout"], "--data.batch_size", 64]
-    student = ["--model.name", "resnet8", "--epochs", 2, "--optim.lr", 0.05, "--optim.warmup_epochs", 1]
-    return [str(word) for word in [*images, *student, "--teacher.store", store, "--run_dir", run_dir, *more]]
-
-
-def search_here(*words):
-    config = load_config(SearchConfig, list(words))
-    search.main(config)
-    return read_table(search.Path(config.run_dir) / "results.csv", "run_dir") if config.part is None else []
-
-
-def weights(run_dir, epoch=2):
-    return checkpoint.load(checkpoint.checkpoint_path(run_dir, epoch), "")["weights"]
-
-
-def same(a, b):
-    return all(torch.equal(a[name], b[name]) for name in a)
+from ckd_dist.train.options import DistillConfig, EvaluateConfig
+from tests.helpers.commands import ENVIRONMENT, ROOT, command_line, count_lines
+from tests.helpers.here import here, store_here
+from tests.helpers.search import options, same, search_here, weights
+from tests.helpers.stores import VIEWS, cache_options
 
 
 def test_students_side_by_side_are_those_of_separate_runs_bit_for_bit(fashion, two_runs, tmp_path):
@@ -278,10 +243,6 @@ def test_a_search_that_cannot_be_is_refused(fashion, two_runs, tmp_path, more, e
     with pytest.raises(UserError, match=expected):
         search_here(*options(fashion, two_runs, tmp_path / "run", *more))
     assert not (tmp_path / "run").exists()
-
-
-def store_here(*words):
-    return store_command([str(word) for word in words])
 
 
 def test_a_store_of_two_runs_is_verified_and_repaired_run_by_run(fashion, teacher, two_runs, tmp_path, capsys):

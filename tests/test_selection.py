@@ -9,27 +9,19 @@ import numpy as np
 import pytest
 import torch
 import torchvision
-from conftest import command_line, kill_and_repeat, run
 from PIL import Image
 from torch import nn
 
-from ckd_dist import distill, select_teacher
+from ckd_dist import distill
 from ckd_dist.core import checkpoint
 from ckd_dist.core.errors import TrainingError, UserError
 from ckd_dist.core.identity import read_lineage
 from ckd_dist.core.options import load_config
 from ckd_dist.nn import models
-from ckd_dist.selection.options import SelectConfig
 from ckd_dist.train.options import DistillConfig
 from data_prep.sources import load_source
-
-QUICK = ["--data.batch_size", 64, "--probe.steps", 80, "--probe.repeats", 2, "--student", "resnet8"]
-
-
-def select_here(*words):
-    config = load_config(SelectConfig, [str(word) for word in words])
-    select_teacher.main(config)
-    return json.loads((select_teacher.Path(config.run_dir) / "selection.json").read_text())
+from tests.helpers.commands import command_line, kill_and_repeat, run
+from tests.helpers.selection import QUICK, select_here
 
 
 @pytest.fixture(scope="module")

@@ -21,9 +21,7 @@ import numpy as np
 import psutil
 import pytest
 import torch
-from conftest import ENVIRONMENT, ROOT, VIEWS, cache_options, command_line, contents, kill_and_repeat, run
 
-from ckd_dist import cache_logits
 from ckd_dist.bench import storing
 from ckd_dist.core.errors import TrainingError, UserError
 from ckd_dist.core.files import NewFile
@@ -40,12 +38,11 @@ from ckd_dist.store.manifest import Manifest
 from ckd_dist.store.options import CacheConfig
 from ckd_dist.store.reader import StoreReader
 from ckd_dist.store.writer import ShardWriter, is_written, locked, merged, open_store
+from tests.helpers.commands import ENVIRONMENT, ROOT, command_line, kill_and_repeat, run
+from tests.helpers.here import cache_here
+from tests.helpers.stores import VIEWS, cache_options, contents
 
 CPU = torch.device("cpu")
-
-
-def cache_here(*arguments):
-    cache_logits.main(load_config(CacheConfig, [str(word) for word in arguments]))
 
 
 def records(store, fashion, epochs, ids, view):

@@ -12,9 +12,8 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from conftest import VIEWS, cache_options, contents, run
 
-from ckd_dist import cache_logits, distill
+from ckd_dist import distill
 from ckd_dist.core.errors import UserError
 from ckd_dist.core.options import load_config
 from ckd_dist.data import dataset
@@ -22,32 +21,17 @@ from ckd_dist.data.options import LoaderConfig
 from ckd_dist.search import trials
 from ckd_dist.search.options import SearchConfig
 from ckd_dist.store import verify
-from ckd_dist.store.__main__ import main as store_command
 from ckd_dist.store.manifest import Manifest
-from ckd_dist.store.options import CacheConfig
 from ckd_dist.store.writer import ShardWriter, make_room, store_size
 from ckd_dist.train.options import DistillConfig
-
-
-def store_here(*words):
-    return store_command([str(word) for word in words])
-
-
-def cache_here(*words):
-    cache_logits.main(load_config(CacheConfig, [str(word) for word in words]))
+from tests.helpers.commands import run
+from tests.helpers.here import cache_here, store_here
+from tests.helpers.stores import VIEWS, cache_options, contents
 
 
 def size_and_files(folder):
     sizes = [path.stat().st_size for path in folder.rglob("[!.]*") if path.is_file()]
     return sum(sizes), len(sizes)
-
-
-@pytest.fixture(scope="module")
-def topk(tmp_path_factory, fashion, teacher):
-    """The shared store once more, with four logits a record, one teacher in memory at a time."""
-    path = tmp_path_factory.mktemp("topk") / "store"
-    cache_here(*cache_options(fashion, teacher, path, "--codec", "topk", "--k", 4, "--teachers-at-once", 1))
-    return path
 
 
 @pytest.fixture

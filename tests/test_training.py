@@ -12,7 +12,6 @@ from dataclasses import replace
 import psutil
 import pytest
 import torch
-from conftest import ENVIRONMENT, ROOT, command_line, count_lines, kill_and_repeat, run
 
 from ckd_dist import evaluate, train_teacher
 from ckd_dist.core import checkpoint
@@ -23,27 +22,9 @@ from ckd_dist.data.loader import BetonLoader
 from ckd_dist.data.options import LoaderConfig, TrainDataConfig
 from ckd_dist.nn import losses, models
 from ckd_dist.train import learner
-from ckd_dist.train.options import EvaluateConfig, TrainTeacherConfig
-
-
-def options(fashion, run_dir, *more):
-    data = ["--data.train", fashion["train"], "--data.val", fashion["holdout"], "--data.batch_size", 100]
-    model = ["--model.name", "resnet8", "--epochs", 3, "--optim.lr", 0.05, "--save_every", 1, "--run_dir", run_dir]
-    return [str(word) for word in [*data, *model, *more]]
-
-
-def train_here(*arguments):
-    train_teacher.main(load_config(TrainTeacherConfig, [str(word) for word in arguments]))
-
-
-def metrics(run_dir, split="train"):
-    lines = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
-    return [line for line in lines if line["split"] == split]
-
-
-def same_weights(a, b):
-    first, second = (checkpoint.load(path, "")["weights"] for path in (a, b))
-    return all(torch.equal(first[name], second[name]) for name in first)
+from ckd_dist.train.options import EvaluateConfig
+from tests.helpers.commands import ENVIRONMENT, ROOT, command_line, count_lines, kill_and_repeat, run
+from tests.helpers.training import metrics, options, same_weights, train_here
 
 
 def test_a_run_leaves_its_record(teacher):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import itertools
 import json
 import os
@@ -17,7 +16,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import ENVIRONMENT, ROOT, run
 from numba.core import event
 from torchvision.transforms import RandomErasing, RandomResizedCrop
 from torchvision.transforms.v2 import functional
@@ -30,25 +28,8 @@ from ckd_dist.data.options import LoaderConfig, TrainDataConfig
 from ckd_dist.data.order import quasi_random_ids, rank_share, shuffled_ids, train_ids
 from ckd_dist.data.recipe import ViewRecipe
 from ckd_dist.data.views import _CONTRAST, _SATURATION, _beta_quantiles, partners, render, stream_key, uniform, view
-
-CPU = torch.device("cpu")
-RRC = ViewRecipe(kind="random_resized_crop")
-PAD = ViewRecipe(kind="pad_crop")
-EVERYTHING = {"color_jitter": 0.4, "erase": 0.5, "mixup": 0.4, "cutmix": 1.0}
-
-
-def loader(path, recipe, size, *, batch_size=32, seed=0, **options):
-    info = dataset.read_info(path, "data.train")
-    config = LoaderConfig(**options)
-    return BetonLoader(info, config, recipe, batch_size=batch_size, image_size=size, device=CPU, view_seed=seed)
-
-
-def digests(beton_loader, ids, view_id):
-    return {
-        int(sample): hashlib.sha256(image.numpy().tobytes()).hexdigest()
-        for batch in beton_loader.batches(ids, view_id)
-        for sample, image in zip(batch.ids, batch.images, strict=True)
-    }
+from tests.helpers.commands import ENVIRONMENT, ROOT, run
+from tests.helpers.views import CPU, EVERYTHING, PAD, RRC, digests, loader
 
 
 @pytest.mark.parametrize(

@@ -1,7 +1,7 @@
 """A real SLURM cluster of several nodes on this machine, for tests: munge, slurmctld, a slurmd in namespaces of its own
 for each node, and, asked for, slurmdbd on a database. Needs root, and Debian's packages (`make test` installs them).
 
-  python tests/cluster.py FOLDER [none|shim|slurmdbd]     one to play with, until Ctrl-C
+  python -m tests.helpers.cluster FOLDER [none|shim|slurmdbd]     one to play with, until Ctrl-C
 """
 
 from __future__ import annotations
@@ -25,12 +25,11 @@ from typing import Any
 
 import psutil
 import pytest
-from conftest import ROOT
 
 from ckd_dist.core.errors import UserError
+from tests.helpers.commands import PROGRAMS, ROOT
 
 DAEMONS = ("munged", "slurmctld", "slurmd", "sbatch", "unshare")
-PROGRAMS = ROOT / "tests" / "programs"
 DATABASE = ("slurmdbd", "mariadbd", "mariadb-install-db")
 
 
@@ -339,10 +338,14 @@ def launch(cluster, module, *words, cwd=ROOT, status=0, env=None):
 
 
 def job_id(done):
-    return re.search(r"^job (\d+)", done.stdout, re.M)[1]
+    """The id of the job that `launch.submit` says it has submitted."""
+    found = re.search(r"^job (\d+)", done.stdout, re.M)
+    assert found, done.stdout
+    return found[1]
 
 
 def wait_for(good, seconds=120, what=""):
+    """Wait until `good()` is true, and fail after so many seconds."""
     deadline = time.monotonic() + seconds
     while not good():
         assert time.monotonic() < deadline, f"not within {seconds} s: {what}"
