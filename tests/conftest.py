@@ -105,11 +105,18 @@ def two_runs(tmp_path_factory: pytest.TempPathFactory, fashion: dict[str, Path],
     return make_once(tmp_path_factory, "two_runs", make) / "store"
 
 
-LONGEST = ["test_job_failures", "test_launch", "test_training", "test_search", "test_selection", "test_store"]
+LONGEST = [
+    "launch/test_job_failures.py",
+    "launch/test_jobs.py",
+    "train/test_training.py",
+    "search/test_search.py",
+    "selection/test_choice.py",
+    "store/test_caching.py",
+]
 """Files whose tests take longest: workers, which take a file at a time, had better begin with them."""
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Files of `LONGEST` first."""
-    order = {name: rank for rank, name in enumerate(LONGEST)}
-    items.sort(key=lambda item: order.get(item.path.stem, len(order)))
+    order = {Path(__file__).parent / name: rank for rank, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: order.get(item.path, len(order)))
