@@ -82,17 +82,6 @@ def copy(store: Path, tmp_path: Path) -> Path:
 
 
 @pytest.fixture(scope="session")
-def topk(tmp_path_factory: pytest.TempPathFactory, fashion: dict[str, Path], teacher: Path) -> Path:
-    """The shared store once more, with four logits a record, one teacher in memory at a time."""
-
-    def make(folder: Path) -> None:
-        codec = ("--codec", "topk", "--k", 4, "--teachers-at-once", 1)
-        run("ckd_dist.cache_logits", *cache_options(fashion, teacher, folder / "store", *codec))
-
-    return make_once(tmp_path_factory, "topk", make) / "store"
-
-
-@pytest.fixture(scope="session")
 def two_runs(tmp_path_factory: pytest.TempPathFactory, fashion: dict[str, Path], store: Path) -> Path:
     """The shared store with the last checkpoint of a second run, `other`, in it; beside it that run."""
 
