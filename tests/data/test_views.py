@@ -4,32 +4,24 @@ from __future__ import annotations
 
 import itertools
 import json
-import os
-import shutil
-import subprocess
-import sys
-import tempfile
-import threading
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from numba.core import event
 from torchvision.transforms import RandomErasing, RandomResizedCrop
 from torchvision.transforms.v2 import functional
 
 from ckd_dist.core.errors import UserError
 from ckd_dist.data import dataset
-from ckd_dist.data.ffcv_repairs import IMAGE_MODES, Epoch, _temporary_cache
-from ckd_dist.data.loader import BetonLoader, decode_view, read_labels, sample_pages
-from ckd_dist.data.options import LoaderConfig, TrainDataConfig
-from ckd_dist.data.order import quasi_random_ids, rank_share, shuffled_ids, train_ids
+from ckd_dist.data.ffcv_repairs import IMAGE_MODES
+from ckd_dist.data.loader import decode_view, read_labels
+from ckd_dist.data.order import shuffled_ids
 from ckd_dist.data.recipe import ViewRecipe
 from ckd_dist.data.views import _CONTRAST, _SATURATION, _beta_quantiles, partners, render, stream_key, uniform, view
-from tests.helpers.commands import ENVIRONMENT, ROOT, run
-from tests.helpers.views import CPU, EVERYTHING, PAD, RRC, digests, loader
+from tests.helpers.commands import ROOT, run
+from tests.helpers.views import EVERYTHING, PAD, RRC, digests, loader
 
 
 @pytest.mark.parametrize(
@@ -76,38 +68,6 @@ def test_other_views_seeds_and_samples_differ(photographs):
         assert sum(first[i] == other[i] for i in first) == 0, (seed, view_id)
     boxes = {view(RRC, 0, v, s, 500, 400) for v in range(20) for s in range(50)}
     assert len(boxes) == 1000
-
-
-def test_neither_epochs_nor_loaders_recompile(photographs):
-    beton_loader = loader(photographs, RRC, 48)
-    digests(beton_loader, np.arange(8), 0)
-    with event.install_recorder("numba:compile") as recorder:
-        for view_id in range(1, 5):
-            digests(beton_loader, np.arange(30), view_id)
-        for recipe, size in ((replace(RRC, **EVERYTHING), 48), (ViewRecipe(kind="center_crop"), 32)):
-            digests(loader(photographs, recipe, size), np.arange(30), 0)
-    assert recorder.buffer == []
-
-
-def test_compiled_code_is_kept_where_neither_package_nor_home_can_be_written(tmp_path, monkeypatch):
-    package = shutil.copytree(ROOT / "ckd_dist", tmp_path / "ckd_dist", ignore=shutil.ignore_patterns("__pycache__"))
-    (package / "__pycache__").touch()  # no folder can be made here, by root either
-    code = "from ckd_dist import views; print(views.__file__); views.uniform(1, 2)"
-    environment = {**ENVIRONMENT, "HOME": "/dev/null", "XDG_CACHE_HOME": "/dev/null", "TMPDIR": str(tmp_path)}
-    environment.update(PYTHONPATH=str(tmp_path), NUMBA_CACHE_DIR="")
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.startswith(str(package))
-    (kept,) = tmp_path.glob("ckd_dist-*")
-    assert kept.stat().st_mode & 0o777 == 0o700 and list(kept.rglob("views.uniform-*"))
-    # A folder of that name that somebody else could fill with code is not used.
-    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
-    assert _temporary_cache() == str(kept)
-    kept.chmod(0o777)
-    assert _temporary_cache() != str(kept)
-    kept.rename(tmp_path / "elsewhere")
-    kept.symlink_to(tmp_path / "elsewhere")
-    assert _temporary_cache() != str(kept)
 
 
 def test_random_resized_crop_draws_as_torchvision_does():
@@ -186,105 +146,6 @@ def test_evaluation_shows_of_a_small_image_what_training_shows(height, width, si
     assert (found == square).all() == (height == width)
     cropped = shown(dataset.eval_recipe(info, "random_resized_crop"), 0, height, width, size)
     np.testing.assert_array_equal(cropped, square)
-
-
-def test_an_error_in_the_loader_thread_reaches_the_user(photographs):
-    def rows(ids, view_id):
-        raise RuntimeError("no such row")
-
-    with pytest.raises(RuntimeError, match="no such row"):
-        list(loader(photographs, RRC, 48).batches(np.arange(101), 0, rows))
-
-
-def test_leaving_an_epoch_early_ends_its_thread(photographs):
-    beton_loader = loader(photographs, RRC, 48, batch_size=4)
-    threads = threading.active_count()
-    for _ in range(3):
-        batches = beton_loader.batches(np.arange(101))
-        next(batches)
-        batches.close()
-    assert threading.active_count() == threads
-
-
-def test_a_batch_stays_as_it_is_when_later_ones_come(fashion):
-    beton_loader = loader(fashion["train"], PAD, 28, batch_size=16)
-    kept = list(beton_loader.batches(np.arange(320)))
-    again = [(b.images.clone(), b.labels.clone(), b.ids.clone()) for b in beton_loader.batches(np.arange(320))]
-    for batch, (images, labels, ids) in zip(kept, again, strict=True):
-        assert torch.equal(batch.images, images) and torch.equal(batch.labels, labels) and torch.equal(batch.ids, ids)
-    assert [b.ids.tolist() for b in kept] == [list(range(i, i + 16)) for i in range(0, 320, 16)]
-
-
-@pytest.mark.parametrize("world", [1, 2, 3, 7])
-def test_ranks_share_every_global_batch(world, monkeypatch):
-    batch_size, parts, order = 10, [], shuffled_ids(103, 5, 2)
-    for rank in range(world):
-        monkeypatch.setattr(dataset.dist, "rank", lambda rank=rank: rank)
-        monkeypatch.setattr(dataset.dist, "world_size", lambda: world)
-        share = rank_share(batch_size)
-        assert share.stop - share.start in (batch_size // world, -(-batch_size // world))
-        parts.append(train_ids(order, batch_size).reshape(10, -1))
-        np.testing.assert_array_equal(train_ids(order, batch_size, first_step=4).reshape(6, -1), parts[-1][4:])
-    np.testing.assert_array_equal(np.concatenate(parts, axis=1), order[:100].reshape(10, 10))
-
-
-def test_quasi_random_order_takes_every_image_once_few_pages_at_a_time():
-    images, pages = 20_000, np.repeat(np.arange(400, 600), 100)  # 200 pages after 400 of something else
-    order, again, next_epoch, other_seed = (
-        quasi_random_ids(pages, 20, seed, epoch) for seed, epoch in ((0, 0), (0, 0), (0, 1), (1, 0))
-    )
-    np.testing.assert_array_equal(order, again)
-    windows = []
-    for ids in (order, next_epoch, other_seed):
-        np.testing.assert_array_equal(np.sort(ids), np.arange(images))
-        windows += [set(pages[part]) for part in ids.reshape(10, 2000)]
-        assert all(len(window) == 20 for window in windows[-10:])
-        # Within a window the order is random: of 256 images one expects all 20 pages, each 12.8 times.
-        for batch in ids[: 256 * 70].reshape(70, 256):
-            assert len(np.unique(pages[batch])) >= 20 and np.unique(pages[batch], return_counts=True)[1].max() < 40
-    assert not any(a == b for n, a in enumerate(windows) for b in windows[:n])  # nor are the windows those of before
-
-
-def test_pages_are_asked_for_once_before_their_images_turn(fashion, monkeypatch):
-    info = dataset.read_info(fashion["train"], "")
-    pages = np.arange(info.count) // 100
-    asked = []
-    monkeypatch.setattr("ckd_dist.data.loader.sample_pages", lambda info: (pages, 4096))
-    monkeypatch.setattr(os, "posix_fadvise", lambda fd, start, size, advice: asked.append(start // size))
-    order = quasi_random_ids(pages, 3, 0, 0)
-    config = LoaderConfig()
-    ahead = BetonLoader(info, config, PAD, batch_size=50, image_size=28, device=CPU, pages_ahead=3)
-    seen = set()
-    for batch in ahead.batches(order):
-        seen |= set(pages[batch.ids.numpy()].tolist())
-        assert seen <= set(asked)
-    assert sorted(asked) == list(range(13)) and len(asked) == len(seen)
-
-
-def test_an_epoch_has_the_order_that_the_options_ask_for(fashion):
-    info = dataset.read_info(fashion["train"], "")
-    config = TrainDataConfig(train=str(info.path), order="quasi_random", window_pages=1)
-    pages, size = sample_pages(info)
-    assert size >= 2**20 and pages.min() >= 0 and len(pages) == info.count
-    images = BetonLoader(info, config, PAD, batch_size=50, image_size=28, device=CPU)
-    np.testing.assert_array_equal(images.epoch_ids(config, 3, 2), quasi_random_ids(pages, 1, 3, 2))
-
-
-@pytest.mark.parametrize(
-    ("name", "recipe", "size"),
-    [("photographs", replace(RRC, **EVERYTHING), 48), ("fashion", PAD, 28), ("fashion", PAD, 40)],
-)
-def test_a_view_decoded_alone_is_that_of_the_loader(name, recipe, size, request):
-    path = request.getfixturevalue(name)
-    info = dataset.read_info(path if isinstance(path, Path) else path["train"], "")
-    ids = np.array([5, 0, 77, 3])
-    (batch,) = loader(info.path, recipe, size, seed=9).batches(ids, 4)
-    alone = torch.from_numpy(decode_view(info, recipe, 9, 4, ids, size))
-    mean, std = (torch.tensor(values).view(1, 3, 1, 1) for values in (info.mean, info.std))
-    torch.testing.assert_close(batch.images, (alone.permute(0, 3, 1, 2) / 255 - mean) / std, rtol=0, atol=1e-5)
-
-
-# ------------------------------------------------------------------------------------------- second edition
 
 
 def decoded(path, recipe, ids, size=48, view_id=1):
@@ -386,22 +247,3 @@ def test_a_view_is_the_same_at_every_size(photographs):
     (batch,) = beton_loader.batches(ids, 1, image_size=48)
     (again,) = loader(photographs, recipe, 48, seed=3, batch_size=101).batches(ids, 1)
     assert torch.equal(batch.images, again.images)
-
-
-def test_mixing_without_the_page_cache_is_refused(photographs):
-    with pytest.raises(UserError, match=r"data\.os_cache"):
-        loader(photographs, replace(RRC, mixup=0.2), 48, os_cache=False)
-
-
-@pytest.mark.parametrize("recipe", [RRC, replace(RRC, **EVERYTHING)], ids=["plain", "mixed"])
-def test_buffers_are_in_proportion_to_a_batch_whatever_the_largest_image(photographs, recipe):
-    epoch = Epoch(loader(photographs, recipe, 48).pipeline, np.arange(64, dtype=np.uint64), lambda ids: [])
-
-    def held(value):
-        return sum(map(held, value)) if isinstance(value, (list, tuple)) else getattr(value, "nbytes", 0)
-
-    slots = epoch.loader.batches_ahead + 2
-    images = slots * 32 * 48 * 48 * 3
-    labels_and_ids = slots * 32 * 2 * 8
-    assert held([*epoch.memory_allocations["operation"].values()]) == (1 + recipe.mixes) * images + labels_and_ids
-    epoch.close()
