@@ -7,79 +7,15 @@ import shutil
 
 import numpy as np
 import pytest
-import torch
-import torchvision
-from PIL import Image
-from torch import nn
 
 from ckd_dist import distill
 from ckd_dist.core import checkpoint
 from ckd_dist.core.errors import TrainingError, UserError
 from ckd_dist.core.identity import read_lineage
 from ckd_dist.core.options import load_config
-from ckd_dist.nn import models
 from ckd_dist.train.options import DistillConfig
-from data_prep.sources import load_source
-from tests.helpers.commands import command_line, kill_and_repeat, run
+from tests.helpers.commands import run
 from tests.helpers.selection import QUICK, select_here
-
-
-@pytest.fixture(scope="module")
-def coded(tmp_path_factory):
-    """Images whose red channel is a garment that has nothing to do with the label, and whose blue one is a shade that
-    is the label: split -> .beton."""
-    folder = tmp_path_factory.mktemp("coded")
-    source, rng = load_source("fashion_mnist", None, train=False), np.random.default_rng(0)
-    files = {}
-    for split, count in (("train", 1000), ("holdout", 400)):
-        for i in range(count):
-            label = int(rng.integers(4))
-            pixels = np.zeros((28, 28, 3), dtype=np.uint8)
-            pixels[..., 0], pixels[..., 2] = source.images[i + 2000 * (split == "holdout")], 80 * label
-            path = folder / split / str(label) / f"{i}.png"
-            path.parent.mkdir(parents=True, exist_ok=True)
-            Image.fromarray(pixels).save(path)
-        files[split] = folder / f"{split}.beton"
-        options = ("--root", folder / split, "--split", "test", "--out", files[split])
-        run("data_prep.write_beton", "--dataset", "imagefolder", *options)
-    return files
-
-
-@pytest.fixture(scope="module")
-def known(tmp_path_factory):
-    """A run of three checkpoints whose features are made by hand: epoch 1 gives nothing, epoch 2 passes both the
-    garment and the shade on, epoch 3 the garment only."""
-    run_dir = tmp_path_factory.mktemp("known") / "run"
-    for epoch, passed in ((1, []), (2, [0, 2]), (3, [0])):
-        model = models.build_model("resnet8", 4)
-        with torch.no_grad():
-            for name, tensor in model.state_dict().items():
-                if "conv" in name or "shortcut.0" in name or name == "features.0.weight":
-                    tensor.zero_()  # residual branches give nothing; shortcuts below copy
-                elif name.endswith("bias"):
-                    tensor.fill_(4.0 if name == "features.1.bias" else 0.0)  # positive, so that no ReLU cuts
-            for channel in passed:
-                model.features[0].weight[channel, channel, 1, 1] = 1.0
-            for block in model.features:
-                if isinstance(getattr(block, "shortcut", None), torch.nn.Sequential):
-                    for channel in range(16):
-                        block.shortcut[0].weight[channel, channel] = 1.0
-        metadata = {
-            "model": "resnet8", "num_classes": 4, "epoch": epoch, "image_size": 28,
-            "mean": [0.485, 0.456, 0.406], "std": [0.229, 0.224, 0.225], "dataset": {},
-        }  # fmt: skip
-        path = checkpoint.checkpoint_path(run_dir, epoch)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        checkpoint.save(path, {"weights": model.state_dict(), "metadata": metadata})
-    return run_dir
-
-
-@pytest.fixture(scope="module")
-def chosen(coded, known, tmp_path_factory):
-    """(options, result) of a selection among them."""
-    words = ["--data.train", coded["train"], "--data.val", coded["holdout"], "--data.flip", "false", *QUICK]
-    words = [*words, "--teacher.run", known]
-    return words, select_here(*words, "--run_dir", tmp_path_factory.mktemp("selection") / "first")
 
 
 def test_the_checkpoint_that_keeps_image_and_label_is_chosen_under_every_scaling(chosen):
@@ -105,102 +41,6 @@ def test_a_selection_is_nearly_the_same_on_two_processes(chosen, tmp_path):
         assert a["top1"] == b["top1"]
     cost = json.loads((tmp_path / "two" / "cost.json").read_text())
     assert cost["seconds"] > 0 and cost["share"] == pytest.approx(cost["seconds"] / (3 * cost["student_seconds"]))
-
-
-def test_a_killed_selection_ends_with_the_numbers_of_one_that_never_was(chosen, tmp_path, capsys):
-    words, _ = chosen
-    words = [*words, "--probe.steps", 130, "--probe.repeats", 1, "--teacher.checkpoints", "[2,3]"]
-    words += ["--data.batch_size", 16]
-    whole, killed = tmp_path / "whole", tmp_path / "killed"
-    expected = select_here(*words, "--run_dir", whole)
-    left = sorted(path.name for path in whole.iterdir())
-    assert left == [".lock", "config.yaml", "cost.json", "env.json", "lineage.json", "selection.json"]
-
-    def saves():  # counts each save once
-        path = killed / "probes.pt"
-        seen.add(path.stat().st_mtime_ns if path.exists() else 0)
-        return len(seen)
-
-    seen: set[int] = set()
-    command = command_line("ckd_dist.select_teacher", *words, "--run_dir", killed)
-    kill_and_repeat(command, saves, kills=[2])
-    assert json.loads((killed / "selection.json").read_text()) == expected
-    assert not (killed / "probes.pt").exists()
-    capsys.readouterr()
-    assert select_here(*words, "--run_dir", killed) == expected
-    assert "complete already" in capsys.readouterr().out
-
-
-@pytest.mark.parametrize(
-    ("name", "layer"),
-    [
-        ("resnet8", "features"), ("wrn_16_2", "features"), ("mobilenetv2_075", "features"), ("resnet18", "layer4"),
-        ("mobilenet_v2", "features"), ("densenet121", "features"), ("convnext_tiny", "features"), ("vgg11", "features"),
-        ("squeezenet1_1", "classifier.2"), ("swin_t", "permute"), ("vit_b_16", None),
-    ],
-)  # fmt: skip
-def test_the_last_feature_map_before_the_pooling_is_found(name, layer):
-    if name in ("resnet8", "wrn_16_2", "mobilenetv2_075"):
-        model, size = models.build_model(name, 10), 32
-    else:
-        with torch.device("meta"):  # shapes alone
-            model, size = torchvision.models.get_model(name, weights=None, num_classes=10), 224
-    if layer:
-        assert models.feature_layer(model.eval(), size) == layer
-    else:
-        with pytest.raises(UserError, match=r"layer: the teacher has no feature map before a pooling"):
-            models.feature_layer(model.eval(), size)
-
-
-class Network(nn.Module):
-    """Maps of 12 channels and 8 x 8 positions, what `tail` makes of them, and a linear layer."""
-
-    def __init__(self, tail, **layers):
-        super().__init__()
-        self.stem, self.layers, self.fc = nn.Conv2d(3, 12, 4, stride=4), nn.ModuleDict(layers), nn.Linear(12, 10)
-        self.tail = tail
-
-    def forward(self, images):
-        return self.fc(self.tail(self.stem(images), **self.layers))
-
-
-def add_a_branch(maps, branch):
-    return (maps + branch(maps)).mean((2, 3))
-
-
-def leave_a_map_unused(maps, unused):
-    unused(maps)
-    return maps.mean((2, 3))
-
-
-def attend(maps, norm, project):
-    tokens = maps.flatten(2).mT
-    queries = norm(tokens.unflatten(2, (2, 6)).transpose(1, 2))  # of two heads: [n, 2, 64, 6]
-    return project(tokens + (queries @ queries.mT @ queries).transpose(1, 2).flatten(2)).mean(1)
-
-
-def end_with_channels(maps, norm):
-    return norm(maps.permute(0, 2, 3, 1)).mean((1, 2))
-
-
-@pytest.mark.parametrize(
-    ("network", "layer"),
-    [
-        (Network(add_a_branch, branch=nn.Conv2d(12, 12, 3, padding=1)), "stem"),
-        (Network(leave_a_map_unused, unused=nn.Conv2d(12, 12, 3)), "stem"),
-        (Network(attend, norm=nn.LayerNorm(6), project=nn.Linear(12, 12)), None),
-        (Network(end_with_channels, norm=nn.LayerNorm(12)), None),
-        (nn.Sequential(nn.Flatten(), nn.Linear(3 * 32 * 32, 10)), None),
-    ],
-    ids=["branch", "unused", "attention", "channels last", "no map"],
-)
-def test_branches_unused_maps_and_tokens_are_no_feature_map(network, layer):
-    assert network.eval()(torch.zeros(2, 3, 32, 32)).shape == (2, 10)
-    if layer:
-        assert models.feature_layer(network, 32) == layer
-    else:
-        with pytest.raises(UserError, match=r"layer: the teacher has no feature map before a pooling"):
-            models.feature_layer(network, 32)
 
 
 def test_another_layer_can_be_named_and_the_options_of_a_run_stay_its_own(chosen, tmp_path):

@@ -60,7 +60,7 @@ def test_cached_and_online_teachers_agree_on_mixed_images(fashion, teacher, tmp_
         here(distill, DistillConfig, *options(fashion, tmp_path / "none", *cached, "--data.mixup", 0))
 
 
-@pytest.mark.slow  # as test_training's, of the same loop
+@pytest.mark.slow  # as test_resume.py, of the same loop
 def test_a_killed_distillation_ends_with_the_weights_of_one_that_never_was(fashion, store, tmp_path):
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     more = ["--teacher.store", store, "--teacher.checkpoints", "[2]", "--save_last_every", 7]
