@@ -24,7 +24,7 @@ test: setup testbed  ## set up, then every test that this machine can run
 	@.venv/bin/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder $(ARGS)
 
 soak: setup  ## set up, then kill a caching 60 times at random moments, 7 minutes
-	@.venv/bin/python -m pytest -m slow -k 60_times tests/test_store.py $(ARGS)
+	@.venv/bin/python -m pytest -m slow -k 60_times tests/store/test_interruptions.py $(ARGS)
 
 codecs: setup  ## set up, then make the documentation's table of codecs, 80 minutes on two cores
 	@.venv/bin/python -m ckd_dist.studies.codecs $(ARGS)

@@ -8,12 +8,12 @@ from functools import cache
 from typing import get_type_hints
 
 import pytest
-from conftest import ROOT, run
 
 from ckd_dist.commands import COMMANDS
 from ckd_dist.store.options import PlanConfig
 from launch.graph import PipelineConfig
 from launch.jobs import LaunchConfig
+from tests.helpers.commands import ROOT, run
 
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").rglob("*.md"))]
 CONFIGURED = {**COMMANDS, "ckd_dist.store plan": PlanConfig}

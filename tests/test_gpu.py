@@ -12,14 +12,14 @@ import numpy as np
 import psutil
 import pytest
 import torch
-from conftest import ENVIRONMENT, ROOT, command_line, count_lines, run
-from test_training import metrics
-from test_views import EVERYTHING, RRC
 
 from ckd_dist.data import dataset
 from ckd_dist.data.loader import BetonLoader
 from ckd_dist.data.options import LoaderConfig
 from ckd_dist.nn import forward, models
+from tests.helpers.commands import ENVIRONMENT, ROOT, command_line, count_lines, run
+from tests.helpers.training import metrics
+from tests.helpers.views import EVERYTHING, RRC
 
 pytestmark = [
     pytest.mark.gpu,

@@ -6,9 +6,6 @@ import math
 
 import pytest
 import yaml
-from conftest import ROOT
-from test_distill import here, summary
-from test_training import metrics
 
 from ckd_dist import cache_logits, distill, train_teacher
 from ckd_dist.commands import COMMANDS
@@ -17,6 +14,9 @@ from ckd_dist.search import __main__ as search
 from ckd_dist.search.options import SearchConfig
 from ckd_dist.store.options import CacheConfig
 from ckd_dist.train.options import DistillConfig
+from tests.helpers.commands import ROOT
+from tests.helpers.here import here
+from tests.helpers.training import metrics, summary
 
 
 def recipes(family, module):

@@ -1,0 +1,53 @@
+"""Trainings and evaluations of several processes: the same numbers as of one, and one end for all."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import time
+
+import psutil
+import pytest
+
+from tests.helpers.commands import ENVIRONMENT, ROOT, command_line, count_lines, run
+from tests.helpers.training import metrics, options
+
+
+def test_evaluation_counts_each_image_once_whatever_the_world_size(fashion, teacher):
+    arguments = ("--data.val", fashion["holdout"], "--checkpoint", teacher / "checkpoints" / "epoch_0003.pt")
+    found = []
+    for nproc, batch_size in ((0, 64), (3, 7)):
+        done = run("ckd_dist.evaluate", *arguments, "--data.batch_size", batch_size, "--amp", "off", nproc=nproc)
+        found.append(json.loads(done.stdout.splitlines()[-1]))
+    assert found[0]["images"] == 301
+    for other in found[1:]:
+        assert (other["top1"], other["top5"]) == (found[0]["top1"], found[0]["top5"])
+        assert other["loss"] == pytest.approx(found[0]["loss"], rel=1e-6)
+    correct = found[0]["top1"] * 3.01
+    assert correct == pytest.approx(round(correct))
+
+
+def test_the_numbers_do_not_depend_on_the_world_size(fashion, tmp_path):
+    losses = {}
+    for nproc in (0, 3):  # 3 does not divide the batch of 100
+        path = tmp_path / str(nproc)
+        more = ["--model.name", "linear", "--amp", "off", "--log_every", 1, "--epochs", 2, "--optim.lr", 0.01]
+        run(str(ROOT / "tests/programs/train_linear.py"), *options(fashion, path, *more), nproc=nproc)
+        losses[nproc] = [line["loss"] for line in metrics(path)]
+    assert losses[3] == pytest.approx(losses[0], rel=1e-4)
+
+
+def test_a_rank_that_dies_takes_the_others_down(fashion, tmp_path):
+    command = command_line("ckd_dist.train_teacher", *options(fashion, tmp_path / "run", "--epochs", 1000), nproc=2)
+    process = subprocess.Popen(command, env=ENVIRONMENT, cwd=ROOT, stderr=subprocess.PIPE, text=True)
+    while count_lines(tmp_path / "run" / "metrics.jsonl") < 2:
+        assert process.poll() is None
+        time.sleep(0.05)
+    ranks = psutil.Process(process.pid).children(recursive=True)
+    victim = next(rank for rank in ranks if "ckd_dist.train_teacher" in " ".join(rank.cmdline()))
+    os.kill(victim.pid, signal.SIGKILL)
+    process.communicate(timeout=60)
+    assert process.returncode != 0
+    assert psutil.wait_procs(ranks, timeout=1)[1] == []

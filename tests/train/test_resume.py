@@ -1,0 +1,35 @@
+"""A training goes on where it was interrupted, to the bit, and only with the options that it began with."""
+
+from __future__ import annotations
+
+import pytest
+
+from ckd_dist.core.errors import UserError
+from tests.helpers.commands import command_line, count_lines, kill_and_repeat, run
+from tests.helpers.training import metrics, options, same_weights, train_here
+
+
+def test_a_killed_run_ends_with_the_weights_of_one_that_never_was(fashion, tmp_path):
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    more = ["--log_every", 1, "--save_last_every", 5, "--ema_decay", 0.9]
+    run("ckd_dist.train_teacher", *options(fashion, whole, *more), nproc=2)
+    command = command_line("ckd_dist.train_teacher", *options(fashion, killed, *more), nproc=2)
+    record = killed / "metrics.jsonl"
+    kill_and_repeat(command, lambda: count_lines(record), kills=[3, 26], seed=1)
+    for name in ("epoch_0001.pt", "epoch_0002.pt", "epoch_0003.pt", "last.pt"):
+        assert same_weights(whole / "checkpoints" / name, killed / "checkpoints" / name), name
+    losses = [[(line["step"], line["loss"], line["lr"]) for line in metrics(path)] for path in (whole, killed)]
+    assert losses[0] == losses[1] and len(losses[0]) == 36
+    assert metrics(whole, "val") == metrics(killed, "val")
+
+
+def test_a_complete_run_is_left_alone_and_another_configuration_is_refused(fashion, tmp_path, capsys):
+    arguments = options(fashion, tmp_path / "run", "--epochs", 1)
+    train_here(*arguments)
+    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "run" / "checkpoints").iterdir()}
+    capsys.readouterr()
+    train_here(*arguments, "--log_every", 7, "--data.workers", 2)
+    assert "complete already" in capsys.readouterr().out
+    assert before == {path: path.stat().st_mtime_ns for path in (tmp_path / "run" / "checkpoints").iterdir()}
+    with pytest.raises(UserError, match=r"run_dir: .* holds a run with optim\.lr 0\.05, not 0\.06"):
+        train_here(*arguments, "--optim.lr", 0.06)

@@ -1,0 +1,98 @@
+"""The host gives the device work and never waits for it: the train step, and a teacher's pass."""
+
+from __future__ import annotations
+
+from contextlib import contextmanager
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from ckd_dist.bench.step import CLASSES, learner, memory_batch, plain_loss
+from ckd_dist.core.options import load_config
+from ckd_dist.data.batch import Mixed
+from ckd_dist.nn import forward, models
+from ckd_dist.store.codecs import Dense, Sampled, TopK
+from ckd_dist.train.objective import DistillationLoss
+from ckd_dist.train.options import DistillConfig
+from ckd_dist.train.teachers import OnlineRecords
+
+DENSE, TOPK, SAMPLED = Dense(CLASSES), TopK(CLASSES, 8), Sampled(CLASSES, 8, 4.0)
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+aten = torch.ops.aten
+
+
+class _Waits(TorchDispatchMode):
+    """Collects operations whose result's shape or value the host must know, which on a GPU makes it wait."""
+
+    def __init__(self):
+        super().__init__()
+        self.found = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        reading = (aten._local_scalar_dense, aten.nonzero, aten.masked_select, aten.equal, aten.lift_fresh)
+        masked = function in (aten.index.Tensor, aten.index_put_.default, aten._index_put_impl_.default) and any(
+            each is not None and each.dtype == torch.bool for each in args[1]
+        )
+        if masked or function.overloadpacket in reading:
+            self.found.append(str(function))
+        return function(*args, **(kwargs or {}))
+
+
+@contextmanager
+def no_waiting(device):
+    """Fails where the host waits for the device: on a GPU as CUDA sees it, on a CPU by the operations themselves."""
+    if device.type == "cuda":
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            yield
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+        return
+    with _Waits() as waits:
+        yield
+    assert waits.found == []
+
+
+def encoded(codec, logits, labels):
+    """Records uint8 [n, bytes]."""
+    return codec.encode(logits, labels, torch.rand(len(logits), dtype=torch.float64, device=logits.device))
+
+
+CASES = [
+    *((DENSE, loss, 1) for loss in ("kd", "soft_target", "mse", "dkd", "dist", "standardized")),
+    *((TOPK, loss, 1) for loss in ("kd", "soft_target", "dkd", "standardized")),
+    (SAMPLED, "kd", 1),
+    (DENSE, "kd", 2),
+    (TOPK, "kd", 2),
+    (None, "kd", 0),
+]
+
+
+@pytest.mark.parametrize("codec, loss, members", CASES)
+@pytest.mark.parametrize("mixed", [False, True])
+def test_a_train_step_does_not_wait(codec, loss, members, mixed, tmp_path):
+    batch, function = memory_batch(16, 8, DEVICE), plain_loss
+    if mixed:
+        batch.mixed = Mixed(batch.labels.flip(0), torch.rand(16, device=DEVICE))
+    if codec is not None:
+        logits = torch.randn(members + 1, 16, CLASSES, device=DEVICE)
+        batch.teacher_records = torch.stack([encoded(codec, each, batch.labels) for each in logits], dim=1)
+        teacher = ["--teacher.store=-", f"--teacher.checkpoints={[*range(members)]}", f"--kd.loss={loss}"]
+        words = ["--data.train=-", "--model.name=resnet8", "--run_dir=-", "--epochs=1000", "--kd.temperature=4"]
+        config, columns = load_config(DistillConfig, [*words, *teacher]), [[*range(members)]] * 1000
+        function = DistillationLoss(config, codec, columns, weights=[1 / members] * members)
+    options = ["--optim.clip_grad_norm=1", "--optim.name=adamw"] if mixed else []
+    one = learner(tmp_path / "run", "resnet8", function, DEVICE, 16, *options)
+    one.train_step(batch)  # the first sets up what is kept
+    with no_waiting(DEVICE):
+        one.train_step(batch)
+
+
+@pytest.mark.parametrize("codec", [DENSE, TOPK, SAMPLED], ids=lambda codec: codec.name)
+def test_a_teachers_pass_does_not_wait(codec):
+    batch = memory_batch(16, 8, DEVICE)
+    model = forward.to_device(models.build_model("resnet8", CLASSES), DEVICE)
+    with no_waiting(DEVICE):
+        encoded(codec, forward.forward_logits(model, batch.images, "bfloat16"), batch.labels)
+        OnlineRecords([model, model], DENSE, "bfloat16")(batch.images)
