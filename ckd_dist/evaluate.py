@@ -29,7 +29,7 @@ def main(config: EvaluateConfig) -> None:
         info = classes.match_model(info, "data.val", metadata, config.checkpoint, config.data.map_classes)
         loader = BetonLoader.for_evaluation(info, config.data, metadata, device)
         models.require_fits(model, metadata["model"], info.num_classes, loader.image_size, "data.image_size")
-        amp = precision.resolved(config.amp)
+        amp = precision.resolve_amp(config.amp)
         (result,) = evaluation.evaluate({config.checkpoint: forward.to_device(model, device)}, loader, amp).values()
         made_of = {"content_hash": info.content_hash, "weights_sha256": checkpoint.weights_sha256(model.state_dict())}
         console.say(json.dumps({**result, "images": info.count, "amp": amp, **made_of}))

@@ -33,7 +33,7 @@ def main(config: SelectConfig) -> None:
     with dist.process_group() as device:
         images = open_images(config.data, "train", "val")
         folder, requested = Path(config.run_dir), config
-        config = precision.settle(requested, folder)
+        config = precision.resolve(requested, folder)
         trajectory = probes.load_trajectory(config, device)
         teacher, how = config.teacher.run, config.data.map_classes
         images = {
@@ -42,7 +42,7 @@ def main(config: SelectConfig) -> None:
         }
         inputs = {option: info.as_input() for option, info in images.items()}
         inputs["teacher.run"] = identity.run(teacher, trajectory.weights_sha256)
-        origin = identity.Origin(asked=to_dict(requested), settled=to_dict(config), inputs=inputs)
+        origin = identity.Origin(requested=to_dict(requested), resolved=to_dict(config), inputs=inputs)
         if RunFolder(config.run_dir, origin).complete:
             console.say(f"{folder}: complete already")
             result = dist.on_main(lambda: results.read_selection(folder / "selection.json", "run_dir"))

@@ -67,10 +67,10 @@ def learner(
     given = {"data.train": "memory", "model.name": model, "epochs": 1000, "run_dir": folder}
     words = [f"--{name}={value}" for name, value in {**given, "data.batch_size": batch_size}.items()]
     requested = load_config(DistillConfig, [*words, *options])
-    config = precision.settle(requested, folder)
+    config = precision.resolve(requested, folder)
     torch.manual_seed(0)
     network = models.build_model(model, CLASSES)
-    run = RunFolder(config.run_dir, Origin(asked=to_dict(requested), settled=to_dict(config)))
+    run = RunFolder(config.run_dir, Origin(requested=to_dict(requested), resolved=to_dict(config)))
     return Learner(network, config, loss, run, device, {}, steps_per_epoch)
 
 

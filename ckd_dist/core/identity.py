@@ -89,17 +89,17 @@ def _short(value: Any) -> str:
 class Origin:
     """What a result comes from. The same origin gives the same result, on CPUs bitwise."""
 
-    asked: dict[str, Any] = field(default_factory=dict)
+    requested: dict[str, Any] = field(default_factory=dict)
     """Options as the user gave them, in sections: config.yaml."""
-    settled: dict[str, Any] = field(default_factory=dict)
+    resolved: dict[str, Any] = field(default_factory=dict)
     """As they were resolved: precision, views, the teacher's checkpoints."""
     inputs: dict[str, Input] = field(default_factory=dict)
     """Of each option that names one."""
 
     @cached_property
     def options(self) -> dict[str, Any]:
-        """The settled options, with dotted keys."""
-        return flatten(self.settled)
+        """The resolved options, with dotted keys."""
+        return flatten(self.resolved)
 
     @property
     def identity(self) -> str:
@@ -110,13 +110,13 @@ class Origin:
         return hashlib.sha256(json.dumps([values, holds], sort_keys=True).encode()).hexdigest()
 
     def write(self, folder: Path) -> None:
-        """Write config.yaml, what was asked if there are options, and lineage.json, what it was resolved to."""
-        if self.asked:
-            write_bytes_atomically(folder / "config.yaml", yaml.safe_dump(self.asked, sort_keys=False).encode())
-        asked = flatten(self.asked)
+        """Write config.yaml, the options as requested if there are any, and lineage.json, what they were resolved to."""
+        if self.requested:
+            write_bytes_atomically(folder / "config.yaml", yaml.safe_dump(self.requested, sort_keys=False).encode())
+        requested = flatten(self.requested)
         Lineage(
             identity=self.identity,
-            settled={key: value for key, value in self.options.items() if value != asked.get(key)},
+            resolved={key: value for key, value in self.options.items() if value != requested.get(key)},
             inputs=self.inputs,
         ).write(folder)
 
@@ -127,7 +127,7 @@ class Lineage:
 
     format: Literal[1] = 1
     identity: str
-    settled: dict[str, Any] = field(default_factory=dict)
+    resolved: dict[str, Any] = field(default_factory=dict)
     """What options became that were resolved, with dotted keys."""
     inputs: dict[str, Input] = field(default_factory=dict)
 
@@ -145,7 +145,7 @@ def read_lineage(folder: Path, option: str) -> Lineage | None:
 
 
 def saved_options(folder: Path) -> dict[str, Any]:
-    """The settled options of the run in `folder`, with dotted keys; empty where there is none: a try that ended before
+    """The resolved options of the run in `folder`, with dotted keys; empty where there is none: a try that ended before
     it saved anything is no run. Raises `UserError` where they are damaged."""
     path = folder / "config.yaml"
     if not _holds_work(folder) or not path.exists():
@@ -155,7 +155,7 @@ def saved_options(folder: Path) -> dict[str, Any]:
     except UserError as error:
         raise UserError(f"{error}: restore it, or choose another run_dir") from None
     lineage = read_lineage(folder, "run_dir")
-    return {**options, **(lineage.settled if lineage else {})}
+    return {**options, **(lineage.resolved if lineage else {})}
 
 
 def _holds_work(folder: Path) -> bool:
@@ -174,16 +174,16 @@ def require_same(folder: Path, origin: Origin) -> bool:
     if not old:
         return True
     lineage = read_lineage(folder, "run_dir")
-    new, asked = origin.options, flatten(origin.asked)
+    new, requested = origin.options, flatten(origin.requested)
     compared = lineage.inputs.keys() & origin.inputs.keys() if lineage else set()
     for key in sorted((old.keys() | new.keys()) - {*FREE, "run_dir"} - compared):
         before, now, why = old.get(key), new.get(key), ""
-        if key == "epochs" and isinstance(before, int) and before < new[key] and "grid" not in origin.settled:
+        if key == "epochs" and isinstance(before, int) and before < new[key] and "grid" not in origin.resolved:
             depends = _depends_on_epochs(new)
             if depends is None:
                 continue
             why = f", and {depends} depends on their number"
-        same = before == now or (lineage is None and before == asked.get(key))
+        same = before == now or (lineage is None and before == requested.get(key))
         message = f"run_dir: {folder} holds a run with {key} {before}, not {now}{why}"
         require(same, f"{message}: repeat its options to go on, or choose another run_dir")
     if lineage is None:

@@ -38,7 +38,7 @@ def automatic() -> Amp:
     return min(dist.gather_objects(own), key=_BEST_LAST.index)
 
 
-def resolved(amp: Amp, kept: Amp | None = None) -> Amp:
+def resolve_amp(amp: Amp, kept: Amp | None = None) -> Amp:
     """`amp`, or what auto becomes: what was `kept` of an earlier run of the command, else `automatic`; collective.
     Warns of a type that is emulated."""
     amp = (kept or automatic()) if amp == "auto" else amp
@@ -53,10 +53,10 @@ def _warn(amp: Amp) -> None:
     console.say(f"warning: this device has no {amp} of its own and emulates it: --amp off, float32, is faster")
 
 
-def settle(config: RunConfig, folder: str | Path) -> RunConfig:
+def resolve(config: RunConfig, folder: str | Path) -> RunConfig:
     """The configuration of a run, with `amp` resolved: as the run in `folder` began, if there is one; collective."""
     kept = dist.on_main(lambda: saved_options(Path(folder)).get("amp"))
-    return replace(config, amp=resolved(config.amp, kept))
+    return replace(config, amp=resolve_amp(config.amp, kept))
 
 
 def words(amp: str) -> str:

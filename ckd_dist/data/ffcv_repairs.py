@@ -119,6 +119,7 @@ class Epoch(EpochIterator):
         super().__init__(loader, order)
 
     def run(self):
+        """Fill the queue of batches; what goes wrong is raised where they are taken."""
         try:
             if self._gpu is not None:  # a new thread is on the first one, where pinning memory would make a context
                 torch.cuda.set_device(self._gpu)
@@ -132,6 +133,7 @@ class Epoch(EpochIterator):
                     pass
 
     def run_pipeline(self, b_ix, batch_indices, batch_slot, cuda_event):
+        """FFCV's arrays of a batch, and the extra ones."""
         return (*super().run_pipeline(b_ix, batch_indices, batch_slot, cuda_event), self._extra(batch_indices))
 
     def __next__(self):

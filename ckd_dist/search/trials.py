@@ -102,7 +102,7 @@ def prepare(requested: SearchConfig) -> Search:
     used = list(dict.fromkeys(name for members in teachers for name in members)) or default
     checkpoint.choose(manifest.members, used, "grid.teachers")
     began = began_in(Path(requested.run_dir))
-    config = precision.settle(requested, began)
+    config = precision.resolve(requested, began)
     if config.data.views is None:
         views = dist.on_main(lambda: saved_options(began).get("data.views")) or manifest.views(used)
         config = replace(config, data=replace(config.data, views=views))
@@ -112,7 +112,7 @@ def prepare(requested: SearchConfig) -> Search:
         for option, info in open_images(config.data, "train", "val", "test").items()
     }
     origin = setup.origin(requested, config, images, teacher.inputs(used))
-    origin = replace(origin, asked=shared_options(requested), settled=shared_options(config))
+    origin = replace(origin, requested=shared_options(requested), resolved=shared_options(config))
     return Search(config, origin, images, teacher, list_trials(config, manifest, teachers))
 
 

@@ -53,7 +53,7 @@ def describe(config: CacheConfig, device: torch.device) -> tuple[Manifest, Recor
             "image_size": image_size,
             "mean": metadata["mean"],
             "std": metadata["std"],
-            "amp": precision.resolved(config.amp, dist.on_main(lambda: held_amp(Path(config.store)))),
+            "amp": precision.resolve_amp(config.amp, dist.on_main(lambda: held_amp(Path(config.store)))),
         },
         codec=codec.to_dict(),
         shard_size=config.shard_size,

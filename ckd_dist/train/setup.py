@@ -44,7 +44,7 @@ def origin(
     inputs = {**{option: info.as_input() for option, info in images.items()}, **teacher}
     if path := config.model.weights:
         inputs["model.weights"] = identity.weights(path, initial_weights(path)[1])
-    return Origin(asked=to_dict(requested), settled=to_dict(config), inputs=inputs)
+    return Origin(requested=to_dict(requested), resolved=to_dict(config), inputs=inputs)
 
 
 def train(

@@ -54,7 +54,7 @@ def train(requested: Sequence[DistillConfig], images: Mapping[str, DatasetInfo],
 def resolve(requested: DistillConfig) -> DistillConfig:
     """The options of a student as they are resolved: precision, the teacher's checkpoints and, if they are cached, the
     number of views; as the run in its folder began, if there is one. Collective."""
-    config = precision.settle(requested, requested.run_dir)
+    config = precision.resolve(requested, requested.run_dir)
     config = replace(config, teacher=resolve_checkpoints(config.teacher))
     if config.teacher.store and config.data.views is None:
         began = dist.on_main(lambda: saved_options(Path(config.run_dir)).get("data.views"))

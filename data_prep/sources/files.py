@@ -69,6 +69,7 @@ class FileSource:
             return decode(image, self.decoding, check), int(self.labels[index])
 
     def name(self, index: int) -> str:
+        """Of an image, for messages."""
         return self.paths[index]
 
     def identity(self) -> Iterator[bytes]:

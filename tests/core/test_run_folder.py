@@ -32,7 +32,7 @@ def words(fashion, run_dir, *more):
 
 def of(options):
     """The origin of a run with these options, and no inputs."""
-    return identity.Origin(asked=options, settled=options)
+    return identity.Origin(requested=options, resolved=options)
 
 
 @pytest.fixture(scope="module")

@@ -82,7 +82,7 @@ def test_distill_takes_the_choice_and_refuses_that_of_another_run(fashion, teach
 
     distill_here(tmp_path / "run", "--teacher.selection", tmp_path / "selection")
     lineage = read_lineage(tmp_path / "run", "")
-    assert lineage.settled["teacher.checkpoints"] == [result["choice"]]
+    assert lineage.resolved["teacher.checkpoints"] == [result["choice"]]
     assert lineage.inputs["teacher.selection"].holds == {"weights_sha256": result["weights_sha256"]}
     path = tmp_path / "selection" / "selection.json"
     other = {"weights_sha256": "0" * 64}
