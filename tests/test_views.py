@@ -24,12 +24,16 @@ from torchvision.transforms.v2 import functional
 
 from ckd_dist.core.errors import UserError
 from ckd_dist.data import dataset
-from ckd_dist.data.ffcv_repairs import IMAGE_MODES, Epoch, _temporary_cache
+from ckd_dist.data.ffcv_repairs import IMAGE_MODES, Epoch
+from ckd_dist.data.jit import _temporary_cache
 from ckd_dist.data.loader import BetonLoader, decode_view, read_labels, sample_pages
 from ckd_dist.data.options import LoaderConfig, TrainDataConfig
 from ckd_dist.data.order import quasi_random_ids, rank_share, shuffled_ids, train_ids
 from ckd_dist.data.recipe import ViewRecipe
-from ckd_dist.data.views import _CONTRAST, _SATURATION, _beta_quantiles, partners, render, stream_key, uniform, view
+from ckd_dist.data.views.draws import CONTRAST, SATURATION, beta_quantiles, stream_key, uniform
+from ckd_dist.data.views.geometry import view
+from ckd_dist.data.views.mixing import partners
+from ckd_dist.data.views.render import render
 
 CPU = torch.device("cpu")
 RRC = ViewRecipe(kind="random_resized_crop")
@@ -110,15 +114,16 @@ def test_neither_epochs_nor_loaders_recompile(photographs):
 
 def test_compiled_code_is_kept_where_neither_package_nor_home_can_be_written(tmp_path, monkeypatch):
     package = shutil.copytree(ROOT / "ckd_dist", tmp_path / "ckd_dist", ignore=shutil.ignore_patterns("__pycache__"))
-    (package / "__pycache__").touch()  # no folder can be made here, by root either
-    code = "from ckd_dist import views; print(views.__file__); views.uniform(1, 2)"
+    for folder in {path.parent for path in package.rglob("*.py")}:
+        (folder / "__pycache__").touch()  # no folder can be made here, by root either
+    code = "from ckd_dist.data.views import draws; print(draws.__file__); draws.uniform(1, 2)"
     environment = {**ENVIRONMENT, "HOME": "/dev/null", "XDG_CACHE_HOME": "/dev/null", "TMPDIR": str(tmp_path)}
     environment.update(PYTHONPATH=str(tmp_path), NUMBA_CACHE_DIR="")
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith(str(package))
     (kept,) = tmp_path.glob("ckd_dist-*")
-    assert kept.stat().st_mode & 0o777 == 0o700 and list(kept.rglob("views.uniform-*"))
+    assert kept.stat().st_mode & 0o777 == 0o700 and list(kept.rglob("draws.uniform-*"))
     # A folder of that name that somebody else could fill with code is not used.
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     assert _temporary_cache() == str(kept)
@@ -348,7 +353,7 @@ def test_a_mixed_view_is_made_of_the_views_of_two_samples(photographs, kind, alp
 
 def test_weights_of_mixing_are_drawn_from_beta():
     for alpha in (0.2, 1.0, 2.0):
-        quantiles, drawn = _beta_quantiles(alpha) / 256, torch.distributions.Beta(alpha, alpha).sample((100_000,))
+        quantiles, drawn = beta_quantiles(alpha) / 256, torch.distributions.Beta(alpha, alpha).sample((100_000,))
         at = np.linspace(0.05, 0.95, 19)
         np.testing.assert_allclose(np.quantile(quantiles, at), np.quantile(drawn.numpy(), at), atol=0.01)
     ids, both = np.arange(100_000), replace(RRC, mixup=1.0, cutmix=1.0)
@@ -363,7 +368,7 @@ def test_colours_change_as_torchvision_changes_them(photographs):
     plain, changed = decoded(photographs, RRC, ids), decoded(photographs, jitter, ids)
     for sample, before, after in zip(ids, plain, changed, strict=True):
         key = stream_key(3, 1, int(sample))
-        b, c, s = (0.4 + 1.2 * uniform(np.uint64(key), n) for n in (_CONTRAST - 1, _CONTRAST, _SATURATION))
+        b, c, s = (0.4 + 1.2 * uniform(np.uint64(key), n) for n in (CONTRAST - 1, CONTRAST, SATURATION))
         image = torch.from_numpy(before).byte().permute(2, 0, 1)
         image = functional.adjust_saturation(functional.adjust_contrast(functional.adjust_brightness(image, b), c), s)
         # Ours in float64, theirs in float32: a value that is nearly whole may be rounded down to another one.
