@@ -110,7 +110,7 @@ class Origin:
         return hashlib.sha256(json.dumps([values, holds], sort_keys=True).encode()).hexdigest()
 
     def write(self, folder: Path) -> None:
-        """Write config.yaml, the options as requested if there are any, and lineage.json, what they were resolved to."""
+        """Write config.yaml, the options as requested, if there are any, and lineage.json, what they became."""
         if self.requested:
             write_bytes_atomically(folder / "config.yaml", yaml.safe_dump(self.requested, sort_keys=False).encode())
         requested = flatten(self.requested)

@@ -5,11 +5,7 @@ Each mend says what it is for, so that it can go when FFCV no longer needs it (s
 
 from __future__ import annotations
 
-import os
-import stat
-import tempfile
 from collections.abc import Callable
-from pathlib import Path
 from queue import Empty, Full
 
 import numba
@@ -53,23 +49,6 @@ __all__ = [
     "ready",
 ]
 
-
-def _temporary_cache() -> str:
-    """A folder for compiled code, which numba trusts: this user's own, that nobody else can write to."""
-    folder = Path(tempfile.gettempdir()) / f"ckd_dist-{os.getuid()}"
-    folder.mkdir(mode=0o700, exist_ok=True)
-    status = folder.lstat()
-    if stat.S_ISDIR(status.st_mode) and status.st_uid == os.getuid() and not status.st_mode & 0o022:
-        return str(folder)
-    return tempfile.mkdtemp(prefix=folder.name)
-
-
-# Where neither this folder nor the user's home can be written, numba finds no place for what views.py has it keep.
-try:
-    numba.njit(cache=True)(_temporary_cache)
-except RuntimeError:
-    os.environ["NUMBA_CACHE_DIR"] = _temporary_cache()  # for this process's children too
-    numba.config.reload_config()
 
 _compile = Compiler.compile.__func__
 

@@ -19,7 +19,9 @@ from ckd_dist.data.ffcv_repairs import Epoch, Loader, OrderOption, PipelineSpec,
 from ckd_dist.data.options import LoaderConfig, TrainDataConfig
 from ckd_dist.data.order import quasi_random_ids, shuffled_ids
 from ckd_dist.data.recipe import ViewRecipe
-from ckd_dist.data.views import LabelDecoder, SampleIdDecoder, ViewDecoder, partners, render
+from ckd_dist.data.views.decoder import LabelDecoder, SampleIdDecoder, ViewDecoder
+from ckd_dist.data.views.mixing import partners
+from ckd_dist.data.views.render import render
 
 
 def read_labels(info: DatasetInfo) -> np.ndarray:

@@ -16,8 +16,8 @@ from numba import types
 from ckd_dist.core import checkpoint
 from ckd_dist.core.errors import UserError, require
 from ckd_dist.data.dataset import DatasetInfo
+from ckd_dist.data.jit import compiled
 from ckd_dist.data.recipe import ViewRecipe
-from ckd_dist.data.views import compiled
 from ckd_dist.store.check import faults, records_begin
 from ckd_dist.store.manifest import Manifest, Shard
 

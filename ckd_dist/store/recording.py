@@ -20,7 +20,7 @@ from ckd_dist.data.dataset import DatasetInfo
 from ckd_dist.data.loader import BetonLoader
 from ckd_dist.data.options import LoaderConfig
 from ckd_dist.data.recipe import ViewRecipe
-from ckd_dist.data.views import SAMPLED_CODEC, uniforms
+from ckd_dist.data.views.draws import SAMPLED_CODEC, uniforms
 from ckd_dist.nn import models
 from ckd_dist.nn.forward import forward_logits, to_device
 from ckd_dist.store.background import BackgroundWriter

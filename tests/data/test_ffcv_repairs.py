@@ -12,7 +12,8 @@ import numpy as np
 import pytest
 from numba.core import event
 
-from ckd_dist.data.ffcv_repairs import Epoch, _temporary_cache
+from ckd_dist.data.ffcv_repairs import Epoch
+from ckd_dist.data.jit import _temporary_cache
 from ckd_dist.data.recipe import ViewRecipe
 from tests.helpers.commands import ENVIRONMENT, ROOT
 from tests.helpers.views import EVERYTHING, RRC, digests, loader
@@ -31,15 +32,16 @@ def test_neither_epochs_nor_loaders_recompile(photographs):
 
 def test_compiled_code_is_kept_where_neither_package_nor_home_can_be_written(tmp_path, monkeypatch):
     package = shutil.copytree(ROOT / "ckd_dist", tmp_path / "ckd_dist", ignore=shutil.ignore_patterns("__pycache__"))
-    (package / "__pycache__").touch()  # no folder can be made here, by root either
-    code = "from ckd_dist import views; print(views.__file__); views.uniform(1, 2)"
+    for folder in {path.parent for path in package.rglob("*.py")}:
+        (folder / "__pycache__").touch()  # no folder can be made here, by root either
+    code = "from ckd_dist.data.views import draws; print(draws.__file__); draws.uniform(1, 2)"
     environment = {**ENVIRONMENT, "HOME": "/dev/null", "XDG_CACHE_HOME": "/dev/null", "TMPDIR": str(tmp_path)}
     environment.update(PYTHONPATH=str(tmp_path), NUMBA_CACHE_DIR="")
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith(str(package))
     (kept,) = tmp_path.glob("ckd_dist-*")
-    assert kept.stat().st_mode & 0o777 == 0o700 and list(kept.rglob("views.uniform-*"))
+    assert kept.stat().st_mode & 0o777 == 0o700 and list(kept.rglob("draws.uniform-*"))
     # A folder of that name that somebody else could fill with code is not used.
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     assert _temporary_cache() == str(kept)

@@ -19,7 +19,10 @@ from ckd_dist.data.ffcv_repairs import IMAGE_MODES
 from ckd_dist.data.loader import decode_view, read_labels
 from ckd_dist.data.order import shuffled_ids
 from ckd_dist.data.recipe import ViewRecipe
-from ckd_dist.data.views import _CONTRAST, _SATURATION, _beta_quantiles, partners, render, stream_key, uniform, view
+from ckd_dist.data.views.draws import CONTRAST, SATURATION, beta_quantiles, stream_key, uniform
+from ckd_dist.data.views.geometry import view
+from ckd_dist.data.views.mixing import partners
+from ckd_dist.data.views.render import render
 from tests.helpers.commands import ROOT, run
 from tests.helpers.views import EVERYTHING, PAD, RRC, digests, loader
 
@@ -190,7 +193,7 @@ def test_a_mixed_view_is_made_of_the_views_of_two_samples(photographs, kind, alp
 
 def test_weights_of_mixing_are_drawn_from_beta():
     for alpha in (0.2, 1.0, 2.0):
-        quantiles, drawn = _beta_quantiles(alpha) / 256, torch.distributions.Beta(alpha, alpha).sample((100_000,))
+        quantiles, drawn = beta_quantiles(alpha) / 256, torch.distributions.Beta(alpha, alpha).sample((100_000,))
         at = np.linspace(0.05, 0.95, 19)
         np.testing.assert_allclose(np.quantile(quantiles, at), np.quantile(drawn.numpy(), at), atol=0.01)
     ids, both = np.arange(100_000), replace(RRC, mixup=1.0, cutmix=1.0)
@@ -205,7 +208,7 @@ def test_colours_change_as_torchvision_changes_them(photographs):
     plain, changed = decoded(photographs, RRC, ids), decoded(photographs, jitter, ids)
     for sample, before, after in zip(ids, plain, changed, strict=True):
         key = stream_key(3, 1, int(sample))
-        b, c, s = (0.4 + 1.2 * uniform(np.uint64(key), n) for n in (_CONTRAST - 1, _CONTRAST, _SATURATION))
+        b, c, s = (0.4 + 1.2 * uniform(np.uint64(key), n) for n in (CONTRAST - 1, CONTRAST, SATURATION))
         image = torch.from_numpy(before).byte().permute(2, 0, 1)
         image = functional.adjust_saturation(functional.adjust_contrast(functional.adjust_brightness(image, b), c), s)
         # Ours in float64, theirs in float32: a value that is nearly whole may be rounded down to another one.

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from ckd_dist.core.errors import UserError
-from ckd_dist.data import views
+from ckd_dist.data.views.draws import SAMPLED_CODEC, uniforms
 from ckd_dist.nn import losses
 from ckd_dist.nn.options import KDConfig
 from ckd_dist.store.codecs import Dense, Sampled, TopK, factory, targets
@@ -195,7 +195,7 @@ def test_sampled_targets_are_unbiased_and_those_of_topk_are_not(temperature):
     classes, k, n = 30, 6, 40_000
     logits = case(1, classes)[0]
     truth = (logits / temperature).softmax(1)[0].double()
-    draws = torch.from_numpy(views.uniforms(0, 0, np.arange(n), views.SAMPLED_CODEC))
+    draws = torch.from_numpy(uniforms(0, 0, np.arange(n), SAMPLED_CODEC))
     codec, kd = Sampled(classes, k, temperature), KDConfig(temperature=temperature)
     target = (decoded(codec, logits.expand(n, -1), None, draws, kd) / temperature).softmax(1).double()
     error = target.std(0) / n**0.5 + 5e-4 * truth + 1e-7  # of the mean; weights are rounded to float16
@@ -213,7 +213,7 @@ def test_sampled_targets_are_unbiased_and_those_of_topk_are_not(temperature):
 def test_the_gradient_of_sampled_targets_is_unbiased():
     classes, n, kd = 30, 40_000, KDConfig(alpha=0.0, temperature=1.0)
     logits, student = case(1, classes)[0], torch.randn(1, classes, generator=torch.Generator().manual_seed(2))
-    draws = torch.from_numpy(views.uniforms(0, 0, np.arange(n), views.SAMPLED_CODEC))
+    draws = torch.from_numpy(uniforms(0, 0, np.arange(n), SAMPLED_CODEC))
     students = student.expand(n, -1).clone().requires_grad_()
     teacher = decoded(Sampled(classes, 6), logits.expand(n, -1), None, draws, kd)
     (gradients,) = torch.autograd.grad(losses.soft_target_divergence(students, teacher, 1.0).sum(), students)
@@ -224,10 +224,10 @@ def test_the_gradient_of_sampled_targets_is_unbiased():
 
 def test_draws_belong_to_a_sample_and_a_view_whatever_the_order():
     ids = np.random.default_rng(0).permutation(1000)
-    draws = views.uniforms(7, 3, ids, views.SAMPLED_CODEC)
-    np.testing.assert_array_equal(draws, views.uniforms(7, 3, np.arange(1000), views.SAMPLED_CODEC)[ids])
+    draws = uniforms(7, 3, ids, SAMPLED_CODEC)
+    np.testing.assert_array_equal(draws, uniforms(7, 3, np.arange(1000), SAMPLED_CODEC)[ids])
     assert draws.min() >= 0 and draws.max() < 1 and abs(draws.mean() - 0.5) < 0.05
-    for other in (views.uniforms(7, 4, ids, 1000), views.uniforms(8, 3, ids, 1000), views.uniforms(7, 3, ids, 1001)):
+    for other in (uniforms(7, 4, ids, 1000), uniforms(8, 3, ids, 1000), uniforms(7, 3, ids, 1001)):
         assert abs(np.corrcoef(draws, other)[0, 1]) < 0.15
 
 
