@@ -60,7 +60,7 @@ def lerp(start, end, weight):
 
 @compiled
 def exp(x):
-    """The exponential function for |x| < 1.5, from + and * alone: the libraries' versions differ by an ulp between machines."""
+    """The exponential of |x| < 1.5, from + and * alone: what libraries give differs by an ulp between machines."""
     term, total = 1.0, 1.0
     for k in range(1, 24):
         term = term * x / k
