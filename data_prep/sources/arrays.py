@@ -70,6 +70,7 @@ class ArraySource:
         return image, int(self.labels[index])
 
     def name(self, index: int) -> str:
+        """What messages call an image."""
         return f"{self.where}, image {index}"
 
     def identity(self) -> Iterator[bytes]:
@@ -148,12 +149,14 @@ def read_idx(path: Path) -> NDArray[np.uint8]:
 
 
 def cifar10(root: Path, train: bool) -> ArraySource:
+    """torchvision's CIFAR-10."""
     from torchvision.datasets import CIFAR10
 
     return _cifar(CIFAR10, root, train)
 
 
 def cifar100(root: Path, train: bool) -> ArraySource:
+    """torchvision's CIFAR-100."""
     from torchvision.datasets import CIFAR100
 
     return _cifar(CIFAR100, root, train)
