@@ -70,7 +70,7 @@ class ArraySource:
         return image, int(self.labels[index])
 
     def name(self, index: int) -> str:
-        """Of an image, for messages."""
+        """What messages call an image."""
         return f"{self.where}, image {index}"
 
     def identity(self) -> Iterator[bytes]:
@@ -149,14 +149,14 @@ def read_idx(path: Path) -> NDArray[np.uint8]:
 
 
 def cifar10(root: Path, train: bool) -> ArraySource:
-    """CIFAR-10 from `root`, downloaded into it unless it is there."""
+    """torchvision's CIFAR-10, downloaded into `root` unless it is there."""
     from torchvision.datasets import CIFAR10
 
     return _cifar(CIFAR10, root, train)
 
 
 def cifar100(root: Path, train: bool) -> ArraySource:
-    """CIFAR-100 from `root`, downloaded into it unless it is there."""
+    """torchvision's CIFAR-100, downloaded into `root` unless it is there."""
     from torchvision.datasets import CIFAR100
 
     return _cifar(CIFAR100, root, train)

@@ -69,7 +69,7 @@ class FileSource:
             return decode(image, self.decoding, check), int(self.labels[index])
 
     def name(self, index: int) -> str:
-        """Of an image, for messages."""
+        """What messages call an image."""
         return self.paths[index]
 
     def identity(self) -> Iterator[bytes]:
@@ -85,7 +85,11 @@ class FileSource:
 
 
 def class_folders(root: Path, folders: dict[str, Path], left_out: Counter[str]) -> FileSource:
-    """All images below one folder a class; the classes are numbered in the order given. Counts in `left_out` too."""
+    """All images below one folder a class; the classes are numbered in the order given. Counts in `left_out` too.
+
+    Raises:
+        InputError: a class without images, a folder that cannot be read, a folder or a file of two classes.
+    """
     paths: list[str] = []
     labels: list[int] = []
     seen: dict[str, Path] = {}
@@ -104,7 +108,11 @@ def class_folders(root: Path, folders: dict[str, Path], left_out: Counter[str]) 
 def each_file_once(
     root: Path, paths: list[str], labels: list[int], classes: list[str], left_out: Counter[str]
 ) -> FileSource:
-    """The files under their first name each, whatever links lead to them. Counts in `left_out` too."""
+    """The files under their first name each, whatever links lead to them. Counts in `left_out` too.
+
+    Raises:
+        InputError: one file is of two classes.
+    """
     first: dict[tuple[int, int], int] = {}
     kept = []
     for number, path in enumerate(paths):
@@ -187,7 +195,11 @@ def kinds(left_out: Counter[str], most: int = 8) -> str:
 
 
 def subfolders(folder: Path, left_out: Counter[str]) -> list[str]:
-    """Names of class folders; other folders, and images beside them, are counted in `left_out`."""
+    """Names of class folders; other folders, and images beside them, are counted in `left_out`.
+
+    Raises:
+        InputError: the folder cannot be read.
+    """
     names = []
     try:
         for entry in folder.iterdir():
