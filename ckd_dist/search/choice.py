@@ -15,9 +15,6 @@ if TYPE_CHECKING:
     import torch
 
 
-# ------------------------------------------------------------------------------------------- choice
-
-
 def choose(trials: list[Trial]) -> list[dict]:
     """The rows of results.csv, without test figures: for each model and teacher, the setting with the best mean top-1
     on data.val over the seeds is chosen; of equals the one with the lower loss there, then the first."""

@@ -83,9 +83,6 @@ class Search:
         return [trial for trial in trials if trial.name in names]
 
 
-# ------------------------------------------------------------------------------------------- students
-
-
 def prepare(requested: SearchConfig) -> Search:
     """What a search is to do; collective. Raises `UserError` for a checkpoint that the store lacks, or a setting that
     it does not serve."""

@@ -1,7 +1,6 @@
 """What the codecs that keep only k of the classes have in common."""
 
-from __future__ import annotations
-
+# No `from __future__ import annotations`: pydantic 2.6 would evaluate the text in the module of a subclass.
 from abc import abstractmethod
 from dataclasses import dataclass
 from typing import Annotated, Any
