@@ -28,7 +28,7 @@ from ckd_dist.train import loop
 from ckd_dist.train.learner import Learner, Loss
 from ckd_dist.train.objective import DistillationLoss
 from ckd_dist.train.options import DistillConfig
-from ckd_dist.train.teachers import OnlineRecords
+from ckd_dist.train.records import OnlineRecords
 
 CLASSES = 1000
 

@@ -23,8 +23,8 @@ from ckd_dist.nn.optim import image_size
 from ckd_dist.train.evaluation import evaluate
 from ckd_dist.train.learner import Learner
 from ckd_dist.train.options import TrainConfig
+from ckd_dist.train.records import OnlineRecords
 from ckd_dist.train.schedule import EpochSchedule
-from ckd_dist.train.teachers import OnlineRecords
 
 if TYPE_CHECKING:
     from ckd_dist.data.loader import BetonLoader

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from ckd_dist.core.console import say
 from ckd_dist.core.errors import require
-from ckd_dist.data.batch import Rows
 from ckd_dist.store.reader import StoreReader
 from ckd_dist.train.options import TeacherConfig
-from ckd_dist.train.teachers import OnlineRecords, OnlineTeacher
+from ckd_dist.train.records import EpochInputs, StoredRecords
+
+if TYPE_CHECKING:
+    from ckd_dist.train.teachers import OnlineTeacher  # which needs FFCV; the train loop does not
 
 
 @dataclass(frozen=True)
@@ -48,31 +51,6 @@ def turns(shares: list[float], epochs: int) -> list[int]:
         f"teacher.combine sequence: {len(shares)} checkpoints cannot all have a share of {epochs} epochs",
     )
     return np.repeat(np.arange(len(shares)), counts).tolist()
-
-
-@dataclass(frozen=True)
-class EpochInputs:
-    """What an epoch trains on."""
-
-    view: int
-    """Of the images."""
-    rows: Rows | None = None
-    """Fetches the teacher's records from a store, in the loader's thread."""
-    teacher: OnlineRecords | None = None
-    """Makes the teacher's records of every batch."""
-
-
-@dataclass(frozen=True)
-class StoredRecords:
-    """Records of some of the checkpoints of an open store; `data.batch.Rows`."""
-
-    reader: StoreReader
-    checkpoints: list[int]
-    """Positions among the reader's."""
-
-    def __call__(self, ids: np.ndarray, view: int) -> np.ndarray:
-        """Of samples `ids`, int64 [n]: uint8 [n, checkpoints, bytes]."""
-        return self.reader.rows(ids, view, self.checkpoints)
 
 
 @dataclass(frozen=True)

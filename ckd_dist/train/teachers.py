@@ -18,7 +18,7 @@ from ckd_dist.data import classes
 from ckd_dist.data.dataset import DatasetInfo
 from ckd_dist.data.options import MapClasses
 from ckd_dist.nn import models
-from ckd_dist.nn.forward import forward_logits, to_device
+from ckd_dist.nn.forward import to_device
 from ckd_dist.store import recording
 from ckd_dist.store.codecs.base import Codec
 from ckd_dist.store.codecs.dense import Dense
@@ -27,6 +27,7 @@ from ckd_dist.store.codecs.topk import TopK
 from ckd_dist.store.manifest import Manifest
 from ckd_dist.store.reader import StoreReader
 from ckd_dist.train.options import DistillConfig, TeacherConfig
+from ckd_dist.train.records import OnlineRecords
 
 # ------------------------------------------------------------------------------------------- which checkpoints
 
@@ -137,21 +138,6 @@ def _warn_of_a_cut_softmax(configs: Sequence[DistillConfig], reader: StoreReader
 
 
 # ------------------------------------------------------------------------------------------- online
-
-
-@dataclass(frozen=True)
-class OnlineRecords:
-    """Makes the records of a batch, as a dense store of these networks would hold them."""
-
-    networks: Sequence[nn.Module]
-    codec: Dense
-    amp: str
-
-    def __call__(self, images: torch.Tensor) -> torch.Tensor:
-        """Logits of each network, uint8 [n, networks, bytes], rounded as the dense store rounds them, so that cached
-        and online teachers give the same numbers."""
-        records = [self.codec.encode(forward_logits(network, images, self.amp)) for network in self.networks]
-        return torch.stack(records, dim=1).clone()  # made outside inference mode: autograd may save it
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ from ckd_dist.nn import forward, models
 from ckd_dist.store.codecs import Dense, Sampled, TopK
 from ckd_dist.train.objective import DistillationLoss
 from ckd_dist.train.options import DistillConfig
-from ckd_dist.train.teachers import OnlineRecords
+from ckd_dist.train.records import OnlineRecords
 
 DENSE, TOPK, SAMPLED = Dense(CLASSES), TopK(CLASSES, 8), Sampled(CLASSES, 8, 4.0)
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
