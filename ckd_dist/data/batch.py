@@ -11,12 +11,12 @@ import torch
 
 
 class Mixed(NamedTuple):
-    """What else is in the images of a batch, after mixup or cutmix."""
+    """The second label of each image of a batch after mixup or cutmix, and how much each of the two counts."""
 
     labels: torch.Tensor
-    """Of the other image, int64 [n]."""
+    """Labels of the images mixed in, int64 [n]."""
     weights: torch.Tensor
-    """Of the image's own label, float32 [n]; the other has the rest."""
+    """Weights of the images' own labels, float32 [n], in [0, 1]; the second label has the rest."""
 
 
 def over_labels(
@@ -31,9 +31,6 @@ Rows = Callable[[np.ndarray, int], np.ndarray]
 """(sample ids [n], view) -> a store's records, uint8 [n, members, bytes]; called in the loader's thread."""
 
 
-# ------------------------------------------------------------------------------------------- batch
-
-
 @dataclass
 class Batch:
     """Images of one step on one rank, on the rank's device."""
@@ -45,10 +42,11 @@ class Batch:
     ids: torch.Tensor
     """Sample ids, int64 [n], on the CPU."""
     mixed: Mixed | None = None
-    """What each image is mixed with, where the recipe mixes."""
+    """None unless the recipe has mixup or cutmix."""
     teacher_records: torch.Tensor | None = None
-    """What each of the teacher's checkpoints says, as a codec keeps it: uint8 [n, members, bytes]."""
+    """Encoded outputs of each of the teacher's checkpoints, from a store: uint8 [n, members, bytes]."""
 
-    def top1(self, answers: torch.Tensor) -> torch.Tensor:
-        """100 where an answer, a class int64 [n], is the label, else 0; of a mixed image, the share of that label."""
-        return over_labels(lambda labels: 100.0 * (answers == labels), self.labels, self.mixed)
+    def top1(self, predictions: torch.Tensor) -> torch.Tensor:
+        """Accuracy of each prediction, a class int64 [n], in percent: 100 for the label, else 0; for a mixed image the
+        weight of the label that is predicted. float32 [n]."""
+        return over_labels(lambda labels: 100.0 * (predictions == labels), self.labels, self.mixed)

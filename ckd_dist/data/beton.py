@@ -1,4 +1,4 @@
-"""A .beton file is what its description says: checked where training, caching and evaluation take it up."""
+"""Opens .beton files for training, caching and evaluation, and compares each with its description."""
 
 from __future__ import annotations
 
@@ -27,11 +27,11 @@ PAGES_AHEAD = 32
 
 
 def open_images(data: LoaderConfig, *names: str) -> dict[str, DatasetInfo]:
-    """The .beton files that the options data.NAME give, of those of the `names` that are given, by the option: each as
-    `open_beton` gives it, its classes as those of the first, see `classes.match`.
+    """Open the .beton files that the options data.NAME give, for those of the `names` that are set.
 
-    Collective. Raises `UserError` on every rank for what those refuse, and where two of them share images by the way
-    in which they were split.
+    Returns option -> description, as from `open_beton`; labels are those of the first file's classes, see
+    `classes.match`. Collective. Raises `UserError` on every rank for what these two refuse, and where two files, by the
+    way in which they were split, have images in common.
     """
     found: dict[str, DatasetInfo] = {}
     for option, path in ((f"data.{name}", getattr(data, name)) for name in names):
@@ -45,16 +45,16 @@ def open_images(data: LoaderConfig, *names: str) -> dict[str, DatasetInfo]:
             info = classes.match(info, option, first.classes, first.num_classes, str(first.path), data.map_classes)
         found[option] = info
     if dist.rank() == 0:
-        _say_duplicates(found)
+        _warn_of_duplicates(found)
     return found
 
 
 def _require_disjoint(option: str, info: DatasetInfo, other_option: str, other: DatasetInfo) -> None:
-    """Raise `UserError` where two files have images in common: the same ones, or parts of one set that were not parted
-    in the same way."""
-    mend = "write both parts with the same --holdout, or all at once with data_prep.write_beton --split all"
+    """Raise `UserError` where two files have images in common: the same ones, or parts of one image set that were split
+    in different ways."""
+    fix = "write both parts with the same --holdout, or all at once with data_prep.write_beton --split all"
     pair = f"{other_option}: {other.path} and {option} {info.path}"
-    require(info.content_hash != other.content_hash, f"{pair} hold the same images: {mend}")
+    require(info.content_hash != other.content_hash, f"{pair} hold the same images: {fix}")
     if info.source_hash and other.source_hash:
         same_source = info.source_hash == other.source_hash
     else:  # of an older version
@@ -67,12 +67,12 @@ def _require_disjoint(option: str, info: DatasetInfo, other_option: str, other: 
     ]
     require(
         {info.split, other.split} == {"train", "holdout"} and info.holdout == other.holdout,
-        f"{pair} are parts of the same images and overlap ({how[0]}; {how[1]}): {mend}",
+        f"{pair} are parts of the same images and overlap ({how[0]}; {how[1]}): {fix}",
     )
 
 
-def _say_duplicates(infos: dict[str, DatasetInfo]) -> None:
-    """Warn of images of one file that are in another too, pixel for pixel, where files came with their digests."""
+def _warn_of_duplicates(infos: dict[str, DatasetInfo]) -> None:
+    """Warn of images of one file that are in another too, pixel for pixel, where the digests of both are on disk."""
     digests = {}
     for option, info in infos.items():
         path = Path(f"{info.path}.digests.npy")
@@ -89,10 +89,10 @@ def _say_duplicates(infos: dict[str, DatasetInfo]) -> None:
 
 
 def open_beton(path: str | Path, option: str, *, verify: bool = True) -> DatasetInfo:
-    """The description of a .beton file, see `read_info`, which has been compared with the file: number, labels and
-    sizes of the images and, with `verify`, the hash of all that is stored; that once, since it reads the whole file.
+    """Read the description of a .beton file, see `read_info`, and compare it with the file: number, labels and sizes of
+    the images and, with `verify`, the hash of all that is stored, unless an earlier call has done so.
 
-    Collective. Raises `UserError` on every rank where a rank's file is not what it is said to be.
+    Collective. Raises `UserError` on every rank where a rank's file does not match.
     """
     info, fault, key = None, None, None
     try:
@@ -116,33 +116,36 @@ def open_beton(path: str | Path, option: str, *, verify: bool = True) -> Dataset
 
 
 def _compare(info: DatasetInfo, option: str, verify: bool) -> None:
-    mend = f"write {info.path} anew with data_prep.write_beton"
+    """Raise `UserError` where the file does not match `info`."""
+    fix = f"write {info.path} anew with data_prep.write_beton"
     try:
         reader = Reader(str(info.path))
         images, labels = (field_metadata(reader, field) for field in ("image", "label"))
     except Exception as error:  # whatever a damaged header leads to
         reason = str(error).partition("\n")[0] or type(error).__name__
-        raise UserError(f"{option}: {info.path} is not a .beton file that this FFCV reads ({reason}): {mend}") from None
+        raise UserError(f"{option}: {info.path} is not a .beton file that this FFCV reads ({reason}): {fix}") from None
     require(
         len(labels) == info.count,
-        f"{option}: {info.path} holds {len(labels)} images, {info.path}.json says {info.count}: {mend}",
+        f"{option}: {info.path} holds {len(labels)} images, {info.path}.json says {info.count}: {fix}",
     )
     require(
         labels.min() >= 0 and labels.max() < info.num_classes,
         f"{option}: {info.path} holds labels from {labels.min()} to {labels.max()}, {info.path}.json says "
-        f"{info.num_classes} classes: {mend}",
+        f"{info.num_classes} classes: {fix}",
     )
     sizes = [tuple(int(bound(images[side])) for side in ("height", "width")) for bound in (np.min, np.max)]
     require(
         sizes == [info.min_size, info.max_size],
         f"{option}: {info.path} holds images of {sizes[0]} to {sizes[1]} pixels, {info.path}.json says "
-        f"{info.min_size} to {info.max_size}: {mend}",
+        f"{info.min_size} to {info.max_size}: {fix}",
     )
     if verify:
-        _compare_hash(info, option, mend)
+        _compare_hash(info, option, fix)
 
 
-def _compare_hash(info: DatasetInfo, option: str, mend: str) -> None:
+def _compare_hash(info: DatasetInfo, option: str, fix: str) -> None:
+    """Raise `UserError` where the content has another hash; once it matched, a file beside the images or in the user's
+    cache folder records it, and the hash is not computed again while size and time of the file stay."""
     status = info.path.stat()
     verified = {"content_hash": info.content_hash, "bytes": status.st_size, "mtime_ns": status.st_mtime_ns}
     cache = Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")) / "ckd_dist"
@@ -159,7 +162,7 @@ def _compare_hash(info: DatasetInfo, option: str, mend: str) -> None:
     require(
         found == info.content_hash,
         f"{option}: {info.path} is damaged: its content has hash {found[:19]}, {info.path}.json says "
-        f"{info.content_hash[:19]}: copy it again, or {mend}",
+        f"{info.content_hash[:19]}: copy it again, or {fix}",
     )
     for record in records:  # the second where the images' folder cannot be written
         with suppress(OSError):

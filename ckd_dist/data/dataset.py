@@ -1,4 +1,4 @@
-"""A .beton file's description, and the views that options ask for of it."""
+"""A .beton file's description, and the view recipes for training and evaluation on it."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from ckd_dist.data.recipe import ViewRecipe
 
 @dataclass(frozen=True, kw_only=True)
 class DatasetInfo:
-    """What the JSON beside a .beton file says of it."""
+    """The description of a .beton file, from the JSON file beside it."""
 
     path: Path
     dataset: str
@@ -37,14 +37,14 @@ class DatasetInfo:
     classes: tuple[str, ...] = ()
     """Name of each class; none in a file of an older version."""
     label_map: tuple[int, ...] | None = None
-    """Stored label -> class, where the user had them mapped: see `classes.match`."""
+    """Stored label -> class, where data.map_classes by_name is given: see `classes.match`."""
     source_hash: str | None = None
     """Of the image set that the file is a part of; None in a file of an older version."""
     holdout: tuple[float, int] | None = None
     """Which part of the training images was held out: fraction and seed; None of test images."""
 
     def as_input(self) -> Input:
-        """What a result that is made of these images depends on."""
+        """These images as an input that the identity of a result depends on."""
         holds: dict[str, Any] = {key: getattr(self, key) for key in ("content_hash", "count", "num_classes")}
         holds.update(mean=list(self.mean), std=list(self.std))
         if self.label_map is not None:
@@ -56,9 +56,9 @@ class DatasetInfo:
         """Whether the images are of one size, up to 64 px, as CIFAR's are."""
         return self.min_size == self.max_size and max(self.max_size) <= 64
 
-    def image_size(self, wanted: int | None) -> int:
-        """Side of the images that models see: `wanted`, else the stored size of small images, else 224."""
-        return wanted or (max(self.max_size) if self.small else 224)
+    def image_size(self, requested: int | None) -> int:
+        """Side of a model's input images in pixels: `requested`, else the stored size of small images, else 224."""
+        return requested or (max(self.max_size) if self.small else 224)
 
 
 _Count = Annotated[int, Field(ge=1, lt=2**31)]
@@ -91,7 +91,7 @@ class _Recipe:
 
 @dataclass(frozen=True)
 class _Description:
-    """Of the JSON, what is used here."""
+    """The fields of the JSON that are used here."""
 
     format: Literal[1]
     dataset: str
@@ -145,7 +145,7 @@ def read_info(path: str | Path, option: str) -> DatasetInfo:
 
 
 def train_recipe(config: ViewDataConfig, info: DatasetInfo, cached: ViewRecipe | None = None) -> ViewRecipe:
-    """The views to train on: what the options say, else the `cached` recipe, else what fits the images.
+    """The recipe of the training views: from the options, else the `cached` recipe, else a default for the images.
 
     Raises `UserError` where an option contradicts `cached` or the images.
     """
@@ -154,28 +154,27 @@ def train_recipe(config: ViewDataConfig, info: DatasetInfo, cached: ViewRecipe |
         kind != "pad_crop" or info.min_size == info.max_size,
         "data.augment pad_crop needs images of one size: use random_resized_crop",
     )
-    asked = {
+    selected = {
         "kind": kind,
         "scale": config.crop_scale_min and (config.crop_scale_min, 1.0),
         "flip": None if config.flip is None else 0.5 * config.flip,
         **{name: getattr(config, name) for name in _SAME_IN_BOTH},
     }
     default = cached or ViewRecipe(kind=kind)
-    recipe = replace(default, **{name: value for name, value in asked.items() if value is not None})
+    recipe = replace(default, **{name: value for name, value in selected.items() if value is not None})
     if cached is not None:
-        wanted, held = recipe.to_dict(), cached.to_dict()
-        for name, ours in wanted.items():
+        ours, held = recipe.to_dict(), cached.to_dict()
+        for name, value in ours.items():
             option = {"kind": "augment", "scale": "crop_scale_min"}.get(name, name)
             require(
-                ours == held[name],
-                f"data.{option}: the store holds views with {name} {held[name]}, not {ours}: leave it out",
+                value == held[name],
+                f"data.{option}: the store holds views with {name} {held[name]}, not {value}: leave it out",
             )
     return recipe
 
 
 def view_options(recipe: ViewRecipe) -> dict[str, Any]:
-    """The options of `ViewDataConfig` that ask for the views of `recipe`, every one of them: inverse of
-    `train_recipe`."""
+    """The value of every option of `ViewDataConfig` that selects the views of `recipe`: inverse of `train_recipe`."""
     return {
         "augment": recipe.kind,
         "crop_scale_min": recipe.scale[0],
@@ -189,9 +188,9 @@ _SAME_IN_BOTH = ("color_jitter", "erase", "mixup", "cutmix")
 
 
 def eval_recipe(info: DatasetInfo, augment: str | None) -> ViewRecipe:
-    """The whole of a small image, squeezed into a square where it is none, as the views of training are, of which
-    `augment` is the kind; the central square of one whose training crops are nearly square; the central 224/256 of a
-    photograph's shorter side."""
+    """The recipe of evaluation. Of small images the whole, resized to a square as pad_crop does in training, or, where
+    `augment`, the kind of the training views, is random_resized_crop, the central square; of photographs the central
+    square of 224/256 of the shorter side."""
     if info.small and augment != "random_resized_crop":
         return ViewRecipe(kind="pad_crop", padding=0, flip=0.0)
     return ViewRecipe(kind="center_crop", center_share=1.0 if info.small else 224 / 256, flip=0.0)

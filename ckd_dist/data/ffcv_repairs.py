@@ -1,6 +1,6 @@
-"""The one door to FFCV and numba: what this package uses of them, with their faults mended.
+"""All that this package uses of FFCV, with workarounds for its bugs.
 
-Each mend says what it is for, so that it can go when FFCV no longer needs it (seen with 1.0.2).
+A comment at each workaround names the bug, so that it can be removed once FFCV is fixed (seen with 1.0.2).
 """
 
 from __future__ import annotations
@@ -46,21 +46,21 @@ __all__ = [
     "SimpleRGBImageDecoder",
     "ToTensor",
     "libffcv",
-    "ready",
+    "precompiled",
 ]
 
 
 _compile = Compiler.compile.__func__
 
 
-def ready(code: Callable) -> Callable:
-    """A decoder's code as it is to run: FFCV would compile it, anew for every loader."""
-    code.is_ready = True  # type: ignore[attr-defined]
+def precompiled(code: Callable) -> Callable:
+    """Mark a decoder's code to be run as it is: FFCV would compile it, anew for every loader."""
+    code.is_precompiled = True  # type: ignore[attr-defined]
     return code
 
 
-def _compile_others(cls, code, signature=None):
-    return code if getattr(code, "is_ready", False) else _compile(cls, code, signature)
+def _compile_unless_precompiled(cls, code, signature=None):
+    return code if getattr(code, "is_precompiled", False) else _compile(cls, code, signature)
 
 
 def _compile_reader(self):
@@ -81,14 +81,14 @@ def _set_num_threads(cls, count):
 
 OSCacheManager.compile_reader = _compile_reader
 Compiler.set_num_threads = classmethod(_set_num_threads)
-Compiler.compile = classmethod(_compile_others)
+Compiler.compile = classmethod(_compile_unless_precompiled)
 
 
 class Epoch(EpochIterator):
-    """FFCV's pipeline thread over the samples `order`: it ends when told to, and its errors reach the consumer.
+    """FFCV's pipeline thread over the samples `order`: `close` ends it, and its errors are raised in the consumer.
 
-    (FFCV's own leaves the consumer waiting for ever after an error, and itself when the consumer goes away.) `extra`,
-    called in the thread with each batch's sample ids, adds its result to the batch.
+    (After an error in FFCV's own thread the consumer waits for ever, and so does the thread when the consumer stops
+    early.) `extra` is called in the thread with each batch's sample ids, and its result is added to the batch.
     """
 
     def __init__(self, loader: Loader, order: np.ndarray, extra: Callable[[np.ndarray], object]):
@@ -124,7 +124,7 @@ class Epoch(EpochIterator):
             raise
 
     def close(self):
-        """End the thread, also when it waits to hand over a batch that nobody wants."""
+        """End the thread, also when it waits for room in the queue of batches."""
         super().close()
         while self.is_alive():
             try:

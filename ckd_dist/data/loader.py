@@ -1,4 +1,4 @@
-"""From a .beton file to batches on the device: decoded, normalised, labelled, with sample ids and cached rows."""
+"""Data loading: batches of a .beton file on the device, normalised, with labels, sample ids and cached records."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def read_labels(info: DatasetInfo) -> np.ndarray:
 
 
 def field_metadata(reader: Reader, field: str) -> np.ndarray:
-    """What FFCV's reader knows of a field of every sample."""
+    """Metadata of a field of every sample, as FFCV's reader has it."""
     return reader.metadata[f"f{reader.field_names.index(field)}"]
 
 
@@ -60,14 +60,14 @@ def decode_view(
 
 
 def image_digests(info: DatasetInfo, recipe: ViewRecipe, seed: int, image_size: int) -> dict[str, str]:
-    """Sample id -> sha256 of its first view, uint8 [size, size, 3], for a few samples: tells one JPEG or resize library
-    from another."""
+    """Sample id -> sha256 of its first view, uint8 [size, size, 3], for a few samples: they differ between JPEG and
+    resize libraries."""
     ids = np.unique(np.linspace(0, info.count - 1, 4).astype(np.int64))
     images = decode_view(info, recipe, seed, 0, ids, image_size)
     return {str(i): hashlib.sha256(image.tobytes()).hexdigest() for i, image in zip(ids, images, strict=True)}
 
 
-@lru_cache(maxsize=1)  # every epoch asks for it, of one file
+@lru_cache(maxsize=1)  # called in every epoch, for one file
 def sample_pages(info: DatasetInfo) -> tuple[np.ndarray, int]:
     """The page of the file that each image is on, int64 [count], and the size of a page in bytes."""
     reader = Reader(str(info.path))
@@ -76,27 +76,27 @@ def sample_pages(info: DatasetInfo) -> tuple[np.ndarray, int]:
 
 
 class Readahead:
-    """Has the system read the pages of images whose turn is near, whole and in the order of their first image."""
+    """Has the kernel read the pages of the next images ahead, whole and in the order of their first image."""
 
     def __init__(self, info: DatasetInfo, ids: np.ndarray, pages_ahead: int):
         pages, self._size = sample_pages(info)
         found, first = np.unique(pages[ids], return_index=True)
         order = np.argsort(first)
         self._pages, self._first = found[order], first[order]
-        self._ahead, self._asked, self._done = pages_ahead, 0, 0
+        self._ahead, self._requested, self._done = pages_ahead, 0, 0
         self._file = open(info.path, "rb")  # noqa: SIM115  closed when the epoch is over
         self.advance(0)
 
     def advance(self, count: int) -> None:
         """The next `count` images have been read."""
         self._done += count
-        wanted = np.searchsorted(self._first, self._done, side="right") + self._ahead
-        for page in self._pages[self._asked : wanted].tolist():
+        end = np.searchsorted(self._first, self._done, side="right") + self._ahead
+        for page in self._pages[self._requested : end].tolist():
             os.posix_fadvise(self._file.fileno(), page * self._size, self._size, os.POSIX_FADV_WILLNEED)
-        self._asked = max(self._asked, int(wanted))
+        self._requested = max(self._requested, int(end))
 
     def close(self) -> None:
-        """Forget the file."""
+        """Close the file."""
         self._file.close()
 
 
@@ -169,7 +169,7 @@ class BetonLoader:
         )
 
     def epoch_ids(self, config: TrainDataConfig, seed: int, epoch: int) -> np.ndarray:
-        """The order that the options ask for, int64 [count], a function of (seed, epoch) alone."""
+        """The order of the images of an epoch by `config`, int64 [count], a function of (seed, epoch) alone."""
         if config.order == "random":
             return shuffled_ids(self.info.count, seed, epoch)
         return quasi_random_ids(sample_pages(self.info)[0], config.window_pages, seed, epoch)
@@ -210,7 +210,8 @@ class BetonLoader:
     def _extra(
         self, view: int, rows: Rows | None, readahead: Readahead | None, ids: np.ndarray
     ) -> list[np.ndarray | None]:
-        """What comes with the images of a batch: the other labels and the weights of mixed ones, and the rows."""
+        """What is added to the images of a batch: where the recipe mixes, second labels int64 [n] and the weights of
+        the first, float32 [n]; and the rows."""
         if readahead:
             readahead.advance(len(ids))
         labels = weights = None
@@ -220,9 +221,9 @@ class BetonLoader:
             labels = self._labels[others]
         return [labels, weights, rows(ids, view) if rows else None]
 
-    # FFCV writes into the buffers of a batch again as soon as the next one is asked for. So all of it is copied off
+    # FFCV writes into the buffers of a batch again as soon as the next one is requested. So all of it is copied off
     # them when it arrives, on a GPU by a stream of its own while the step before computes, and that copy is waited for
-    # before the next batch is asked for.
+    # before the next batch is requested.
 
     def _start_copy(self, arrays) -> tuple[torch.Tensor, list[torch.Tensor | None], torch.cuda.Event | None]:
         images, labels, ids, extra = arrays

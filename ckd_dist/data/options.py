@@ -10,9 +10,6 @@ from ckd_dist.core.options import COUNT, SEED, SHARE, SIDE, require_ranges
 MapClasses = Literal["by_name", "by_position"]
 
 
-# ------------------------------------------------------------------------------------------- sections
-
-
 @dataclass(kw_only=True)
 class LoaderConfig:
     """How images are read."""

@@ -7,8 +7,6 @@ import numpy as np
 from ckd_dist.core import dist
 from ckd_dist.core.errors import require
 
-# ------------------------------------------------------------------------------------------- order
-
 
 def shuffled_ids(count: int, seed: int, epoch: int) -> np.ndarray:
     """The order of an epoch: a permutation of all sample ids, int64 [count], the same on every rank."""
@@ -16,7 +14,7 @@ def shuffled_ids(count: int, seed: int, epoch: int) -> np.ndarray:
 
 
 def quasi_random_ids(pages: np.ndarray, window: int, seed: int, epoch: int) -> np.ndarray:
-    """The order of an epoch in which images of few pages come at a time, int64 [count], the same on every rank: pages
+    """The order of an epoch that reads few pages of the file at a time, int64 [count], the same on every rank: pages
     in random order, and the images, whose `pages` int64 [count] are given, shuffled within every `window` pages."""
     shuffled = np.random.default_rng([seed, epoch, 1]).permutation(np.unique(pages))
     place = np.empty(pages.max() + 1, dtype=np.int64)

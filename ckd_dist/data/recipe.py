@@ -1,4 +1,4 @@
-"""How a view is drawn: the numbers that a store's manifest keeps of it."""
+"""How views are drawn, as a store's manifest records it."""
 
 from __future__ import annotations
 

@@ -7,7 +7,7 @@ from torch import nn
 
 
 def autocast(device: torch.device, amp: str) -> torch.autocast:
-    """Mixed precision as `--amp` asks: bfloat16, float16 or off."""
+    """Autocast to `amp`, the option --amp: bfloat16, float16 or off."""
     return torch.autocast(device.type, getattr(torch, amp, None), enabled=amp != "off")
 
 

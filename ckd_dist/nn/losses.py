@@ -27,16 +27,16 @@ def soft_target_divergence(student: torch.Tensor, teacher: torch.Tensor, tempera
     gradient when T changes.
     """
     teacher = teacher / temperature
-    shares = F.softmax(teacher, dim=1)
-    entropy = -(shares * F.log_softmax(teacher, dim=1)).sum(dim=1)
-    return temperature**2 * (F.cross_entropy(student / temperature, shares, reduction="none") - entropy)
+    probabilities = F.softmax(teacher, dim=1)
+    entropy = -(probabilities * F.log_softmax(teacher, dim=1)).sum(dim=1)
+    return temperature**2 * (F.cross_entropy(student / temperature, probabilities, reduction="none") - entropy)
 
 
 def soft_target_cross_entropy(student: torch.Tensor, teacher: torch.Tensor, temperature: float) -> torch.Tensor:
     """T^2 * cross entropy of softmax(student / T) under softmax(teacher / T), in nats: logits float [n, classes] twice
     -> [n]. It differs from `soft_target_divergence` by the teacher's entropy, which has no gradient."""
-    shares = F.softmax(teacher / temperature, dim=1)
-    return temperature**2 * F.cross_entropy(student / temperature, shares, reduction="none")
+    probabilities = F.softmax(teacher / temperature, dim=1)
+    return temperature**2 * F.cross_entropy(student / temperature, probabilities, reduction="none")
 
 
 def logit_mse(student: torch.Tensor, teacher: torch.Tensor) -> torch.Tensor:
@@ -53,8 +53,8 @@ def decoupled(
 ) -> torch.Tensor:
     """DKD: T^2 * (TCKD + beta * NCKD), in nats: logits float [n, classes] twice, labels int64 [n] -> [n].
 
-    TCKD compares how much either gives to the label, NCKD how either shares the rest among the other classes. Zhao et
-    al., "Decoupled Knowledge Distillation" (arXiv 2203.08679), with its alpha = 1.
+    TCKD compares the probabilities of the label, NCKD those of the other classes among themselves. Zhao et al.,
+    "Decoupled Knowledge Distillation" (arXiv 2203.08679), with its alpha = 1.
     """
     label = labels[:, None]
     others = torch.arange(student.shape[1] - 1, device=labels.device).expand(len(labels), -1)
@@ -156,8 +156,8 @@ def ensemble_logits(
     weights = weights or [1 / len(members)] * len(members)
     if combine == "logits":
         return sum(weight * member.float() for weight, member in zip(weights, members, strict=True))  # type: ignore
-    shares = [
+    weighted = [  # log(weight * probability)
         F.log_softmax(member.float() / temperature, dim=1) + math.log(weight)
         for weight, member in zip(weights, members, strict=True)
     ]
-    return temperature * torch.logsumexp(torch.stack(shares), dim=0)
+    return temperature * torch.logsumexp(torch.stack(weighted), dim=0)

@@ -47,14 +47,14 @@ def build_model(name: str, num_classes: int) -> nn.Module:
 
 
 def model_names() -> list[str]:
-    """Every name that `build_model` knows."""
+    """Every name that `build_model` accepts."""
     import torchvision
 
     return [*_CIFAR, *torchvision.models.list_models(module=torchvision.models)]
 
 
 def load_model(path: str | Path, option: str) -> tuple[nn.Module, dict]:
-    """The network of a trajectory's checkpoint with its weights, and the checkpoint's metadata."""
+    """The network of a training checkpoint with its weights, and the checkpoint's metadata."""
     state = checkpoint.load(path, option, checkpoint.KeptState, "name a file epoch_*.pt of a run")
     metadata = state["metadata"]
     model = build_model(metadata["model"], metadata["num_classes"])
@@ -97,23 +97,23 @@ def require_fits(
 def feature_layer(model: nn.Module, image_size: int) -> str:
     """Name of the module that gives the last feature map before the global pooling or the flattening.
 
-    A module counts whose output all of the logits' dependence on the image goes through: no branch of a block, nothing
-    that the logits do not use. The last of them that still tells positions apart must give a map [n, channels, h, w],
-    square as the image is. Raises `UserError` when it gives something else, as the tokens of a transformer, and when
-    there is none.
+    Modules count through whose output every path from the image to the logits leads: no branch of a block, nothing
+    that the logits do not use. The output of the last of them that has spatial positions must be a map
+    [n, channels, h, w] with h = w, since the image is square. Raises `UserError` when it is something else, such as
+    the tokens of a transformer, and when there is none.
     """
     image = torch.zeros(1, 3, image_size, image_size, device=next(model.parameters()).device, requires_grad=True)
     outputs: list[tuple[str, torch.Size, Node]] = []
 
-    def note(name: str) -> Callable:
+    def record(name: str) -> Callable:
         def hook(module: nn.Module, inputs: object, output: object) -> None:
             if isinstance(output, torch.Tensor) and output.grad_fn is not None:
-                # The node as it is now: an operation in place that follows gives the tensor another.
+                # The node as it is now: a later in-place operation replaces the tensor's grad_fn.
                 outputs.append((name, output.shape, output.grad_fn))
 
         return hook
 
-    hooks = [module.register_forward_hook(note(name)) for name, module in model.named_modules() if name]
+    hooks = [module.register_forward_hook(record(name)) for name, module in model.named_modules() if name]
     with torch.enable_grad():
         entrance = image.clone()
         logits = model(entrance)

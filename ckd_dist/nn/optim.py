@@ -86,7 +86,7 @@ class MovingAverage:
 
     @torch.no_grad()
     def update(self, steps: int) -> None:
-        """Take in the model as it is after `steps` steps, at least 1; the host does not wait for the device."""
+        """Update with the model after `steps` steps, at least 1; without synchronising with the device."""
         torch._foreach_lerp_(self._averages, self._values, 1 - min(self._decay, 1 - steps ** (-2 / 3)))
         for average, value in self._counters:
             average.copy_(value)

@@ -8,7 +8,7 @@ import numpy as np
 from numba import int64, prange, uint64
 from numba.extending import overload
 
-from ckd_dist.data.ffcv_repairs import AllocationQuery, Compiler, IntDecoder, SimpleRGBImageDecoder, ready
+from ckd_dist.data.ffcv_repairs import AllocationQuery, Compiler, IntDecoder, SimpleRGBImageDecoder, precompiled
 from ckd_dist.data.jit import compiled
 from ckd_dist.data.recipe import ViewRecipe
 from ckd_dist.data.views.mixing import blend, draw_mix
@@ -103,7 +103,7 @@ class ViewDecoder(SimpleRGBImageDecoder):
         loop = _decode_in_parallel if Compiler.num_threads > 1 else _decode
         values, mixes = parameters(self.recipe), self.recipe.mixes
 
-        @ready
+        @precompiled
         def decode(batch_indices, memory, metadata, storage_state):
             return loop(batch_indices, memory, metadata, storage_state, values, mixes)
 
@@ -116,7 +116,7 @@ class LabelDecoder(IntDecoder):
     def generate_code(self):
         """Give FFCV the function that decodes a batch."""
 
-        @ready
+        @precompiled
         def decode(batch_indices, out, metadata, storage_state):
             out[: len(batch_indices), 0] = metadata[batch_indices]
             return out[: len(batch_indices)]
@@ -130,7 +130,7 @@ class SampleIdDecoder(IntDecoder):
     def generate_code(self):
         """Give FFCV the function that decodes a batch."""
 
-        @ready
+        @precompiled
         def decode(batch_indices, out, metadata, storage_state):
             out[: len(batch_indices), 0] = batch_indices
             return out[: len(batch_indices)]
