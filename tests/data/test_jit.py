@@ -8,11 +8,13 @@ import os
 import shutil
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
 from numba.core.dispatcher import Dispatcher
 
+from ckd_dist.data.jit import _temporary_cache
 from tests.helpers.commands import ENVIRONMENT, ROOT
 
 CALLER = """
@@ -102,3 +104,25 @@ def test_compiled_functions_use_names_of_their_own_folder_only(path):
     for function in functions:
         if function.py_func.__module__ == module.__name__:
             assert not foreign & set(function.py_func.__code__.co_names), function
+
+
+def test_compiled_code_is_kept_where_neither_package_nor_home_can_be_written(tmp_path, monkeypatch):
+    package = shutil.copytree(ROOT / "ckd_dist", tmp_path / "ckd_dist", ignore=shutil.ignore_patterns("__pycache__"))
+    for folder in {path.parent for path in package.rglob("*.py")}:
+        (folder / "__pycache__").touch()  # no folder can be made here, by root either
+    code = "from ckd_dist.data.views import draws; print(draws.__file__); draws.uniform(1, 2)"
+    environment = {**ENVIRONMENT, "HOME": "/dev/null", "XDG_CACHE_HOME": "/dev/null", "TMPDIR": str(tmp_path)}
+    environment.update(PYTHONPATH=str(tmp_path), NUMBA_CACHE_DIR="")
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith(str(package))
+    (kept,) = tmp_path.glob("ckd_dist-*")
+    assert kept.stat().st_mode & 0o777 == 0o700 and list(kept.rglob("draws.uniform-*"))
+    # A folder of that name that somebody else could fill with code is not used.
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    assert _temporary_cache() == str(kept)
+    kept.chmod(0o777)
+    assert _temporary_cache() != str(kept)
+    kept.rename(tmp_path / "elsewhere")
+    kept.symlink_to(tmp_path / "elsewhere")
+    assert _temporary_cache() != str(kept)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from ckd_dist.core import dist
 from ckd_dist.data import dataset
 from ckd_dist.data.loader import BetonLoader, sample_pages
 from ckd_dist.data.options import TrainDataConfig
@@ -16,8 +17,8 @@ from tests.helpers.views import CPU, PAD
 def test_ranks_share_every_global_batch(world, monkeypatch):
     batch_size, parts, order = 10, [], shuffled_ids(103, 5, 2)
     for rank in range(world):
-        monkeypatch.setattr(dataset.dist, "rank", lambda rank=rank: rank)
-        monkeypatch.setattr(dataset.dist, "world_size", lambda: world)
+        monkeypatch.setattr(dist, "rank", lambda rank=rank: rank)
+        monkeypatch.setattr(dist, "world_size", lambda: world)
         share = rank_share(batch_size)
         assert share.stop - share.start in (batch_size // world, -(-batch_size // world))
         parts.append(train_ids(order, batch_size).reshape(10, -1))

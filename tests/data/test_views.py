@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from numba.core import event
 from torchvision.transforms import RandomErasing, RandomResizedCrop
 from torchvision.transforms.v2 import functional
 
@@ -71,6 +72,17 @@ def test_other_views_seeds_and_samples_differ(photographs):
         assert sum(first[i] == other[i] for i in first) == 0, (seed, view_id)
     boxes = {view(RRC, 0, v, s, 500, 400) for v in range(20) for s in range(50)}
     assert len(boxes) == 1000
+
+
+def test_neither_epochs_nor_loaders_recompile(photographs):
+    beton_loader = loader(photographs, RRC, 48)
+    digests(beton_loader, np.arange(8), 0)
+    with event.install_recorder("numba:compile") as recorder:
+        for view_id in range(1, 5):
+            digests(beton_loader, np.arange(30), view_id)
+        for recipe, size in ((replace(RRC, **EVERYTHING), 48), (ViewRecipe(kind="center_crop"), 32)):
+            digests(loader(photographs, recipe, size), np.arange(30), 0)
+    assert recorder.buffer == []
 
 
 def test_random_resized_crop_draws_as_torchvision_does():
@@ -186,7 +198,7 @@ def test_a_mixed_view_is_made_of_the_views_of_two_samples(photographs, kind, alp
     (batch,) = loader(photographs, recipe, 48, seed=3, batch_size=64).batches(ids, 1)
     np.testing.assert_array_equal(batch.mixed.labels, read_labels(info)[others])
     np.testing.assert_array_equal(batch.mixed.weights, weights)
-    answers = dataset.torch.from_numpy(read_labels(info)[others])
+    answers = torch.from_numpy(read_labels(info)[others])
     expected = 100 * (1 - batch.mixed.weights + batch.mixed.weights * (answers == batch.labels))
     torch.testing.assert_close(batch.top1(answers), expected)
 
