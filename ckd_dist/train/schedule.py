@@ -31,7 +31,8 @@ class TeacherSchedule:
     def of(cls, teacher: TeacherConfig, available: Sequence[int | str], epochs: int) -> TeacherSchedule:
         """As the options say, whose checkpoints are some of the `available` ones."""
         positions = [available.index(name) for name in teacher.checkpoints]
-        weights = [weight / sum(teacher.weights) for weight in teacher.weights] or [1 / len(positions)] * len(positions)
+        weights = [weight / sum(teacher.weights) for weight in teacher.weights]
+        weights = weights or [1 / len(positions) for _ in positions]
         if teacher.combine != "sequence":
             return cls([positions] * epochs, weights)
         sequence = [positions[turn] for turn in turns(weights, epochs)]
