@@ -1,3 +1,4 @@
 """Images: what a .beton file holds, the views and the order in which they are drawn, and the loader that makes batches
-of them. It knows no model. Only `views`, `loader`, `beton` and `ffcv_repairs` need FFCV.
+of them. It knows no model. Only `views`, `loader`, `beton` and `ffcv_repairs` need FFCV; `jit` is how numba compiles
+functions, here and in `store`.
 """
