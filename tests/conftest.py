@@ -95,12 +95,18 @@ def two_runs(tmp_path_factory: pytest.TempPathFactory, fashion: dict[str, Path],
 
 
 LONGEST = [
-    "launch/test_job_failures.py",
     "launch/test_jobs.py",
+    "launch/test_job_failures.py",
+    "core/test_identity.py",
     "train/test_training.py",
-    "search/test_search.py",
+    "search/test_processes.py",
+    "train/test_resume.py",
+    "launch/test_pipeline.py",
     "selection/test_choice.py",
-    "store/test_caching.py",
+    "data/test_classes.py",
+    "train/test_distill.py",
+    "search/test_side_by_side.py",
+    "store/test_interruptions.py",
 ]
 """Files whose tests take longest: workers, which take a file at a time, had better begin with them."""
 

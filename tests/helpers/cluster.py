@@ -99,6 +99,7 @@ class Cluster:
         self._munge_socket = self.folder / "munge" / "socket"
         self._ports = free_ports(3 + self.nodes)
         self._write_configuration()
+        self._write_devices()
         files = (f"--key-file={key}", f"--socket={self._munge_socket}", f"--seed-file={self.folder}/munge/seed")
         more = (f"--pid-file={self.folder}/munge/pid", f"--log-file={self.folder}/log/munged")
         self._daemon("munged", "munged", "--foreground", *files, *more)
@@ -158,8 +159,6 @@ class Cluster:
 
     def _write_configuration(self) -> None:
         controller, database, _, *nodes = self._ports
-        for gpu in range(4):
-            (self.folder / "dev" / f"gpu{gpu}").touch()
         auth = f"AuthType=auth/munge\nAuthInfo=socket={self._munge_socket},cred_expire=8"
         lines = ["AccountingStorageType=accounting_storage/none", "JobAcctGatherType=jobacct_gather/none"]
         if self.accounting == "slurmdbd":
@@ -215,6 +214,10 @@ PartitionName=main Default=YES PriorityTier=10 PreemptMode=off MaxTime=1-0
 PartitionName=low PriorityTier=1 PreemptMode=REQUEUE GraceTime=20
 PartitionName=high PriorityTier=100 PreemptMode=off
 """)
+
+    def _write_devices(self) -> None:
+        for gpu in range(4):
+            (self.folder / "dev" / f"gpu{gpu}").touch()
         (self.folder / "gres.conf").write_text(
             f"AutoDetect=off\nNodeName=n[1-{self.nodes}] Name=gpu File={self.folder}/dev/gpu[0-3]\n"
         )

@@ -11,11 +11,19 @@ import yaml
 from tests.helpers.cluster import launch
 
 
+def image_tasks(folder: Path) -> dict[str, dict]:
+    """A task for each part of the data set."""
+    images = {"module": "data_prep.write_beton"}
+    subset = {"dataset": "fashion_mnist", "holdout": 0.1, "subset": 200}
+    return {
+        f"{split}_images": {**images, "options": {**subset, "split": split, "out": f"{folder}/{split}.beton"}}
+        for split in ("train", "holdout", "test")
+    }
+
+
 def write_graph(folder: Path) -> Path:
     """The whole graph, small: data to report, a teacher, two groups of checkpoints, four parts of a search."""
     data = {"train": f"{folder}/train.beton", "val": f"{folder}/holdout.beton"}
-    images = {"module": "data_prep.write_beton"}
-    subset = {"dataset": "fashion_mnist", "holdout": 0.1, "subset": 200}
     search = {
         "module": "ckd_dist.search",
         "options": {
@@ -28,10 +36,7 @@ def write_graph(folder: Path) -> Path:
         },
     }
     tasks = {
-        **{
-            f"{split}_images": {**images, "options": {**subset, "split": split, "out": f"{folder}/{split}.beton"}}
-            for split in ("train", "holdout", "test")
-        },
+        **image_tasks(folder),
         "teacher": {
             "module": "ckd_dist.train_teacher",
             "options": {
