@@ -36,8 +36,9 @@ def test_recipes_lead_from_teacher_to_student(family, photographs, other_photogr
     }
     trainings = 0
     for command in (train_teacher, cache_logits, distill, search):
-        cls = COMMANDS[command.__name__]
-        for path in recipes(family, command.__name__):
+        module = command.__name__.removesuffix(".__main__")
+        cls = COMMANDS[module]
+        for path in recipes(family, module):
             given = load_config(cls, ["--config", str(path)])
             if cls is CacheConfig:
                 teacher = {"run": f"{tmp_path}/{given.teacher.run}", "checkpoints": []}

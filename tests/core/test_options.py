@@ -144,7 +144,10 @@ def test_a_configuration_file_is_utf8_in_every_locale_and_may_repeat_itself(tmp_
     config = load_config(DistillConfig, [*NEEDED[:4], "--config", str(path)])
     assert (config.run_dir, config.optim.lr, config.optim.gamma) == ("é \U0001f600", 0.002, 0.002)
     code = (
-        "import sys; from ckd_dist.core.options import *; a, b, *words = sys.argv[1:]\n"
+        "import sys; a, b, *words = sys.argv[1:]\n"
+        "from ckd_dist.core.errors import UserError\n"
+        "from ckd_dist.core.options import load_config\n"
+        "from ckd_dist.train.options import DistillConfig\n"
         "print(load_config(DistillConfig, [*words, '--config', a]).optim.lr)\n"
         "try: load_config(DistillConfig, [*words, '--config', b])\n"
         "except UserError as error: print(error)"

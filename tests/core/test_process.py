@@ -14,7 +14,7 @@ import pytest
 from ckd_dist.core import checkpoint
 from ckd_dist.core.errors import UserError
 from ckd_dist.core.process import INTERRUPTED, PARENT, STOPPED, StopRequest
-from ckd_dist.train import evaluation
+from ckd_dist.train import loop
 from launch.worker import RUN_MODULE
 from tests.helpers.commands import ENVIRONMENT, ROOT, command_line, count_lines, run
 from tests.helpers.training import metrics, options, train_here
@@ -75,13 +75,13 @@ def test_a_signal_that_nobody_heeded_in_time_comes_again_for_whoever_handled_it_
 
 
 def test_a_signal_during_the_last_evaluation_of_a_training_is_not_lost(fashion, tmp_path, monkeypatch):
-    evaluate, seen = evaluation.evaluate, []
+    evaluate, seen = loop.evaluate, []
 
     def signal_and_evaluate(*arguments):
         signal.raise_signal(signal.SIGUSR2)
         return evaluate(*arguments)
 
-    monkeypatch.setattr(evaluation, "evaluate", signal_and_evaluate)
+    monkeypatch.setattr(loop, "evaluate", signal_and_evaluate)
     before = signal.signal(signal.SIGUSR2, lambda *_: seen.append((tmp_path / "run" / "summary.json").exists()))
     try:
         few = ["--data.train", fashion["holdout"], "--data.val", fashion["test"], "--epochs", 1, "--amp", "off"]

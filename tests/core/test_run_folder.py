@@ -16,9 +16,8 @@ import pytest
 import torch
 
 from ckd_dist.core import checkpoint, identity
-from ckd_dist.core.errors import UserError
+from ckd_dist.core.errors import TrainingError, UserError
 from ckd_dist.core.run_folder import RunFolder, read_summary
-from ckd_dist.train import loop
 from ckd_dist.train.learner import Learner
 from tests.helpers.training import metrics, options, same_weights, train_here
 
@@ -87,7 +86,7 @@ def test_a_complete_run_is_looked_at_while_somebody_works_in_it_and_needs_no_pla
 
 def test_a_folder_without_a_saved_step_takes_other_options(fashion, tmp_path):
     run_dir = tmp_path / "run"
-    with pytest.raises(loop.TrainingError):
+    with pytest.raises(TrainingError):
         train_here(*words(fashion, run_dir, "--optim.lr", 1000, "--optim.weight_decay", 10))
     assert (run_dir / "config.yaml").exists()
     train_here(*words(fashion, run_dir, "--optim.lr", 0.01, "--epochs", 1))

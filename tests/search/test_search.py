@@ -10,7 +10,6 @@ import pytest
 from ckd_dist import evaluate
 from ckd_dist.core.errors import UserError
 from ckd_dist.core.options import load_config
-from ckd_dist.search import choice
 from ckd_dist.search.options import SearchConfig
 from ckd_dist.search.trials import prepare
 from ckd_dist.train.options import EvaluateConfig
@@ -40,7 +39,7 @@ def test_settings_are_chosen_on_held_out_images_and_only_those_are_tested(
     here(evaluate, EvaluateConfig, "--data.val", fashion["test"], "--checkpoint", path, "--data.batch_size", 64)
     assert json.loads(capsys.readouterr().out.splitlines()[-1])["top1"] == pytest.approx(row["test_top1"])
     # Again: nothing is trained, nothing is tested.
-    monkeypatch.setattr(choice, "test", None)
+    monkeypatch.setattr("ckd_dist.search.__main__.test", None)
     assert search_here(*words) == rows
     assert "group" not in capsys.readouterr().out
     with pytest.raises(UserError, match=r"run_dir: .* holds a run with grid\.alphas \[0\.1, 1\.0\], not \[0\.1\]"):
