@@ -1,7 +1,7 @@
 """Train many students from one logit store, choose each teacher's best setting on held-out images, test the chosen.
 
-  python -m ckd_dist.search --data.train train.beton --data.val holdout.beton --data.test test.beton \
-      --model.name resnet18 --teacher.store stores/teacher --grid.teachers '[[],[20],[40],[20,40]]' \
+  python -m ckd_dist.search --data.train train.beton --data.val holdout.beton --data.test test.beton \\
+      --model.name resnet18 --teacher.store stores/teacher --grid.teachers '[[],[20],[40],[20,40]]' \\
       --grid.alphas [0.1,0.5] --grid.temperatures [1,2,4,8] --grid.seeds [0,1,2] --processes 8 --run_dir runs/search
 
 Its options are those of distill; grid.* list the values to try, the same for every teacher. Students of one seed see
