@@ -17,6 +17,7 @@ import yaml
 from ckd_dist.core import checkpoint, identity
 from ckd_dist.core.errors import UserError
 from tests.helpers.commands import run
+from tests.helpers.data_prep import write
 from tests.helpers.here import run_here
 from tests.helpers.shared import make_once
 from tests.helpers.stores import contents
@@ -72,18 +73,8 @@ def write_world(folder: Path, number: int, images: Path) -> None:
     """Everything that commands take, of the one or the other content; teachers and stores of the `images`."""
     more = 10 * number
     for name, split, count in (("train", "train", 200), ("val", "holdout", 50), ("test", "test", 50)):
-        out = folder / f"{name}.beton"
-        run(
-            "data_prep.write_beton",
-            "--dataset",
-            "fashion_mnist",
-            "--split",
-            split,
-            "--subset",
-            count + more,
-            "--out",
-            out,
-        )
+        part = ["--split", split, "--subset", count + more, "--out", folder / f"{name}.beton", "--workers", 1]
+        assert write("--dataset", "fashion_mnist", *part).status == 0
     run_here("train_teacher", *training(images, "--seed", number, "--save_every", 1, "--run_dir", folder / "teacher"))
     shutil.copy(checkpoint.checkpoint_path(folder / "teacher", 1), folder / "init.pt")
     data = ["--data.train", images / "train.beton", "--data.batch_size", 100, "--amp", "off"]
@@ -277,7 +268,7 @@ def test_a_result_of_an_older_version_is_taken_as_it_is_and_that_is_said_once(
 def test_parts_of_one_set_that_overlap_are_refused(worlds, tmp_path):
     ours, loose = worlds / "ours", tmp_path / "loose.beton"
     part = ["--split", "holdout", "--holdout", 0.2, "--subset", 50]
-    run("data_prep.write_beton", "--dataset", "fashion_mnist", *part, "--out", loose)
+    assert write("--dataset", "fashion_mnist", *part, "--out", loose).status == 0
     data = ["--data.train", ours / "train.beton", "--data.batch_size", 50]
     common = [*data, "--model.name", "resnet8", "--run_dir", tmp_path / "run"]
     searched = [*common, "--data.val", ours / "val.beton", "--teacher.store", ours / "store"]

@@ -13,7 +13,7 @@ from ckd_dist.core.errors import UserError
 from ckd_dist.data.beton import open_images
 from ckd_dist.data.options import TrainDataConfig
 from ckd_dist.store.__main__ import main as store_main
-from tests.helpers.commands import run
+from tests.helpers.data_prep import write_folder
 from tests.helpers.here import run_here
 
 
@@ -26,7 +26,7 @@ def write_classes(root: Path, names: list[str], per_class: int, seed: int) -> Pa
             pixels = np.full((12, 12, 3), (20 * number, 255 - 20 * number, 128)) + rng.integers(0, 8, (12, 12, 3))
             Image.fromarray(pixels.clip(0, 255).astype(np.uint8)).save(root / name / f"{image}.png")
     out = root.with_suffix(".beton")
-    run("data_prep.write_beton", "--dataset", "imagefolder", "--root", root, "--split", "test", "--out", out)
+    write_folder(root, out, "--workers", 1)
     return out
 
 
