@@ -5,10 +5,11 @@ from __future__ import annotations
 from ckd_dist.search.options import SearchConfig
 from ckd_dist.selection.options import SelectConfig
 from ckd_dist.store.options import CacheConfig
-from ckd_dist.train.options import DistillConfig, EvaluateConfig, TrainTeacherConfig
+from ckd_dist.train.options import AdoptConfig, DistillConfig, EvaluateConfig, TrainTeacherConfig
 
 COMMANDS: dict[str, type] = {
     "ckd_dist.train_teacher": TrainTeacherConfig,
+    "ckd_dist.adopt": AdoptConfig,
     "ckd_dist.cache_logits": CacheConfig,
     "ckd_dist.select_teacher": SelectConfig,
     "ckd_dist.distill": DistillConfig,

@@ -66,6 +66,9 @@ def _trace_input(option: str, made_of: Input, result: Path) -> Node:
         return node
     try:
         node.fault = fault(made_of, path)
+        if made_of.kind == "foreign":
+            node.what = f"a checkpoint of another program, sha256:{made_of.holds['sha256'][:12]}"
+            return node
         # A file of figures is what a command left in a folder.
         found = trace(path.parent if made_of.kind == "file" else path)
         taken = [name.split()[1] for name in made_of.holds if name.startswith(("checkpoint ", "epoch "))]
@@ -229,6 +232,12 @@ def _file(path: Path, then: dict) -> dict[str, Any]:
     return {"sha256": file_sha256(path)}
 
 
+def _foreign(path: Path, then: dict) -> dict[str, Any]:
+    from ckd_dist.core.files import content_sha256
+
+    return {"sha256": content_sha256(path)}
+
+
 _NOW: dict[str, Callable[[Path, dict], dict[str, Any]]] = {
     "images": _images,
     "weights": _weights,
@@ -236,6 +245,7 @@ _NOW: dict[str, Callable[[Path, dict], dict[str, Any]]] = {
     "store": _store,
     "selection": _selection,
     "file": _file,
+    "foreign": _foreign,
 }
 """Kind of an input -> what lies at a path now, in the terms of what it held then."""
 

@@ -188,3 +188,13 @@ def file_sha256(path: Path) -> str:
         while chunk := file.read(1 << 20):
             digest.update(chunk)
     return digest.hexdigest()
+
+
+def content_sha256(path: Path) -> str:
+    """sha256 of a file's content, or of the names and contents of all files of a folder."""
+    if not path.is_dir():
+        return file_sha256(path)
+    digest = hashlib.sha256()
+    for each in sorted(each for each in path.rglob("*") if each.is_file()):
+        digest.update(f"{each.relative_to(path)} {file_sha256(each)}\n".encode())
+    return digest.hexdigest()

@@ -22,7 +22,7 @@ from ckd_dist.core.errors import UserError, require
 from ckd_dist.core.files import read_json, write_bytes_atomically
 from ckd_dist.core.options import flatten, read_yaml
 
-FREE = ("data.workers", "data.os_cache", "data.verify", "save_last_every", "log_every", "tensorboard")
+FREE = ("data.workers", "data.os_cache", "data.verify", "trust", "save_last_every", "log_every", "tensorboard")
 """Options that change how a result comes about, not what it is."""
 RESULTS = ("selection.json", "results.csv")
 """What a selection and a search leave when they are complete."""
@@ -31,7 +31,7 @@ RESULTS = ("selection.json", "results.csv")
 # ------------------------------------------------------------------------------------------- inputs
 
 
-Kind = Literal["images", "weights", "run", "store", "selection", "file"]
+Kind = Literal["images", "weights", "run", "store", "selection", "file", "foreign"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,6 +70,16 @@ def file(path: str | Path, sha256: str) -> Input:
     return Input.of("file", path, {"sha256": sha256})
 
 
+def foreign(path: str | Path, sha256: str) -> Input:
+    """A checkpoint of another program, a file or a folder, by `files.content_sha256`."""
+    return Input.of("foreign", path, {"sha256": sha256})
+
+
+def option_of(name: str) -> str:
+    """The option that named an input: `files`, which names several, of `files 20`."""
+    return name.partition(" ")[0]
+
+
 def difference(before: Mapping[str, Any], now: Mapping[str, Any]) -> str | None:
     """What differs between what an input held and what it holds, in a few words; None where nothing does."""
     keys = [key for key in {**before, **now} if before.get(key) != now.get(key)]
@@ -94,7 +104,7 @@ class Origin:
     resolved: dict[str, Any] = field(default_factory=dict)
     """As they were resolved: precision, views, the teacher's checkpoints."""
     inputs: dict[str, Input] = field(default_factory=dict)
-    """Of each option that names one."""
+    """Of each option that names one; of one that names several, `OPTION NAME` each."""
 
     @cached_property
     def options(self) -> dict[str, Any]:
@@ -104,7 +114,7 @@ class Origin:
     @property
     def identity(self) -> str:
         """sha256 of all that decides the result: options without paths, and the content of inputs."""
-        left_out = {*FREE, *self.inputs, "run_dir"}
+        left_out = {*FREE, *map(option_of, self.inputs), "run_dir"}
         values = {key: value for key, value in self.options.items() if key not in left_out}
         holds = {option: each.holds for option, each in self.inputs.items()}
         return hashlib.sha256(json.dumps([values, holds], sort_keys=True).encode()).hexdigest()
@@ -176,7 +186,7 @@ def require_same(folder: Path, origin: Origin) -> bool:
     lineage = read_lineage(folder, "run_dir")
     new, requested = origin.options, flatten(origin.requested)
     compared = lineage.inputs.keys() & origin.inputs.keys() if lineage else set()
-    for key in sorted((old.keys() | new.keys()) - {*FREE, "run_dir"} - compared):
+    for key in sorted((old.keys() | new.keys()) - {*FREE, "run_dir", *map(option_of, compared)}):
         before, now, why = old.get(key), new.get(key), ""
         if key == "epochs" and isinstance(before, int) and before < new[key] and "grid" not in origin.resolved:
             depends = _depends_on_epochs(new)

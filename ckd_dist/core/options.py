@@ -66,7 +66,8 @@ def load_config(
         if action.dest in _section_names(parser):  # --optim FILE would be read past all checks
             del parser._option_string_actions[f"--{action.dest}"]
             action.help = argparse.SUPPRESS
-    argv = option_words(sys.argv[1:] if argv is None else argv)
+    switches = {f"--{action.dest}" for action in parser._actions if getattr(action, "_typehint", None) is bool}
+    argv = _switched_on(option_words(sys.argv[1:] if argv is None else argv), switches)
     try:
         return cls(**_sections(parser.instantiate(parser.parse_args(argv)), cls))
     except jsonargparse.ArgumentError as error:
@@ -84,6 +85,15 @@ def option_words(words: Sequence[str]) -> list[str]:
 def flag_words(words: Sequence[str], *flags: str) -> list[str]:
     """A command line in which the options `flags` may stand without a value: --json is --json=true."""
     return [f"{word}=true" if word[:2] == "--" and word[2:] in flags else word for word in words]
+
+
+def _switched_on(words: Sequence[str], switches: set[str]) -> list[str]:
+    """A command line in which the options `switches`, true or false, may stand alone: --trust is --trust=true."""
+    following = [*words[1:], "--"]
+    return [
+        f"{word}=true" if word in switches and next_word.startswith("--") else word
+        for word, next_word in zip(words, following, strict=True)
+    ]
 
 
 def to_dict(config: object) -> dict:

@@ -321,7 +321,7 @@ def _as_own(
             types |= {given.dtype} - {wanted.dtype}
             weights[name] = given.to(wanted.dtype).clone()
         else:
-            weights[name] = wanted
+            weights[name] = torch.zeros(wanted.shape, dtype=wanted.dtype)
     for each in sorted(types, key=str):
         exactly = "rounded" if each == torch.float64 else "exactly"
         notes.append(f"{str(each).removeprefix('torch.')} taken as float32, {exactly}")

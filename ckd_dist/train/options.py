@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from ckd_dist.core.errors import require
-from ckd_dist.core.options import COUNT, SEED, Amp, require_ranges
+from ckd_dist.core.options import COUNT, SEED, SHARE, Amp, require_ranges
 from ckd_dist.data.options import EvalDataConfig, TrainDataConfig
 from ckd_dist.nn.options import KDConfig, ModelConfig, OptimConfig
 
@@ -139,3 +139,44 @@ class EvaluateConfig:
     """A file of a run's checkpoints folder."""
     amp: Amp = "auto"
     """Precision, as in train_teacher, of the forward pass."""
+
+
+@dataclass(kw_only=True)
+class AdoptConfig:
+    """Take checkpoints of another program's training as a run."""
+
+    data: EvalDataConfig
+    model: ModelConfig
+    files: list[str]
+    """The checkpoints: files of torch.save or safetensors, or folders of torch.distributed.checkpoint."""
+    run_dir: str
+    """Folder of the run that is made of them."""
+    epochs: list[int] = field(default_factory=list)
+    """Epoch of each file, which is its name in the run; default: what the entry `epoch` of each file says."""
+    key: str | None = None
+    """Where in the files the weights are, as model_ema or state_dict.student; default: the first that fit."""
+    classes: str | None = None
+    """File with the name of each of the network's classes, a line each, where the images show some of them only; with
+    --data.map_classes by_name. Default: the classes of the images."""
+    mean: list[float] | None = None
+    """Of red, green and blue in [0, 1], that the network's input is normalised by; default: of the images."""
+    std: list[float] | None = None
+    """Its deviation; default: of the images."""
+    min_top1: float | None = None
+    """Refuse a checkpoint that is right in less than so many percent of the images."""
+    trust: bool = False
+    """Read folders of torch.distributed.checkpoint too, whose index is a pickle: it may run what its writer wanted."""
+    amp: Amp = "auto"
+    """Precision, as in train_teacher, of the forward pass."""
+
+    def __post_init__(self) -> None:
+        require_ranges(self, epochs=(0, COUNT[1]), mean=SHARE, std=(1e-6, 1), min_top1=(0, 100))
+        require(bool(self.files), "files is empty: name a checkpoint")
+        require(self.model.weights is None, "model.weights: the weights are those of --files: leave it out")
+        require(
+            len(self.epochs) in (0, len(self.files)),
+            f"epochs has {len(self.epochs)} values for {len(self.files)} files: give one for each, or none",
+        )
+        for name in ("mean", "std"):
+            value = getattr(self, name)
+            require(value is None or len(value) == 3, f"{name} is {value}: give three numbers, of red, green and blue")
