@@ -46,6 +46,10 @@ class Metadata(TypedDict):
     """What the weights of a file epoch_*.pt need to be used alone."""
 
     model: str
+    options: NotRequired[dict[str, Any]]
+    """Arguments that it was made with."""
+    source_sha256: NotRequired[str]
+    """Of the file that its name refers to, `models.defining_file`."""
     num_classes: pydantic.PositiveInt
     image_size: pydantic.PositiveInt
     """It was trained at."""

@@ -12,7 +12,7 @@ from ckd_dist.core.options import Amp
 from ckd_dist.data import classes
 from ckd_dist.data.beton import open_beton
 from ckd_dist.data.dataset import train_recipe
-from ckd_dist.nn import models
+from ckd_dist.nn import models, probe
 from ckd_dist.store.codecs import factory
 from ckd_dist.store.manifest import Manifest, member_name
 from ckd_dist.store.options import CacheConfig
@@ -28,7 +28,7 @@ def describe(config: CacheConfig, device: torch.device) -> tuple[Manifest, Recor
     epochs = checkpoint.choose(trajectory, config.teacher.checkpoints or list(trajectory), "teacher.checkpoints")
     members = {}
     for epoch in sorted(epochs):
-        model, metadata = models.load_model(trajectory[epoch], "teacher.run")
+        model, metadata = models.load_model(trajectory[epoch], "teacher.run", config.teacher.model)
         members[member_name(epoch, config.teacher.name)] = {
             "epoch": epoch,
             "model": metadata["model"],
@@ -38,7 +38,7 @@ def describe(config: CacheConfig, device: torch.device) -> tuple[Manifest, Recor
     info = classes.match_model(info, "data.train", metadata, config.teacher.run, config.data.map_classes)
     codec = factory.from_config(config, info.num_classes)
     image_size = config.data.image_size or metadata["image_size"]
-    models.require_fits(model, metadata["model"], info.num_classes, image_size, "data.image_size")
+    probe.require_fits(model, metadata["model"], info.num_classes, image_size, "data.image_size")
     manifest = Manifest(
         dataset={
             "name": info.dataset,
@@ -65,7 +65,7 @@ def describe(config: CacheConfig, device: torch.device) -> tuple[Manifest, Recor
             " ".join(filter(None, ["teacher.run", config.teacher.name])): os.path.abspath(config.teacher.run),
         },
     )
-    recorder = Recorder(manifest, info, config.teacher.run, config.data, device)
+    recorder = Recorder(manifest, info, config.teacher.run, config.data, device, config.teacher.model)
     manifest.images = image_digests(manifest, info)
     return manifest, recorder
 

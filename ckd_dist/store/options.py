@@ -19,6 +19,8 @@ class TrajectoryConfig:
     """Run folder of train_teacher."""
     checkpoints: list[int] = field(default_factory=list)
     """Epochs of the checkpoints to cache; default: all of the run."""
+    model: str | None = None
+    """Where its network is code of your own, its name as in model.name: that code is run."""
 
     def __post_init__(self) -> None:
         require_ranges(self, "teacher.", checkpoints=COUNT)

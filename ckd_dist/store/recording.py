@@ -54,8 +54,17 @@ def encode(
 class Recorder:
     """The images and the teacher's run that a manifest names: gives the checkpoints' logits of any view."""
 
-    def __init__(self, manifest: Manifest, info: DatasetInfo, run: str, config: LoaderConfig, device: torch.device):
-        self.manifest, self.device, self.batch_size = manifest, device, config.batch_size
+    def __init__(
+        self,
+        manifest: Manifest,
+        info: DatasetInfo,
+        run: str,
+        config: LoaderConfig,
+        device: torch.device,
+        code: str | None = None,
+    ):
+        """`code`: see `models.load_model`."""
+        self.manifest, self.device, self.batch_size, self._code = manifest, device, config.batch_size, code
         self._trajectory = checkpoint.trajectory(run, "teacher.run")
         forward = manifest.forward
         self.loader = BetonLoader(
@@ -76,7 +85,7 @@ class Recorder:
         for name in names:
             wanted = self.manifest.checkpoints[name]
             (epoch,) = checkpoint.choose(self._trajectory, [wanted["epoch"]], "teacher.run")
-            model, _ = models.load_model(self._trajectory[epoch], "teacher.run")
+            model, _ = models.load_model(self._trajectory[epoch], "teacher.run", self._code)
             found = checkpoint.weights_sha256(model.state_dict())
             require(
                 found == wanted["weights_sha256"],
