@@ -66,8 +66,9 @@ def _trace_input(option: str, made_of: Input, result: Path) -> Node:
         return node
     try:
         node.fault = fault(made_of, path)
-        if made_of.kind == "foreign":
-            node.what = f"a checkpoint of another program, sha256:{made_of.holds['sha256'][:12]}"
+        if made_of.kind == "foreign" or option == "model.source":  # made elsewhere: nothing tells of what
+            what = "a checkpoint of another program" if made_of.kind == "foreign" else "code of the network"
+            node.what = f"{what}, sha256:{made_of.holds['sha256'][:12]}"
             return node
         # A file of figures is what a command left in a folder.
         found = trace(path.parent if made_of.kind == "file" else path)

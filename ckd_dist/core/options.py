@@ -89,7 +89,7 @@ def flag_words(words: Sequence[str], *flags: str) -> list[str]:
 
 def _switched_on(words: Sequence[str], switches: set[str]) -> list[str]:
     """A command line in which the options `switches`, true or false, may stand alone: --trust is --trust=true."""
-    following = [*words[1:], "--"]
+    following = [*words, "--"][1:]
     return [
         f"{word}=true" if word in switches and next_word.startswith("--") else word
         for word, next_word in zip(words, following, strict=True)

@@ -19,6 +19,7 @@ from torch import nn
 
 from ckd_dist.core.errors import UserError, require
 from ckd_dist.core.files import require_regular
+from ckd_dist.nn.weights import read_safetensors
 
 # ------------------------------------------------------------------------------------------- reading
 
@@ -77,7 +78,7 @@ def read(path: str | Path, option: str, *, trust: bool = False) -> Mapping[str, 
     require_regular(path, option)
     with open(path, "rb") as file:
         start = file.read(9)
-    content = _read_safetensors(path, option) if start[8:] == b"{" else _read_torch(path, option)
+    content: Any = read_safetensors(str(path), option) if start[8:] == b"{" else _read_torch(path, option)
     require(
         isinstance(content, Mapping),
         f"{option}: {path} holds a {type(content).__name__}, not a dict of weights: save the model's state_dict()",
@@ -126,18 +127,6 @@ def _names_in(path: Path) -> list[str]:
         return torch.serialization.get_unsafe_globals_in_checkpoint(path)
     except Exception:  # of a pickle that torch does not read any further
         return []
-
-
-def _read_safetensors(path: Path, option: str) -> dict[str, torch.Tensor]:
-    try:
-        import safetensors.torch
-    except ImportError:
-        raise UserError(f"{option}: {path} needs safetensors: pip install 'ckd_dist[export]'") from None
-    try:
-        return safetensors.torch.load_file(path)
-    except Exception as error:  # SafetensorError, and what a wrong header makes of the rest
-        why = " ".join(str(error).split())[:100]
-        raise UserError(f"{option}: {path} is damaged or cut short ({why}): copy it again") from None
 
 
 def _read_folder(path: Path, option: str, trust: bool) -> Any:

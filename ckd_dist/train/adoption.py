@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -23,9 +23,8 @@ from ckd_dist.data import classes
 from ckd_dist.data.beton import open_beton
 from ckd_dist.data.dataset import DatasetInfo
 from ckd_dist.data.loader import BetonLoader
-from ckd_dist.nn import foreign
+from ckd_dist.nn import foreign, models, probe
 from ckd_dist.nn.forward import to_device
-from ckd_dist.nn.models import build_model, require_fits
 from ckd_dist.train.evaluation import evaluate
 from ckd_dist.train.options import AdoptConfig
 
@@ -95,24 +94,37 @@ def describe(config: AdoptConfig, device: torch.device) -> Setting:
     names = class_names(config.classes) if config.classes else list(info.classes)
     num_classes = len(names) or info.num_classes
     info = classes.match(info, "data.val", names, num_classes, config.classes or "it", config.data.map_classes)
-    size = info.image_size(config.data.image_size)
-    model = build_model(config.model.name, num_classes)
-    require_fits(model, config.model.name, num_classes, size, "data.image_size")
+    name, shown = config.model.name, models.preprocessing(config.model.name)
+    told = {} if shown is None else asdict(shown)
+    size = config.data.image_size or info.image_size(None if info.small else told.get("image_size"))
+    model = models.build_model(name, num_classes, config.model.options)
+    probe.prepare(model, name, num_classes, size, "data.image_size")
     metadata: dict[str, Any] = {
-        "model": config.model.name,
+        "model": name,
+        "options": config.model.options,
         "num_classes": num_classes,
         "image_size": size,
         "val_image_size": size,
-        "mean": list(config.mean or info.mean),
-        "std": list(config.std or info.std),
+        "mean": list(config.mean or told.get("mean") or info.mean),
+        "std": list(config.std or told.get("std") or info.std),
         "classes": names,
     }
-    say(
-        f"{config.model.name} of {num_classes} classes at {size} px, normalised by mean {_short(metadata['mean'])} and "
-        f"std {_short(metadata['std'])}"
-    )
+    if source := models.defining_file(name):
+        metadata["source_sha256"] = source[1]
+    if told and not info.small:
+        metadata["crop_share"] = told["crop_share"]
+    _announce(metadata, None if shown is None else shown.interpolation)
     config = precision.resolve(config, config.run_dir)
     return Setting(config, info, to_device(model, device), metadata, device)
+
+
+def _announce(metadata: dict[str, Any], interpolation: str | None) -> None:
+    """Say what the network is shown: what is wrong here costs accuracy, and nothing else tells."""
+    mean, std = (" ".join(f"{value:.4g}" for value in metadata[name]) for name in ("mean", "std"))
+    crop = f", the central {metadata['crop_share']:.3g} of it" if "crop_share" in metadata else ""
+    library = f", as its library says, which resizes by {interpolation}; here it is by area" if interpolation else ""
+    what = f"{metadata['model']} of {metadata['num_classes']} classes at {metadata['image_size']} px{crop}"
+    say(f"{what}, normalised by mean {mean} and std {std}{library}")
 
 
 def class_names(path: str) -> list[str]:
@@ -158,6 +170,8 @@ def origin_of(setting: Setting, members: Sequence[Member]) -> Origin:
     options = to_dict(replace(config, mean=metadata["mean"], std=metadata["std"]))
     named = hashlib.sha256("\n".join(metadata["classes"]).encode()).hexdigest()
     inputs = {"data.val": setting.info.as_input()}
+    if source := models.defining_file(config.model.name):
+        inputs["model.source"] = identity.file(*source)
     for member in members:
         inputs[f"files {member.epoch}"] = identity.foreign(member.path, member.sha256)
     return Origin(
@@ -192,7 +206,3 @@ def keep(setting: Setting, folder: RunFolder, member: Member, figures: dict[str,
     state = {"weights": found.weights, "metadata": metadata}
     checkpoint.save(checkpoint.checkpoint_path(folder.path, member.epoch), state)
     folder.log("val", member.epoch, member.epoch - 1, **figures)  # of its steps, only its own program knows the number
-
-
-def _short(values: Sequence[float]) -> str:
-    return " ".join(f"{value:.4g}" for value in values)

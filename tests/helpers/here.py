@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from ckd_dist import cache_logits, distill, evaluate, select_teacher, train_teacher
+from ckd_dist import adopt, cache_logits, distill, evaluate, select_teacher, train_teacher
 from ckd_dist.commands import COMMANDS
 from ckd_dist.core.options import load_config
 from ckd_dist.search import __main__ as search
@@ -11,6 +11,7 @@ from ckd_dist.store.options import CacheConfig
 
 MAIN = {
     "train_teacher": train_teacher,
+    "adopt": adopt,
     "distill": distill,
     "cache_logits": cache_logits,
     "select_teacher": select_teacher,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import os
 import pickle
+import re
 import warnings
 from collections import OrderedDict, defaultdict
 from pathlib import Path
@@ -361,7 +362,7 @@ def test_a_stand_in_takes_the_place_of_what_a_file_names(tmp_path):
 def test_what_is_no_checkpoint_of_weights_is_refused_by_name(tmp_path):
     path = tmp_path / "x"
     torch.save(network(), path)
-    assert "holds a whole network (ckd_dist.nn.models._Classifier), " in refusal(path)
+    assert "holds a whole network (ckd_dist.nn.cifar._Classifier), " in refusal(path)
     torch.save(network(), path, _use_new_zipfile_serialization=False)
     assert "_Classifier, which might run code: load it where it was written and save" in refusal(path)
     with warnings.catch_warnings():
@@ -395,7 +396,7 @@ def test_a_file_that_is_cut_short_is_refused_wherever_it_ends(write, tmp_path):
     whole = path.read_bytes()
     for share in (0.02, 0.3, 0.7, 0.999):
         path.write_bytes(whole[: int(share * len(whole))])
-        assert "is damaged or cut short" in refusal(path), share
+        assert re.search("is damaged or cut short|is no whole safetensors file", refusal(path)), share
 
 
 @quiet

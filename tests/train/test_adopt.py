@@ -88,7 +88,7 @@ def test_two_processes_adopt_what_one_does(files, fashion, tmp_path):
     for one, two in zip(metrics(tmp_path / "one", "val"), metrics(tmp_path / "two", "val"), strict=True):
         assert one["top1"] == two["top1"] and one["loss"] == pytest.approx(two["loss"], rel=1e-5)  # summed otherwise
     assert summary(tmp_path / "two")["world_size"] == 2
-    refused = run("ckd_dist.adopt", *words([fashion["test"]], fashion, tmp_path / "no"), nproc=2, status=2)
+    refused = run("ckd_dist.adopt", *words([fashion["test"]], fashion, tmp_path / "no"), nproc=2, status=1)
     assert refused.stderr.count("is no checkpoint: name a file") == 1 and not (tmp_path / "no").exists()
 
 
@@ -251,3 +251,46 @@ def test_a_list_of_classes_is_a_line_each(files, fashion, tmp_path):
 def test_the_least_accuracy_may_be_reached(files, fashion, tmp_path):
     adopt_here(*words(files.values(), fashion, tmp_path / "run", "--min_top1", 5))
     assert np.isfinite(summary(tmp_path / "run")["loss"])
+
+
+# ------------------------------------------------------------------------------------------- other networks
+
+
+def test_a_network_of_timm_is_shown_what_its_library_says(photographs, tmp_path, capsys):
+    """On photographs; those of small images have the size that they have."""
+    import timm
+    from timm.data import resolve_data_config
+
+    torch.manual_seed(0)
+    model = timm.create_model("test_resnet.r160_in1k", num_classes=3)
+    torch.save({"state_dict": model.state_dict(), "epoch": 5}, tmp_path / "last.pth.tar")
+    options = words([tmp_path / "last.pth.tar"], {"holdout": photographs}, tmp_path / "run")
+    adopt_here(*options, "--model.name", "timm/test_resnet.r160_in1k", "--amp", "off")
+    told = resolve_data_config({}, model=model)
+    path = checkpoint.checkpoint_path(tmp_path / "run", 5)
+    metadata = checkpoint.load(path, "", checkpoint.KeptState)["metadata"]
+    assert (metadata["image_size"], metadata["crop_share"]) == (told["input_size"][-1], told["crop_pct"])
+    assert (metadata["mean"], metadata["std"]) == (list(told["mean"]), list(told["std"]))
+    assert f"at {told['input_size'][-1]} px, the central {told['crop_pct']:.3g} of it, norm" in capsys.readouterr().out
+    run_here("evaluate", "--data.val", photographs, "--checkpoint", path, "--amp", "off")
+    again = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert (again["top1"], again["loss"]) == (summary(tmp_path / "run")["top1"], summary(tmp_path / "run")["loss"])
+
+
+def test_a_network_of_the_users_own_code_is_adopted_with_it(fashion, tmp_path, capsys):
+    source = tmp_path / "small_net.py"
+    source.write_text(
+        "from torch import nn\n\n\ndef small(num_classes, width=4):\n"
+        "    return nn.Sequential(nn.Conv2d(3, width, 3, 2), nn.ReLU(), nn.Flatten(), nn.LazyLinear(num_classes))\n"
+    )
+    weights = {"0.weight": (6, 3, 3, 3), "0.bias": (6,), "3.weight": (10, 6 * 13 * 13), "3.bias": (10,)}
+    saved = {f"module.{name}": torch.randn(shape) for name, shape in weights.items()}
+    torch.save(saved, tmp_path / "x.pt")
+    options = words([tmp_path / "x.pt"], fashion, tmp_path / "run", "--epochs", "[9]", "--model.options.width", 6)
+    name = f"{source}:small"
+    adopt_here(*options, "--model.name", name)
+    model, metadata = load_model(checkpoint.checkpoint_path(tmp_path / "run", 9), "", name)
+    assert metadata["options"] == {"width": 6} and torch.equal(model.get_parameter("3.bias"), saved["module.3.bias"])
+    assert "sha256" in run("ckd_dist.lineage", tmp_path / "run").stdout
+    source.write_text(source.read_text() + "# changed\n")
+    assert "made of another model.source" in refusal(*options, "--model.name", name)
