@@ -180,3 +180,12 @@ def _in_float32(kind: type[nn.Module]) -> type[nn.Module]:
     if kind.__name__.startswith("Float32"):
         return kind
     return type(f"Float32{kind.__name__}", (kind,), {"forward": forward})
+
+
+def unprepare(model: nn.Module) -> nn.Module:
+    """The model without what `prepare` did to it for autocast: other programs are to run it."""
+    for module in model.modules():
+        kind = type(module)
+        if kind.__name__ == f"Float32{kind.__bases__[0].__name__}":
+            module.__class__ = kind.__bases__[0]
+    return model

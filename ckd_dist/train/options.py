@@ -185,3 +185,18 @@ class AdoptConfig:
         for name in ("mean", "std"):
             value = getattr(self, name)
             require(value is None or len(value) == 3, f"{name} is {value}: give three numbers, of red, green and blue")
+
+
+@dataclass(kw_only=True)
+class ExportConfig:
+    """Write the network of a checkpoint in a form that other programs take."""
+
+    checkpoint: str
+    """A file of a run's checkpoints folder."""
+    format: Literal["state_dict", "safetensors", "onnx", "torchscript", "torch_export"]
+    """state_dict, safetensors: the weights by name; onnx, torchscript, torch_export: a program for batches of any
+    size."""
+    out: str
+    """The file to write."""
+    model: str | None = None
+    """Where its network is code of your own, its name as in model.name: that code is run."""
