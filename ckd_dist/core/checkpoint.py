@@ -55,6 +55,8 @@ class Metadata(TypedDict):
     """It was trained at."""
     val_image_size: NotRequired[pydantic.PositiveInt]
     """It was evaluated at."""
+    crop_share: NotRequired[float]
+    """Side of the central square that it was evaluated on, as a share of a photograph's shorter side."""
     augment: NotRequired[str]
     """Kind of its training views."""
     mean: list[float]

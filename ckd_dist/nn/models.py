@@ -150,19 +150,15 @@ def preprocessing(name: str) -> Preprocessing | None:
         found = get_pretrained_cfg(name.removeprefix("timm/"))
         if found is None:
             return None
-        return Preprocessing(
-            tuple(found.mean), tuple(found.std), found.input_size[-1], found.crop_pct, found.interpolation
-        )
+        return Preprocessing(found.mean, found.std, found.input_size[-1], found.crop_pct, found.interpolation)
     path = Path(name.removeprefix("hf/")) / "preprocessor_config.json"
     if not name.startswith("hf/") or not path.is_file():
         return None
     values = json.loads(path.read_text(encoding="utf-8"))
     size = values.get("size", 224)
     side = next(iter(size.values())) if isinstance(size, dict) else size
-    half = [0.5, 0.5, 0.5]
-    crop = values.get("crop_pct") or 1.0
-    mean, std = values.get("image_mean", half), values.get("image_std", half)
-    return Preprocessing(tuple(mean), tuple(std), side, crop, str(values.get("resample", "bilinear")))
+    mean, std = (tuple(values.get(key, [0.5, 0.5, 0.5])) for key in ("image_mean", "image_std"))
+    return Preprocessing(mean, std, side, values.get("crop_pct") or 1.0, f"filter {values.get('resample', 2)} of PIL")
 
 
 # ------------------------------------------------------------------------------------------- the user's own code
