@@ -95,7 +95,7 @@ def chosen_classes(wanted: list[int | str] | str | None, metadata: Mapping[str, 
         is_index = str(each).isdecimal() and each not in names
         require(
             int(each) < count if is_index else each in names,
-            f"teacher.classes: the teacher has no class {each}; it has {count}, {', '.join(names[:3]) or 'unnamed'} ...",
+            f"teacher.classes: the teacher has no class {each}; it has {count}, {', '.join(names[:3])} ...",
         )
         columns.append(int(each) if is_index else names.index(each))
     require(len(set(columns)) == len(columns) > 1, "teacher.classes: give two classes or more, each once")
