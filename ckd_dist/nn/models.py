@@ -9,7 +9,7 @@ import inspect
 import json
 import re
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
@@ -132,8 +132,8 @@ def _import(module: str, library: str, extra: str) -> ModuleType:
 class Preprocessing:
     """What a network was made to see."""
 
-    mean: tuple[float, ...]
-    std: tuple[float, ...]
+    mean: tuple[float, float, float]
+    std: tuple[float, float, float]
     image_size: int
     crop_share: float
     """Side of the central square as a share of the image's shorter side."""
@@ -151,7 +151,7 @@ def preprocessing(name: str) -> Preprocessing | None:
         if found is None:
             return None
         return Preprocessing(
-            tuple(found.mean), tuple(found.std), found.input_size[-1], found.crop_pct, found.interpolation
+            _three(found.mean), _three(found.std), found.input_size[-1], found.crop_pct, found.interpolation
         )
     path = Path(name.removeprefix("hf/")) / "preprocessor_config.json"
     if not name.startswith("hf/") or not path.is_file():
@@ -159,10 +159,13 @@ def preprocessing(name: str) -> Preprocessing | None:
     values = json.loads(path.read_text(encoding="utf-8"))
     size = values.get("size", 224)
     side = next(iter(size.values())) if isinstance(size, dict) else size
-    half = [0.5, 0.5, 0.5]
-    crop = values.get("crop_pct") or 1.0
-    mean, std = values.get("image_mean", half), values.get("image_std", half)
-    return Preprocessing(tuple(mean), tuple(std), side, crop, str(values.get("resample", "bilinear")))
+    mean, std = (_three(values.get(key, [0.5, 0.5, 0.5])) for key in ("image_mean", "image_std"))
+    return Preprocessing(mean, std, side, values.get("crop_pct") or 1.0, f"filter {values.get('resample', 2)} of PIL")
+
+
+def _three(values: Iterable[float]) -> tuple[float, float, float]:
+    red, green, blue = values
+    return red, green, blue
 
 
 # ------------------------------------------------------------------------------------------- the user's own code

@@ -12,7 +12,7 @@ from torch import nn
 
 from ckd_dist.core import checkpoint, dist
 from ckd_dist.core.errors import UserError, require
-from ckd_dist.core.files import require_regular
+from ckd_dist.core.files import file_sha256, require_regular
 from ckd_dist.nn.options import ModelConfig
 
 OPTION = "model.weights"
@@ -100,6 +100,15 @@ def read_safetensors(path: str, option: str) -> Weights:
 def is_published(given: str) -> bool:
     """Whether model.weights is the name of published weights, not a file."""
     return not Path(given).exists() and not Path(given).suffix and "/" not in given
+
+
+def published_file(name: str) -> tuple[Path, str] | None:
+    """(path, sha256) of the file whose content decides what published weights are: of a folder of transformers its
+    weights, or the index of them; None where a library and a name decide."""
+    files = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin")
+    paths = [Path(name.removeprefix("hf/")) / file for file in files] if name.startswith("hf/") else []
+    found = next((path for path in paths if path.is_file()), None)
+    return (found, file_sha256(found)) if found else None
 
 
 def _published(name: str, given: str) -> Weights:

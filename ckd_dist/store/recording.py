@@ -67,6 +67,7 @@ class Recorder:
         self.manifest, self.device, self.batch_size, self._code = manifest, device, config.batch_size, code
         self._trajectory = checkpoint.trajectory(run, "teacher.run")
         forward = manifest.forward
+        self._columns: list[int] | None = forward.get("columns")
         self.loader = BetonLoader(
             info,
             config,
@@ -98,11 +99,13 @@ class Recorder:
     def logits(
         self, teachers: dict[str, nn.Module], ids: np.ndarray, view: int
     ) -> Iterator[tuple[Batch, dict[str, torch.Tensor]]]:
-        """Every batch, decoded once, with the logits of each checkpoint, float32 [n, classes]."""
+        """Every batch, decoded once, with the logits of each checkpoint, float32 [n, classes], of the classes that
+        the store keeps."""
         for batch in self.loader.batches(ids, view):
             logits = {}
             for name, model in teachers.items():
-                logits[name] = forward_logits(model, batch.images, self.manifest.forward["amp"])
+                every = forward_logits(model, batch.images, self.manifest.forward["amp"])
+                logits[name] = every if self._columns is None else every[:, self._columns]
             yield batch, logits
 
     def write(

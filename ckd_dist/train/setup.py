@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import TypeVar
 
 import torch
 from torch import nn
@@ -45,6 +46,8 @@ def origin(
     path = config.model.weights
     if path and not weights.is_published(path):
         inputs["model.weights"] = identity.weights(path, weights.initial_weights(config.model)[1])
+    elif path and (found := weights.published_file(config.model.name)):
+        inputs["model.weights"] = identity.file(*found)
     if file := models.defining_file(config.model.name):
         inputs["model.source"] = identity.file(*file)
     return Origin(requested=to_dict(requested), resolved=to_dict(config), inputs=inputs)
@@ -76,6 +79,24 @@ def train(
     loader, val_loader = make_loaders(config, images, recipe, view_seed, device)
     _announce(learners, loader)
     fit(learners, loader, val_loader, config, save_every=save_every, schedule=schedule)
+
+
+T = TypeVar("T", bound=TrainConfig)
+
+
+def as_pretrained(config: T, images: dict[str, DatasetInfo]) -> tuple[T, dict[str, DatasetInfo]]:
+    """Options and images of a model that begins with weights of a library that says what they were made to see:
+    normalised and, unless the options say otherwise, of the size that it says."""
+    found = models.preprocessing(config.model.name) if config.model.weights else None
+    if found is None:
+        return config, images
+    if config.data.image_size is None:
+        config = replace(config, data=replace(config.data, image_size=found.image_size))
+    say(
+        f"{config.model.name}: images of {config.data.image_size} px, normalised by mean {found.mean} and deviation "
+        f"{found.std} as its weights were trained; reduced by area, where those were by {found.interpolation}"
+    )
+    return config, {option: replace(info, mean=found.mean, std=found.std) for option, info in images.items()}
 
 
 def image_sizes(config: TrainConfig, info: DatasetInfo) -> tuple[int, int]:
