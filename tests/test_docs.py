@@ -24,8 +24,8 @@ PARSED = [
 ]  # fmt: skip
 """Commands whose options only their help tells."""
 LAUNCH = {"launch.submit": LaunchConfig, "launch.pipeline": PipelineConfig}
-FOREIGN = {"nproc_per_node", "test_only", "optim", "help", "config"}
-"""Options of torchrun and sbatch; one that is gone, as the changelog says; and those that every command has."""
+FOREIGN = {"nproc_per_node", "test_only", "no_deps", "optim", "help", "config"}
+"""Options of torchrun, sbatch and pip; one that is gone, as the changelog says; and those that every command has."""
 OPTION = re.compile(r"(?<![\w-])--([a-zA-Z][\w.-]*\w)|(?<![\w-])--([a-zA-Z])\b")
 
 each_page = pytest.mark.parametrize("page", PAGES, ids=lambda path: path.stem)

@@ -40,6 +40,10 @@ def options(command: str, folder: Path) -> list[object]:
     online = ["--teacher.run", folder / "teacher", "--teacher.selection", folder / "selection"]
     return {
         "train_teacher": training(folder, *weights, "--run_dir", result),
+        "adopt": [
+            "--data.val", folder / "val.beton", "--files", f"[{folder / 'init.pt'}]", "--model.name", "resnet8",
+            "--amp", "off", "--run_dir", result,
+        ],
         "distill": training(folder, *weights, *store, "--run_dir", result),
         "distill online": training(folder, *weights, *online, "--run_dir", result),
         "cache_logits": [*data, "--teacher.run", folder / "teacher", "--store", result, "--views", 2],
@@ -59,6 +63,7 @@ def options(command: str, folder: Path) -> list[object]:
 
 INPUTS = {
     "train_teacher": ("train.beton", "val.beton", "init.pt"),
+    "adopt": ("val.beton", "init.pt"),
     "distill": ("train.beton", "val.beton", "init.pt", "store", "selection"),
     "distill online": ("train.beton", "val.beton", "init.pt", "teacher", "selection"),
     "cache_logits": ("train.beton", "teacher"),
@@ -86,6 +91,7 @@ class Stopped(Exception):
 
 
 STOPS = {
+    "adopt": ("ckd_dist.core.run_folder:RunFolder.write_summary", 0),
     "cache_logits": ("ckd_dist.store.background:BackgroundWriter.commit", 3),
     "convert": ("ckd_dist.store.writer:ShardWriter.commit", 3),
     "select_teacher": ("ckd_dist.selection.choice:estimate", 0),
