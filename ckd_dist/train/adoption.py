@@ -23,7 +23,7 @@ from ckd_dist.data import classes
 from ckd_dist.data.beton import open_beton
 from ckd_dist.data.dataset import DatasetInfo
 from ckd_dist.data.loader import BetonLoader
-from ckd_dist.nn import foreign, models, probe
+from ckd_dist.nn import fitting, foreign, models, probe
 from ckd_dist.nn.forward import to_device
 from ckd_dist.train.evaluation import evaluate
 from ckd_dist.train.options import AdoptConfig
@@ -51,11 +51,11 @@ class Setting:
     metadata: dict[str, Any]
     device: torch.device
 
-    def load(self, path: str) -> tuple[foreign.Fit, int | None]:
+    def load(self, path: str) -> tuple[fitting.Fit, int | None]:
         """Give the model the weights of a file; returns what they are, and the epoch that the file tells."""
         config = self.config
         content = foreign.read(path, "files", trust=config.trust)
-        found = foreign.fit(content, self.model, config.model.name, f"files: {path}", config.key)
+        found = fitting.fit(content, self.model, config.model.name, f"files: {path}", config.key)
         self.model.load_state_dict(found.weights)
         return found, foreign.epoch_of(content)
 

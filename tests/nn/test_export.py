@@ -14,7 +14,7 @@ from ckd_dist import export
 from ckd_dist.core import checkpoint
 from ckd_dist.core.errors import UserError
 from ckd_dist.core.options import load_config
-from ckd_dist.nn import foreign
+from ckd_dist.nn import fitting, foreign
 from ckd_dist.nn.export import NOTE
 from ckd_dist.nn.models import build_model, load_model
 from ckd_dist.train.options import ExportConfig
@@ -102,7 +102,7 @@ def test_weights_go_out_and_come_in_again_to_the_bit(format, kept, tmp_path):
             assert json.loads(file.metadata()["mean"]) == [0.1, 0.2, 0.3] and file.metadata()["format"] == "pt"
     assert found.keys() == expected.keys() and all(torch.equal(found[name], expected[name]) for name in found)
     model, metadata = load_model(kept, "")
-    again = foreign.fit(foreign.read(out, "files"), model, metadata["model"], str(out)).weights
+    again = fitting.fit(foreign.read(out, "files"), model, metadata["model"], str(out)).weights
     assert all(torch.equal(again[name], expected[name]) for name in expected)
 
 

@@ -19,7 +19,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from ckd_dist.core.errors import UserError
-from ckd_dist.nn import foreign
+from ckd_dist.nn import fitting, foreign
 from ckd_dist.nn.models import build_model
 
 
@@ -209,7 +209,7 @@ def test_the_weights_of_a_foreign_checkpoint_are_those_that_were_saved(write, tm
     path = tmp_path / "checkpoint"
     model, epoch = write(path)
     content = foreign.read(path, "files")
-    found = foreign.fit(content, model, "the network", str(path))
+    found = fitting.fit(content, model, "the network", str(path))
     expected = model.state_dict()
     assert found.weights.keys() == expected.keys()
     assert all(torch.equal(found.weights[name], expected[name]) for name in expected)
@@ -220,7 +220,7 @@ def test_the_weights_of_a_foreign_checkpoint_are_those_that_were_saved(write, tm
 def test_weights_of_half_precision_are_widened_without_a_change(dtype, tmp_path):
     model = network().to(dtype)
     torch.save(model.state_dict(), tmp_path / "half.pt")
-    found = foreign.fit(foreign.read(tmp_path / "half.pt", "files"), network(1), "resnet8", "half.pt")
+    found = fitting.fit(foreign.read(tmp_path / "half.pt", "files"), network(1), "resnet8", "half.pt")
     assert all(torch.equal(each, model.state_dict()[name].to(each.dtype)) for name, each in found.weights.items())
     assert found.weights["fc.weight"].dtype == torch.float32
     assert found.notes == [f"{str(dtype)[6:]} taken as float32, exactly"]
@@ -234,7 +234,7 @@ def test_a_folder_of_a_sharded_training_is_read_when_it_is_trusted(tmp_path):
     with pytest.raises(UserError, match=r"files: .*/step/\.metadata is a pickle, which runs .*: give --trust"):
         foreign.read(tmp_path / "step", "files")
     content = foreign.read(tmp_path / "step", "files", trust=True)
-    found = foreign.fit(content, network(1), "resnet8", "step")
+    found = fitting.fit(content, network(1), "resnet8", "step")
     assert all(torch.equal(found.weights[name], tensor) for name, tensor in model.state_dict().items())
     assert found.key == "model" and foreign.epoch_of(content) == 7
 
@@ -246,23 +246,23 @@ def test_several_that_fit_are_told_and_a_key_takes_another(tmp_path):
     path = tmp_path / "checkpoint.pth"
     model, _ = torchvision_reference(path)
     content = foreign.read(path, "files")
-    found = foreign.fit(content, network(2), "resnet8", str(path))
+    found = fitting.fit(content, network(2), "resnet8", str(path))
     assert (found.key, found.others) == ("model", ["model_ema"])
     assert torch.equal(found.weights["fc.weight"], model.fc.weight)
-    average = foreign.fit(content, network(2), "resnet8", str(path), key="model_ema")
+    average = fitting.fit(content, network(2), "resnet8", str(path), key="model_ema")
     assert (average.key, average.others, average.notes) == ("model_ema", [], ["left out: n_averaged"])
     assert all(torch.equal(average.weights[name], each) for name, each in network(1).state_dict().items())
     with pytest.raises(UserError, match=r"key: .*checkpoint\.pth has no weights at ema; there are: model, model_ema$"):
-        foreign.fit(content, network(2), "resnet8", str(path), key="ema")
+        fitting.fit(content, network(2), "resnet8", str(path), key="ema")
 
 
 def test_two_networks_of_one_module_are_told_apart_by_their_prefix(tmp_path):
     both = nn.ModuleDict({"student": network(0), "teacher": network(1)})
     torch.save({"state_dict": {f"net.{name}": each for name, each in both.state_dict().items()}}, tmp_path / "x.pt")
     content = foreign.read(tmp_path / "x.pt", "files")
-    found = foreign.fit(content, network(2), "resnet8", "x.pt")
+    found = fitting.fit(content, network(2), "resnet8", "x.pt")
     assert (found.key, found.others) == ("state_dict.net.student", ["state_dict.net.teacher"])
-    found = foreign.fit(content, network(2), "resnet8", "x.pt", key="state_dict.net.teacher")
+    found = fitting.fit(content, network(2), "resnet8", "x.pt", key="state_dict.net.teacher")
     assert all(torch.equal(found.weights[name], each) for name, each in network(1).state_dict().items())
 
 
@@ -274,7 +274,7 @@ def test_what_a_network_has_only_in_training_is_left_out_and_named(tmp_path):
         model = torchvision.models.googlenet(num_classes=10, aux_logits=True, init_weights=False)
     torch.save(model.state_dict(), tmp_path / "x.pt")
     content = foreign.read(tmp_path / "x.pt", "files")
-    found = foreign.fit(content, build_model("googlenet", 10), "googlenet", "x.pt")
+    found = fitting.fit(content, build_model("googlenet", 10), "googlenet", "x.pt")
     assert all(torch.equal(each, model.state_dict()[name]) for name, each in found.weights.items())
     assert "left out: aux1.conv.conv.weight" in found.notes[0]
 
@@ -302,7 +302,7 @@ def test_every_tensor_that_does_not_fit_is_named_with_both_shapes(tmp_path):
         torch.save({"model": changed}, tmp_path / "x.pt")
         content = foreign.read(tmp_path / "x.pt", "files")
         with pytest.raises(UserError, match=expected) as error:
-            foreign.fit(content, network(), "resnet8", "files: x.pt")
+            fitting.fit(content, network(), "resnet8", "files: x.pt")
         assert "\n" not in str(error.value) and "--model.name" in str(error.value)
 
 
@@ -399,6 +399,34 @@ def test_a_file_that_is_cut_short_is_refused_wherever_it_ends(write, tmp_path):
         assert re.search("is damaged or cut short|is no whole safetensors file", refusal(path)), share
 
 
+def test_an_archive_with_another_byte_is_refused_wherever_that_is(tmp_path):
+    """torch itself reads most of these, and gives other weights."""
+    path, rng = tmp_path / "x", np.random.default_rng(0)
+    model, _ = torchvision_reference(path)
+    whole = path.read_bytes()
+    refused = 0
+    for place in rng.integers(0, len(whole), 60):
+        path.write_bytes(whole[:place] + bytes([whole[place] ^ 0x5A]) + whole[place + 1 :])
+        try:
+            found = fitting.fit(foreign.read(path, "files"), model, "resnet8", "x")
+        except UserError as error:
+            assert str(error).isprintable()
+            refused += 1
+        else:  # between the entries, or in what the index says of them
+            assert all(torch.equal(each, model.state_dict()[name]) for name, each in found.weights.items())
+    assert refused > 40
+
+
+def test_a_pickle_protocol_that_torch_cannot_read_safely_is_named(tmp_path):
+    torch.save({"args": namespace(), "model": network().state_dict()}, tmp_path / "x.pt", pickle_protocol=4)
+    assert "of a pickle protocol that torch does not read safely" in refusal(tmp_path / "x.pt")
+
+
+def test_an_archive_of_something_else_is_no_checkpoint(tmp_path):
+    np.savez(tmp_path / "x.npz", weights=np.ones(3))
+    assert "is no checkpoint: name a file of torch.save" in refusal(tmp_path / "x.npz")
+
+
 @quiet
 def test_a_folder_that_lacks_a_shard_is_refused(tmp_path):
     dcp.save({"model": network().state_dict()}, checkpoint_id=tmp_path / "step", no_dist=True)
@@ -410,4 +438,4 @@ def test_a_dict_that_holds_itself_is_walked_once(tmp_path):
     state: dict = {"model": network().state_dict()}
     state["self"] = state
     torch.save(state, tmp_path / "x.pt")
-    assert foreign.fit(foreign.read(tmp_path / "x.pt", "files"), network(), "resnet8", "x.pt").key == "model"
+    assert fitting.fit(foreign.read(tmp_path / "x.pt", "files"), network(), "resnet8", "x.pt").key == "model"
