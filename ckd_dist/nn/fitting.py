@@ -67,7 +67,9 @@ def fit(content: Mapping[str, Any], model: nn.Module, name: str, what: str, key:
         nearest = min(range(len(found)), key=lambda number: len(faults[number]))
         wrong, place = faults[nearest], f" at {found[nearest].key}" * bool(found[nearest].key)
         more = f"; and {len(wrong) - 3} more" if len(wrong) > 3 else ""
-        raise UserError(f"{what}{place} does not fit {name}: {'; '.join(wrong[:3])}{more}: choose another --model.name")
+        misfits = any(" in the file" in each or " in the model" in each for each in wrong)
+        mend = "choose another --model.name" if misfits else "save them as plain, finite tensors of these types"
+        raise UserError(f"{what}{place} does not fit {name}: {'; '.join(wrong[:3])}{more}: {mend}")
     taken = fitting[0]
     weights, notes = _as_own(taken.tensors, own)
     if taken.beside:
@@ -130,7 +132,7 @@ def _faults(tensors: Mapping[str, torch.Tensor], own: Mapping[str, torch.Tensor]
 def _fault_of_values(given: torch.Tensor, wanted: torch.Tensor) -> str | None:
     """What is wrong with a tensor of the right shape."""
     if type(given) not in (torch.Tensor, nn.Parameter) or given.layout != torch.strided or given.is_quantized:
-        return "is no plain tensor"
+        return f"is a {type(given).__name__} of layout {str(given.layout).removeprefix('torch.')}, no plain tensor"
     if given.is_meta:
         return "has no values (it is of the device meta)"
     if given.is_floating_point() != wanted.is_floating_point() or given.is_complex():
@@ -152,7 +154,8 @@ def _as_own(
     for name, wanted in own.items():
         if name in tensors:
             given = tensors[name].detach()
-            types |= {given.dtype} - {wanted.dtype}
+            if given.is_floating_point():
+                types |= {given.dtype} - {wanted.dtype}
             weights[name] = given.to(wanted.dtype).clone()
         else:
             weights[name] = torch.zeros(wanted.shape, dtype=wanted.dtype)
