@@ -9,7 +9,7 @@ from data_prep.beton.writer import COMPRESS_SEED
 from data_prep.options import Options
 from data_prep.parts import Part
 from data_prep.sources.datasets import DATASETS, source_hash
-from data_prep.sources.files import FileSource
+from data_prep.sources.encoded import FileSource
 
 FORMAT = 1
 

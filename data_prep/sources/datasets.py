@@ -8,8 +8,9 @@ from pathlib import Path
 from data_prep.errors import InputError
 from data_prep.sources.arrays import ArraySource, cifar10, cifar100, fashion_mnist, stacked_fashion_mnist
 from data_prep.sources.decoding import Decoding
-from data_prep.sources.files import FileSource
-from data_prep.sources.layouts import imagefolder, imagenet, tiny_imagenet
+from data_prep.sources.encoded import FileSource
+from data_prep.sources.imagenet import imagenet
+from data_prep.sources.layouts import imagefolder, tiny_imagenet
 
 Source = ArraySource | FileSource
 
