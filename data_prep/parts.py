@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from data_prep import splits
 from data_prep.errors import InputError
 from data_prep.options import Options
-from data_prep.sources.datasets import Source, load_source
+from data_prep.sources.datasets import Source, has_test_images, load_source
 from data_prep.sources.decoding import Decoding
 
 
@@ -35,7 +35,7 @@ def out_files(options: Options) -> dict[str, Path]:
     """Split -> its .beton file, the training images last: where their file is, a set is whole."""
     if options.split != "all":
         return {options.split: options.out}
-    wanted = {"holdout": options.holdout > 0, "test": options.dataset != "imagefolder", "train": True}
+    wanted = {"holdout": options.holdout > 0, "test": has_test_images(options.dataset, options.root), "train": True}
     return {split: options.out / f"{split}.beton" for split in wanted if wanted[split]}
 
 

@@ -20,7 +20,8 @@ ORDER = ("core", "data", "nn", "store", "train", "selection", "search", "report"
 DATA_PREP = (
     *("errors", "progress", "signals", "splits"),
     *(f"sources.{name}" for name in ("decoding", "arrays", "encoded", "pictures", "files", "tars")),
-    *(f"sources.{name}" for name in ("imagenet_labels", "imagenet", "layouts", "datasets")),
+    *(f"sources.{name}" for name in ("imagenet_labels", "imagenet", "layouts", "listed")),
+    *(f"sources.{name}" for name in ("tables", "webdataset", "parquet", "datasets")),
     *(f"beton.{name}" for name in ("reader", "workers", "writer")),
     *("options", "parts", "description", "publishing", "write_beton"),
 )

@@ -2,6 +2,7 @@
 
 import os
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -59,10 +60,21 @@ def names_below(root: Path, paths: list[str]) -> list[str]:
 def each_file_once(
     paths: list[str], names: list[str], labels: list[int], classes: list[str], left_out: Counter[str]
 ) -> FileSource:
-    """The files under their first name each, whatever links lead to them. Counts in `left_out` too.
+    """The files of these labels and names, without those that `first_links` drops. Counts in `left_out` too.
 
     Raises:
         InputError: one file is of two classes.
+    """
+    kept = first_links(paths, labels, left_out)
+    storage = Paths([paths[i] for i in kept])
+    return FileSource(storage, [names[i] for i in kept], np.array(labels, np.int64)[kept], classes, left_out)
+
+
+def first_links(paths: list[str], labels: Sequence[object], left_out: Counter[str]) -> list[int]:
+    """The places of the files under their first name each, whatever links lead to them. Counts in `left_out` too.
+
+    Raises:
+        InputError: one file has two labels.
     """
     first: dict[tuple[int, int], int] = {}
     kept = []
@@ -78,8 +90,7 @@ def each_file_once(
             left_out["files linked twice"] += 1
         else:
             raise InputError(f"{path}: the same file as {paths[before]}, of another class: remove one of them")
-    storage = Paths([paths[i] for i in kept])
-    return FileSource(storage, [names[i] for i in kept], np.array(labels, np.int64)[kept], classes, left_out)
+    return kept
 
 
 def images_below(folder: Path, seen: dict[str, Path], left_out: Counter[str]) -> list[str]:
@@ -107,14 +118,14 @@ def images_below(folder: Path, seen: dict[str, Path], left_out: Counter[str]) ->
         subfolders[:] = wanted_folders(subfolders, left_out)
         for name in sorted(files, key=os.fsencode):
             path = os.path.join(here, name)
-            if kind := left_out_as(path, partial(_regular, path)):
+            if kind := left_out_as(path, partial(regular, path)):
                 left_out[kind] += 1
             else:
                 images.append(path)
     return images
 
 
-def _regular(path: str) -> str | None:
+def regular(path: str) -> str | None:
     """The path, if a file is there that may be looked into: no pipe."""
     return path if os.path.isfile(path) else None
 
@@ -130,7 +141,7 @@ def subfolders(folder: Path, left_out: Counter[str]) -> list[str]:
         for entry in folder.iterdir():
             if entry.is_dir():
                 names.append(entry.name)
-            elif not entry.name.startswith(".") and is_image(entry.name, partial(_regular, str(entry))):
+            elif not entry.name.startswith(".") and is_image(entry.name, partial(regular, str(entry))):
                 left_out["images beside the class folders"] += 1
     except OSError as error:
         raise InputError(f"{folder}: {error.strerror}: make it readable") from error
