@@ -22,6 +22,7 @@ examples; the first writes data/train.beton, data/holdout.beton and data/test.be
   %(prog)s --dataset imagefolder --root photos --split all --out data --write-mode jpg
   %(prog)s --dataset imagefolder --root photos --split test --out small.beton --subset 1000
   %(prog)s --dataset parquet --root downloads/food101/data --split all --out data --write-mode jpg
+  %(prog)s --dataset images --root unlabelled --split train --holdout 0 --out train.beton
   %(prog)s --dataset csv --root list.csv --split train --holdout 0 --out train.beton
 """
 
@@ -47,8 +48,8 @@ class Options:
         required=True,
         choices=["all", "train", "holdout", "test"],
         help="train and holdout part the training images; test is the official test or validation set "
-        "(for imagefolder: the whole tree); all writes the three of them, as far as there are any, and says which "
-        "images of one are in another too",
+        "(for imagefolder and images: the whole tree); all writes the three of them, as far as there are any, and "
+        "says which images of one are in another too",
     )
     out: Path = _option(
         required=True,

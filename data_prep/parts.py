@@ -59,7 +59,7 @@ def load_parts(options: Options) -> list[Part]:
 
 def _indices(options: Options, split: str, source: Source) -> NDArray[np.int64]:
     """Which images of its source a split has, in the order in which they are written."""
-    num_classes = len(source.classes)
+    num_classes = max(1, len(source.classes))  # without labels all are alike
     indices = np.arange(len(source))
     if split != "test":
         held_out = splits.holdout_indices(source.labels, options.holdout, num_classes)

@@ -73,16 +73,14 @@ def _write_part(options: Options, part: Part, files: BetonFiles, outdated: list[
     _report(part.out, description, time.monotonic() - start)
     copies, contradictions = _count_copies(digests, part.source.labels[part.indices])
     if copies:
-        _warn(
-            f"{copies:,} images of {part.out.name} are the same as another of it, pixel for pixel, {contradictions:,} "
-            "of them with different labels"
-        )
+        labels = f", {contradictions:,} of them with different labels" if part.source.classes else ""
+        _warn(f"{copies:,} images of {part.out.name} are the same as another of it, pixel for pixel{labels}")
     return digests
 
 
 def _announce(dataset: str, part: Part) -> None:
     source = part.source
-    which = f"{len(part.indices):,} of {len(source):,} images, classes: {len(source.classes)}"
+    which = f"{len(part.indices):,} of {len(source):,} images, classes: {len(source.classes) or 'none'}"
     if isinstance(source, FileSource):
         left_out = kinds(source.left_out)
         which += f"{source.found and f'; from {source.found}'}{left_out and f'; left out: {left_out}'}"

@@ -10,7 +10,7 @@ from data_prep.sources.arrays import ArraySource, cifar10, cifar100, fashion_mni
 from data_prep.sources.decoding import Decoding
 from data_prep.sources.encoded import FileSource
 from data_prep.sources.imagenet import imagenet
-from data_prep.sources.layouts import imagefolder, tiny_imagenet
+from data_prep.sources.layouts import imagefolder, images, tiny_imagenet
 from data_prep.sources.listed import part_files
 from data_prep.sources.parquet import parquet
 from data_prep.sources.tables import csv_table
@@ -54,6 +54,7 @@ DATASETS = {
     "tiny_imagenet": Dataset(tiny_imagenet, (0.4802, 0.4481, 0.3975), (0.2770, 0.2691, 0.2821)),
     "imagenet": Dataset(imagenet, *IMAGENET),
     "imagefolder": Dataset(imagefolder, *IMAGENET),
+    "images": Dataset(images, *IMAGENET),
     "csv": Dataset(csv_table, *IMAGENET, suffix=".csv"),
     "parquet": Dataset(parquet, *IMAGENET, suffix=".parquet"),
     "webdataset": Dataset(webdataset, *IMAGENET, suffix=".tar"),
@@ -87,7 +88,7 @@ def has_test_images(name: str, root: Path | None) -> bool:
     """Whether the images to test on are others than those to train on."""
     if root and (suffix := DATASETS[name].suffix):
         return bool({"test", "validation"} & part_files(root, suffix).keys())
-    return name != "imagefolder"
+    return name not in ("imagefolder", "images")
 
 
 def source_hash(name: str, source: Source) -> str:

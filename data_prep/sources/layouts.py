@@ -1,4 +1,4 @@
-"""How datasets of image files lie in their folders: imagefolder and Tiny-ImageNet.
+"""How datasets of image files lie in their folders: imagefolder, images without labels, and Tiny-ImageNet.
 
 Each function takes the root folder and whether the training images are wanted, or the test images, and raises
 `InputError` where the layout is another one.
@@ -11,8 +11,8 @@ from pathlib import Path
 
 from data_prep.errors import InputError
 from data_prep.sources.encoded import FileSource
-from data_prep.sources.files import class_folders, each_file_once, names_below, subfolders
-from data_prep.sources.pictures import utf8_name
+from data_prep.sources.files import class_folders, each_file_once, images_below, names_below, subfolders
+from data_prep.sources.pictures import kinds, utf8_name
 
 
 def imagefolder(root: Path, train: bool) -> FileSource:
@@ -28,6 +28,15 @@ def imagefolder(root: Path, train: bool) -> FileSource:
             f"name one of them, e.g. --root {root / classes[0]}"
         )
     return class_folders(root, {name: root / name for name in classes}, left_out)
+
+
+def images(root: Path, train: bool) -> FileSource:
+    """All images below `root`, without labels, for training and for testing alike."""
+    left_out: Counter[str] = Counter()
+    paths = images_below(root, {}, left_out)
+    if not paths:
+        raise InputError(f"--root {root}: no images there (left out: {kinds(left_out) or 'nothing'}): add some")
+    return each_file_once(paths, names_below(root, paths), [0] * len(paths), [], left_out)
 
 
 def tiny_imagenet(root: Path, train: bool) -> FileSource:
