@@ -78,8 +78,9 @@ def load_source(name: str, root: Path | None, train: bool, decoding: Decoding | 
     if root is None and not dataset.packaged:
         raise InputError(f"--root: {name} needs a folder to read from, e.g. --root data/{name}")
     if root is not None and not root.is_dir() and not (dataset.suffix and root.is_file()):
-        hint = "; the dataset is downloaded into it" if dataset.downloaded else ""
-        raise InputError(f"--root {root}: no such folder: correct it, or make it (mkdir -p {root}){hint}")
+        mend = f"correct it, or make it (mkdir -p {root}); the dataset is downloaded into it"
+        kind = "folder or file" if dataset.suffix else "folder"
+        raise InputError(f"--root {root}: no such {kind}: {mend if dataset.downloaded else 'correct it'}")
     source = dataset.load(root, train)
     return replace(source, decoding=decoding) if decoding and isinstance(source, FileSource) else source
 

@@ -10,6 +10,7 @@ from collections import Counter
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path, PurePosixPath
 
 import numpy as np
@@ -49,7 +50,8 @@ def imagenet(root: Path, train: bool) -> FileSource:
             classes.
     """
     places = [place for place in (root, *(root / folder for folder in KAGGLE_FOLDERS)) if place.is_dir()]
-    find, find_other = (_training, _validation) if train else (_validation, _training)
+    validation = partial(_validation, root)
+    find, find_other = (_training, validation) if train else (validation, _training)
     images = next(filter(None, map(find, places)), None)
     if images is None:
         raise InputError(f"--root {root}: {_missing(root, train)}")
@@ -121,7 +123,7 @@ def _from_train_tar(tar: Path, inner: dict[str, Member], wnids: list[str]) -> Fi
     return FileSource(storage, names, np.array(labels, np.int64), list(map(utf8_name, wnids)), left_out)
 
 
-def _validation(place: Path) -> Images | None:
+def _validation(root: Path, place: Path) -> Images | None:
     if images := _class_folders(place, "val"):
         return images
     folder, tar = place / "val", place / VAL_TAR
@@ -130,7 +132,7 @@ def _validation(place: Path) -> Images | None:
         return None
     # Kaggle's table lies at the top of what it ships, three folders above val/'s.
     above = place.resolve().parents[:3] if place.resolve().name == "CLS-LOC" else []
-    labels = validation_labels([place, *above])
+    labels = validation_labels([place, root, *above])
     if labels is None:
         raise InputError(
             f"{folder if folder.is_dir() else tar}: nothing says the classes of these images: put {WANTED} beside it"

@@ -2,6 +2,7 @@
 
 import io
 import json
+import sys
 import tarfile
 from collections.abc import Callable
 from pathlib import Path
@@ -139,6 +140,12 @@ def test_parquet_test_images_without_labels_give_way_to_validation_images(tmp_pa
     result = convert("parquet", root)
     assert f"from {root}/validation-00000-of-00001.parquet" in result.err
     assert len(read(tmp_path / "x.beton").labels) == len(images) - 4
+
+
+def test_without_pyarrow_the_message_says_what_to_install(tmp_path, photos, monkeypatch):
+    write_parquet(tmp_path / "x.parquet", sorted(photos.rglob("*.jpg"))[:2], class_of)
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
+    assert_refused(convert("parquet", tmp_path / "x.parquet"), "error: --dataset parquet needs pyarrow: pip install")
 
 
 def test_a_table_needs_no_header_and_its_paths_count_from_its_folder(tmp_path, photos):
