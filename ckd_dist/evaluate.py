@@ -20,16 +20,16 @@ def main(config: EvaluateConfig) -> None:
     from ckd_dist.data import classes
     from ckd_dist.data.beton import open_beton
     from ckd_dist.data.loader import BetonLoader
-    from ckd_dist.nn import forward, models
+    from ckd_dist.nn import forward, models, probe
     from ckd_dist.train import evaluation
 
     with dist.process_group() as device:
-        model, metadata = models.load_model(config.checkpoint, "checkpoint")
+        model, metadata = models.load_model(config.checkpoint, "checkpoint", config.model)
         info = open_beton(config.data.val, "data.val", verify=config.data.verify)
         classes.require_labels(info, "data.val", "what a model makes of them is compared with these")
         info = classes.match_model(info, "data.val", metadata, config.checkpoint, config.data.map_classes)
         loader = BetonLoader.for_evaluation(info, config.data, metadata, device)
-        models.require_fits(model, metadata["model"], info.num_classes, loader.image_size, "data.image_size")
+        probe.require_fits(model, metadata["model"], info.num_classes, loader.image_size, "data.image_size")
         amp = precision.resolve_amp(config.amp)
         (result,) = evaluation.evaluate({config.checkpoint: forward.to_device(model, device)}, loader, amp).values()
         made_of = {"content_hash": info.content_hash, "weights_sha256": checkpoint.weights_sha256(model.state_dict())}

@@ -54,7 +54,7 @@ def main(config: SelectConfig) -> None:
         info, held_out = images["data.train"], images["data.val"]
         console.say(
             f"{config.run_dir}: {len(trajectory.models)} checkpoints of {config.teacher.run}, F is the output of "
-            f"{trajectory.layer}; {config.probe.repeats} probes each, {config.probe.steps} steps, "
+            f"{trajectory.layer.words}; {config.probe.repeats} probes each, {config.probe.steps} steps, "
             f"in {precision.words(config.amp)}"
         )
         training = probes.ProbeTraining(config, trajectory, info)

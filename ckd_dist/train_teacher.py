@@ -26,7 +26,7 @@ def main(config: TrainTeacherConfig) -> None:
     with dist.process_group() as device:
         images = open_images(config.data, "train", "val")
         classes.require_labels(images["data.train"], "data.train", "a teacher learns from nothing else")
-        resolved = precision.resolve(config, config.run_dir)
+        resolved, images = setup.as_pretrained(precision.resolve(config, config.run_dir), images)
         loss = LabelLoss(config.label_smoothing)
         setup.train(
             [setup.Run(resolved, setup.origin(config, resolved, images, {}), loss)],

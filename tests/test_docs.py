@@ -40,7 +40,7 @@ def fields(cls, section=""):
 def named(text):
     """Options that a text names, as fields are."""
     for word in OPTION.finditer(text):
-        yield re.sub(r"^slurm\.extra\..*", "slurm.extra", (word[1] or word[2]).replace("-", "_"))
+        yield re.sub(r"^(slurm\.extra|model\.options)\..*", r"\1", (word[1] or word[2]).replace("-", "_"))
 
 
 @cache

@@ -20,7 +20,7 @@ from ckd_dist.core.identity import Origin
 from ckd_dist.core.options import load_config, to_dict
 from ckd_dist.core.run_folder import RunFolder
 from ckd_dist.data.batch import Batch
-from ckd_dist.nn import forward, losses, models
+from ckd_dist.nn import forward, losses, models, probe
 from ckd_dist.store.codecs.base import Codec
 from ckd_dist.store.codecs.dense import Dense
 from ckd_dist.store.codecs.topk import TopK
@@ -69,7 +69,7 @@ def learner(
     requested = load_config(DistillConfig, [*words, *options])
     config = precision.resolve(requested, folder)
     torch.manual_seed(0)
-    network = models.build_model(model, CLASSES)
+    network = probe.prepare(models.build_model(model, CLASSES), model, CLASSES, 64, "size")
     run = RunFolder(config.run_dir, Origin(requested=to_dict(requested), resolved=to_dict(config)))
     return Learner(network, config, loss, run, device, {}, steps_per_epoch)
 
@@ -110,7 +110,8 @@ def measure(folder: Path, device: torch.device, limits: dict[str, float]) -> lis
 def _bare_loop(name: str, device: torch.device, batch: Batch) -> Callable[[], None]:
     """A function that takes one train step."""
     torch.manual_seed(0)
-    model = models.build_model(name, CLASSES).to(device).to(memory_format=torch.channels_last).train()
+    model = probe.prepare(models.build_model(name, CLASSES), name, CLASSES, 64, "size")
+    model = model.to(device).to(memory_format=torch.channels_last).train()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9, nesterov=True, weight_decay=5e-4, fused=True)
 
     amp = precision.automatic()
@@ -222,7 +223,8 @@ def measure_distillation(folder: Path, device: torch.device) -> list[Row]:
     online: dict[str, Callable[[], float]] = {"step, records, dense": steps["step, records, dense"]}
     dense = Dense(CLASSES)
     for name in sizes.teachers:
-        network = forward.to_device(models.build_model(name, CLASSES), device)
+        network = probe.prepare(models.build_model(name, CLASSES), name, CLASSES, 64, "size")
+        network = forward.to_device(network, device)
         one = learner(folder / f"online_{name}", sizes.student, _distillation_loss(dense), device, batch_size)
         teacher = OnlineRecords([network], dense, precision.automatic())
         online[f"step, online {name}"] = partial(train, one, [replace(batch) for _ in range(8)], teacher)

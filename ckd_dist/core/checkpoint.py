@@ -46,11 +46,17 @@ class Metadata(TypedDict):
     """What the weights of a file epoch_*.pt need to be used alone."""
 
     model: str
+    options: NotRequired[dict[str, Any]]
+    """Arguments that it was made with."""
+    source_sha256: NotRequired[str]
+    """Of the file that its name refers to, `models.defining_file`."""
     num_classes: pydantic.PositiveInt
     image_size: pydantic.PositiveInt
     """It was trained at."""
     val_image_size: NotRequired[pydantic.PositiveInt]
     """It was evaluated at."""
+    crop_share: NotRequired[float]
+    """Side of the central square that it was evaluated on, as a share of a photograph's shorter side."""
     augment: NotRequired[str]
     """Kind of its training views."""
     mean: list[float]

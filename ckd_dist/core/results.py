@@ -160,6 +160,8 @@ class Selection:
     fixed: FixedChoices
     layer: str
     """Module whose output is F."""
+    layer_form: str = ""
+    """What F is: its channels and positions, and which tokens are left out; empty in a file of an older version."""
     seed: int
     probe: dict[str, float]
     constants: dict[str, float]

@@ -191,10 +191,10 @@ _SAME_IN_BOTH = ("color_jitter", "erase", "mixup", "cutmix")
 """Options of `ViewDataConfig` that a `ViewRecipe` has under the same name."""
 
 
-def eval_recipe(info: DatasetInfo, augment: str | None) -> ViewRecipe:
+def eval_recipe(info: DatasetInfo, augment: str | None, crop_share: float | None = None) -> ViewRecipe:
     """The recipe of evaluation. Of small images the whole, resized to a square as pad_crop does in training, or, where
     `augment`, the kind of the training views, is random_resized_crop, the central square; of photographs the central
-    square of 224/256 of the shorter side."""
+    square of `crop_share`, by default 224/256, of the shorter side."""
     if info.small and augment != "random_resized_crop":
         return ViewRecipe(kind="pad_crop", padding=0, flip=0.0)
-    return ViewRecipe(kind="center_crop", center_share=1.0 if info.small else 224 / 256, flip=0.0)
+    return ViewRecipe(kind="center_crop", center_share=1.0 if info.small else crop_share or 224 / 256, flip=0.0)

@@ -160,7 +160,7 @@ class BetonLoader:
         return cls(
             info,
             config,
-            eval_recipe(info, metadata.get("augment")),
+            eval_recipe(info, metadata.get("augment"), metadata.get("crop_share")),
             batch_size=config.batch_size,
             image_size=config.image_size or metadata.get("val_image_size", metadata["image_size"]),
             device=device,

@@ -1,9 +1,40 @@
-"""Forward passes of models that are not trained, and the precision that they run in."""
+"""Forward passes: what a model's output holds, models that are not trained, and the precision that they run in."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 import torch
 from torch import nn
+
+
+def logits_of(output: Any) -> torch.Tensor:
+    """The logits in what a model gives: the tensor itself, `.logits`, `["logits"]`, or the first of a tuple. Raises
+    `TypeError` where there are none."""
+    found = output
+    if not isinstance(output, torch.Tensor):
+        found = getattr(output, "logits", None)
+        if found is None and isinstance(output, Mapping):
+            found = output.get("logits")
+        elif found is None and isinstance(output, (tuple, list)) and output:
+            found = output[0]
+    if not isinstance(found, torch.Tensor):
+        raise TypeError(f"a {type(output).__name__} without logits")
+    return found
+
+
+def auxiliary_logits(output: Any) -> list[torch.Tensor]:
+    """Other logits in what a model gives, those of auxiliary heads: tensors of the logits' shape, and not the same."""
+    if isinstance(output, torch.Tensor):
+        return []
+    logits = logits_of(output)
+    values = output.values() if isinstance(output, Mapping) else output if isinstance(output, (tuple, list)) else []
+    return [each for each in values if _is_like(each, logits) and each is not logits]
+
+
+def _is_like(value: Any, logits: torch.Tensor) -> bool:
+    return isinstance(value, torch.Tensor) and value.shape == logits.shape
 
 
 def autocast(device: torch.device, amp: str) -> torch.autocast:
@@ -20,7 +51,7 @@ def to_device(model: nn.Module, device: torch.device) -> nn.Module:
 def forward_logits(model: nn.Module, images: torch.Tensor, amp: str) -> torch.Tensor:
     """Logits of a model in eval mode, float32 [n, classes], without gradients."""
     with autocast(images.device, amp):
-        return model(images).float()
+        return logits_of(model(images)).float()
 
 
 @torch.inference_mode()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 from ckd_dist.core.errors import require
 from ckd_dist.core.options import COUNT, RATE, SHARE, TEMPERATURE, require_ranges
@@ -15,9 +15,19 @@ class ModelConfig:
 
     name: str
     """resnet8/20/32/56/110 (with projection shortcuts), wrn_16_2, wrn_40_1, wrn_40_2, mobilenetv2_075 (for 32x32
-    images), or any classification model of torchvision, such as resnet50."""
+    images); a classification model of torchvision, such as resnet50; timm/NAME; hf/FOLDER, an image classifier of
+    transformers; FILE.py:NAME or package.module:NAME, a function or class of your own, whose code is run."""
+    options: dict[str, Any] = field(default_factory=dict)
+    """Arguments of the network's function or class: --model.options.NAME VALUE, or all of them as YAML. The number of
+    classes is given by itself."""
     weights: str | None = None
-    """Initial weights: a file with a state dict, or a checkpoint of this system."""
+    """Initial weights: a file with a state dict (torch or safetensors), a checkpoint of this system, or the name of
+    weights that the network's library publishes, DEFAULT for those it recommends."""
+    auxiliary_weight: float = 0.0
+    """Weight of the loss of auxiliary heads, of networks that have such; 0: they are not trained."""
+
+    def __post_init__(self) -> None:
+        require_ranges(self, "model.", auxiliary_weight=(0, 1000))
 
 
 @dataclass(kw_only=True)

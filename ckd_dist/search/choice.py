@@ -64,7 +64,8 @@ def test(search: Search, rows: list[dict], device: torch.device) -> None:
         group, networks = chosen[start : start + config.students_at_once], {}
         for trial, _ in group:
             path = checkpoint.checkpoint_path(trial.config.run_dir, trial.config.epochs)
-            model, metadata = models.load_model(path, "run_dir")
+            name = trial.config.model.name
+            model, metadata = models.load_model(path, "run_dir", name if models.is_code(name) else None)
             networks[str(path)] = forward.to_device(model, device)
         if loader is None:
             as_evaluated = replace(config.data, image_size=None)  # at the size that figures on data.val are of

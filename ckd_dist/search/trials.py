@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import random
+import re
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -166,7 +167,7 @@ def make_trial(
 ) -> Trial:
     """One student, with the options that distill would train it with."""
     label = "+".join(map(str, teacher.checkpoints)) or "none"
-    name = f"{model}_teacher_{label.replace('/', '.')}"
+    name = f"{re.sub(r'[^A-Za-z0-9_.-]', '.', model)}_teacher_{label.replace('/', '.')}"
     if setting:
         name += f"_{setting.loss}_alpha_{setting.alpha:g}_T_{setting.temperature:g}"
     values: dict[str, Any] = {f.name: getattr(config, f.name) for f in fields(DistillConfig)}

@@ -17,7 +17,7 @@ from ckd_dist.core.results import Candidate, FixedChoices, Selection
 from ckd_dist.data import dataset
 from ckd_dist.data.dataset import DatasetInfo
 from ckd_dist.data.options import LoaderConfig
-from ckd_dist.nn import forward, models
+from ckd_dist.nn import forward, models, probe
 from ckd_dist.selection import mi
 from ckd_dist.selection.options import SelectConfig
 from ckd_dist.selection.probes import Trajectory, probe_loader
@@ -62,8 +62,9 @@ def estimate(
         labels.append(batch.labels.cpu())
         for e, epoch in enumerate(epochs):
             features, batch_logits = forward.forward_features(
-                trajectory.models[epoch], trajectory.layer, batch.images, config.amp
+                trajectory.models[epoch], trajectory.layer.name, batch.images, config.amp
             )
+            features = trajectory.layer.to_map(features)
             logits[epoch].append(batch_logits.cpu())
             with forward.autocast(device, config.amp):
                 both = probes[epoch](features, pixels, batch.labels)
@@ -130,7 +131,8 @@ def decide(
         weight=config.weight,
         choices=choices,
         fixed=FixedChoices(half=half, full=epochs[-1]),
-        layer=trajectory.layer,
+        layer=trajectory.layer.name,
+        layer_form=trajectory.layer.words,
         seed=config.seed,
         probe={"steps": config.probe.steps, "lr": config.probe.lr, "repeats": config.probe.repeats},
         constants=constants,
@@ -159,7 +161,9 @@ def student_seconds(config: SelectConfig, trajectory: Trajectory, info: DatasetI
     the median of `steps`. Its batch is the default of distill, whatever that of the probes is."""
     device, world = trajectory.mean.device, dist.world_size()
     count = max(2, LoaderConfig().batch_size // world)
-    model = models.build_model(config.student, info.num_classes).to(device).to(memory_format=torch.channels_last)
+    model = models.build_model(config.student, info.num_classes)
+    probe.prepare(model, config.student, info.num_classes, trajectory.image_size, "student")
+    model = model.to(device).to(memory_format=torch.channels_last).train()
     optimizer = torch.optim.SGD(model.parameters(), lr=1e-3, momentum=0.9)
     images = torch.randn(count, 3, trajectory.image_size, trajectory.image_size, device=device)
     images = images.contiguous(memory_format=torch.channels_last)
@@ -168,7 +172,7 @@ def student_seconds(config: SelectConfig, trajectory: Trajectory, info: DatasetI
     for step in range(steps + 2):  # the first two warm up
         started = time.perf_counter()
         with forward.autocast(device, config.amp):
-            logits = model(images)
+            logits = forward.logits_of(model(images))
         nn.functional.cross_entropy(logits.float(), labels).backward()
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)

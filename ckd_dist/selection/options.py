@@ -42,7 +42,8 @@ class SelectConfig:
     """Folder of this selection: selection.json and what it took."""
     probe: ProbeConfig = field(default_factory=ProbeConfig)
     layer: str | None = None
-    """Module whose output is F; default: the last feature map before pooling."""
+    """Module whose output is F: a map, tokens, or a vector; default: the last map before the pooling, of a transformer
+    the tokens of its last block."""
     scaling: Scaling = "raw"
     """How I(X;F), a value a pixel, and I(Y;F), a value an image, are scaled over the checkpoints before they are added.
     raw is the formula as the paper prints it: I(Y;F), which differs more, decides mostly, so that the choice is never

@@ -18,7 +18,8 @@ from ckd_dist.data import dataset, order
 from ckd_dist.data.batch import Batch
 from ckd_dist.data.dataset import DatasetInfo
 from ckd_dist.data.loader import BetonLoader
-from ckd_dist.nn import forward, models
+from ckd_dist.nn import forward, models, probe
+from ckd_dist.nn.features import FeatureLayer, feature_layer
 from ckd_dist.selection import mi
 from ckd_dist.selection.options import SelectConfig
 
@@ -36,10 +37,8 @@ class Trajectory:
     weights_sha256: dict[int, str]
     metadata: dict
     """Of the last of them."""
-    layer: str
-    """Module whose output is F."""
-    channels: int
-    """Of F."""
+    layer: FeatureLayer
+    """Whose output is F."""
     image_size: int
     mean: torch.Tensor
     """With which the teacher's images are normalised, float [3, 1, 1] on the device."""
@@ -56,23 +55,17 @@ def load_trajectory(config: SelectConfig, device: torch.device) -> Trajectory:
     epochs = checkpoint.choose(files, sorted(config.teacher.checkpoints) or list(files), "teacher.checkpoints")
     teachers, weights = {}, {}
     for epoch in epochs:
-        model, metadata = models.load_model(files[epoch], "teacher.run")
+        model, metadata = models.load_model(files[epoch], "teacher.run", config.teacher.model)
         weights[epoch] = checkpoint.weights_sha256(model.state_dict())
         teachers[epoch] = forward.to_device(model, device)
     image_size, num_classes = config.data.image_size or metadata["image_size"], metadata["num_classes"]
     first = teachers[epochs[0]]
     student = models.build_model(config.student, num_classes).to(device)  # whose cost is measured in the end
     for model, name, train_images in ((first, metadata["model"], 0), (student, config.student, 2)):
-        models.require_fits(model, name, num_classes, image_size, "data.image_size", train_images=train_images)
-    layer = config.layer or models.feature_layer(first, image_size)
-    names = [name for name, _ in first.named_modules() if name]
-    require(layer in names, f"layer: the teacher has no module {layer}; it has {', '.join(names[:40])}")
-    features, _ = forward.forward_features(
-        first, layer, torch.zeros(1, 3, image_size, image_size, device=device), "off"
-    )
-    require(features.ndim == 4, f"layer: {layer} gives {tuple(features.shape[1:])} an image, not channels x h x w")
+        probe.require_fits(model, name, num_classes, image_size, "data.image_size", train_images=train_images)
+    layer = feature_layer(first, image_size, config.layer)
     mean, std = (torch.tensor(metadata[key], device=device).view(3, 1, 1) for key in ("mean", "std"))
-    return Trajectory(teachers, weights, metadata, layer, features.shape[1], image_size, mean, std)
+    return Trajectory(teachers, weights, metadata, layer, image_size, mean, std)
 
 
 def probe_loader(
@@ -106,7 +99,7 @@ class ProbeTraining:
         self.probes: dict[int, mi.Probes] = {}
         for epoch in trajectory.models:
             torch.manual_seed(config.seed)  # the same for all checkpoints: a fair start
-            probes = mi.Probes(trajectory.channels, info.num_classes, config.probe.repeats).to(device)
+            probes = mi.Probes(trajectory.layer.channels, info.num_classes, config.probe.repeats).to(device)
             self.probes[epoch] = probes.to(memory_format=torch.channels_last).train()
         self._parameters = [p for probes in self.probes.values() for p in probes.parameters()]
         self._optimizer = torch.optim.Adam(self._parameters, lr=config.probe.lr)
@@ -156,7 +149,8 @@ class ProbeTraining:
         for group in self._optimizer.param_groups:
             group["lr"] = config.probe.lr * 0.5 * (1 + math.cos(math.pi * self.step / config.probe.steps))
         for epoch, model in trajectory.models.items():
-            features, _ = forward.forward_features(model, trajectory.layer, batch.images, config.amp)
+            features, _ = forward.forward_features(model, trajectory.layer.name, batch.images, config.amp)
+            features = trajectory.layer.to_map(features)
             with forward.autocast(pixels.device, config.amp):
                 # Made outside inference mode: autograd may save the copy.
                 reconstruction, cross_entropy = self.probes[epoch](features.clone(), pixels, batch.labels)

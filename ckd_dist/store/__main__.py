@@ -67,6 +67,9 @@ def _parse(words: list[str]) -> argparse.Namespace:
             added[name].add_argument(
                 "--teacher.name", dest="name", metavar="NAME", help="its name in a store of several"
             )
+            added[name].add_argument(
+                "--teacher.model", dest="model", metavar="NAME", help="its network, where that is code of your own"
+            )
         added[name].add_argument("--data.train", dest="train", metavar="X.beton", required=needed, help="its images")
     for name in ("verify", "repair"):
         added[name].add_argument(
@@ -190,7 +193,7 @@ def verify(options: argparse.Namespace) -> int:
             images = open_beton(options.train, "data.train")
             loader = LoaderConfig(batch_size=options.batch_size)
             members = manifest.members_of(options.name)
-            off = recompute(options.store, images, options.run, members, loader, device, options.records)
+            off = recompute(options.store, images, options.run, members, loader, device, options.records, options.model)
             result.update(recomputed=options.records * len(members), off=off, tolerance=TOLERANCE)
         rank = dist.rank()
     status = 1 if bad or result.get("off") else 0
@@ -214,7 +217,7 @@ def repair(options: argparse.Namespace) -> int:
     from ckd_dist.store.repair import repair
 
     with dist.process_group() as device:
-        repair(options.store, options.train, options.run, options.name, options.batch_size, device)
+        repair(options.store, options.train, options.run, options.name, options.batch_size, device, options.model)
     return 0
 
 

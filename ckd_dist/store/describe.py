@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from ckd_dist.core import checkpoint, dist, precision
+from ckd_dist.core.errors import require
+from ckd_dist.core.files import require_regular
 from ckd_dist.core.options import Amp
 from ckd_dist.data import classes
 from ckd_dist.data.beton import open_beton
 from ckd_dist.data.dataset import train_recipe
-from ckd_dist.nn import models
+from ckd_dist.nn import models, probe
 from ckd_dist.store.codecs import factory
 from ckd_dist.store.manifest import Manifest, member_name
 from ckd_dist.store.options import CacheConfig
@@ -28,17 +32,23 @@ def describe(config: CacheConfig, device: torch.device) -> tuple[Manifest, Recor
     epochs = checkpoint.choose(trajectory, config.teacher.checkpoints or list(trajectory), "teacher.checkpoints")
     members = {}
     for epoch in sorted(epochs):
-        model, metadata = models.load_model(trajectory[epoch], "teacher.run")
+        model, metadata = models.load_model(trajectory[epoch], "teacher.run", config.teacher.model)
         members[member_name(epoch, config.teacher.name)] = {
             "epoch": epoch,
             "model": metadata["model"],
             "weights_sha256": checkpoint.weights_sha256(model.state_dict()),
             "views": config.views,
         }
+    num_classes = metadata["num_classes"]
+    columns = chosen_classes(config.teacher.classes, metadata)
+    if columns is not None:
+        names = metadata.get("classes", [])
+        kept = {"num_classes": len(columns), "classes": [names[column] for column in columns] if names else []}
+        metadata = {**metadata, **kept}
     info = classes.match_model(info, "data.train", metadata, config.teacher.run, config.data.map_classes)
     codec = factory.from_config(config, info.num_classes)
     image_size = config.data.image_size or metadata["image_size"]
-    models.require_fits(model, metadata["model"], info.num_classes, image_size, "data.image_size")
+    probe.require_fits(model, metadata["model"], num_classes, image_size, "data.image_size")
     manifest = Manifest(
         dataset={
             "name": info.dataset,
@@ -54,6 +64,7 @@ def describe(config: CacheConfig, device: torch.device) -> tuple[Manifest, Recor
             "mean": metadata["mean"],
             "std": metadata["std"],
             "amp": precision.resolve_amp(config.amp, dist.on_main(lambda: held_amp(Path(config.store)))),
+            **({} if columns is None else {"columns": columns}),
         },
         codec=codec.to_dict(),
         shard_size=config.shard_size,
@@ -65,9 +76,30 @@ def describe(config: CacheConfig, device: torch.device) -> tuple[Manifest, Recor
             " ".join(filter(None, ["teacher.run", config.teacher.name])): os.path.abspath(config.teacher.run),
         },
     )
-    recorder = Recorder(manifest, info, config.teacher.run, config.data, device)
+    recorder = Recorder(manifest, info, config.teacher.run, config.data, device, config.teacher.model)
     manifest.images = image_digests(manifest, info)
     return manifest, recorder
+
+
+def chosen_classes(wanted: list[int | str] | str | None, metadata: Mapping[str, Any]) -> list[int] | None:
+    """The columns of the logits that the option teacher.classes keeps, None for all; raises `UserError` where it names
+    a class that the checkpoint of this `metadata` has not, or one twice."""
+    if wanted is None:
+        return None
+    if isinstance(wanted, str):
+        require_regular(Path(wanted), "teacher.classes")
+        wanted = [line.strip() for line in Path(wanted).read_text(encoding="utf-8").splitlines() if line.strip()]
+    names, count = list(metadata.get("classes", [])), metadata["num_classes"]
+    columns = []
+    for each in wanted:
+        is_index = str(each).isdecimal() and each not in names
+        require(
+            int(each) < count if is_index else each in names,
+            f"teacher.classes: the teacher has no class {each}; it has {count}, {', '.join(names[:3])} ...",
+        )
+        columns.append(int(each) if is_index else names.index(each))
+    require(len(set(columns)) == len(columns) > 1, "teacher.classes: give two classes or more, each once")
+    return columns
 
 
 def held_amp(store: Path) -> Amp | None:

@@ -19,6 +19,8 @@ class TrajectoryConfig:
     """Run folder of train_teacher."""
     checkpoints: list[int] = field(default_factory=list)
     """Epochs of the checkpoints to cache; default: all of the run."""
+    model: str | None = None
+    """Where its network is code of your own, its name as in model.name: that code is run."""
 
     def __post_init__(self) -> None:
         require_ranges(self, "teacher.", checkpoints=COUNT)
@@ -30,6 +32,9 @@ class CachedTrajectoryConfig(TrajectoryConfig):
 
     name: str | None = None
     """Name of this run in a store of several runs: its checkpoints are then NAME/EPOCH to distill."""
+    classes: list[int | str] | str | None = None
+    """Which of the teacher's classes are kept, in the order of the images' classes: a list of indices or names, or a
+    file with one of them in each line; for students of fewer classes than the teacher's. Default: all."""
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -57,10 +57,20 @@ def encode(
 class Recorder:
     """The images and the teacher's run that a manifest names: gives the checkpoints' logits of any view."""
 
-    def __init__(self, manifest: Manifest, info: DatasetInfo, run: str, config: LoaderConfig, device: torch.device):
-        self.manifest, self.device, self.batch_size = manifest, device, config.batch_size
+    def __init__(
+        self,
+        manifest: Manifest,
+        info: DatasetInfo,
+        run: str,
+        config: LoaderConfig,
+        device: torch.device,
+        code: str | None = None,
+    ):
+        """`code`: see `models.load_model`."""
+        self.manifest, self.device, self.batch_size, self._code = manifest, device, config.batch_size, code
         self._trajectory = checkpoint.trajectory(run, "teacher.run")
         forward = manifest.forward
+        self._columns: list[int] | None = forward.get("columns")
         self.loader = BetonLoader(
             info,
             config,
@@ -79,7 +89,7 @@ class Recorder:
         for name in names:
             wanted = self.manifest.checkpoints[name]
             (epoch,) = checkpoint.choose(self._trajectory, [wanted["epoch"]], "teacher.run")
-            model, _ = models.load_model(self._trajectory[epoch], "teacher.run")
+            model, _ = models.load_model(self._trajectory[epoch], "teacher.run", self._code)
             found = checkpoint.weights_sha256(model.state_dict())
             require(
                 found == wanted["weights_sha256"],
@@ -92,11 +102,13 @@ class Recorder:
     def logits(
         self, teachers: dict[str, nn.Module], ids: np.ndarray, view: int
     ) -> Iterator[tuple[Batch, dict[str, torch.Tensor]]]:
-        """Every batch, decoded once, with the logits of each checkpoint, float32 [n, classes]."""
+        """Every batch, decoded once, with the logits of each checkpoint, float32 [n, classes], of the classes that
+        the store keeps."""
         for batch in self.loader.batches(ids, view):
             logits = {}
             for name, model in teachers.items():
-                logits[name] = forward_logits(model, batch.images, self.manifest.forward["amp"])
+                every = forward_logits(model, batch.images, self.manifest.forward["amp"])
+                logits[name] = every if self._columns is None else every[:, self._columns]
             yield batch, logits
 
     def write(

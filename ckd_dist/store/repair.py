@@ -17,15 +17,24 @@ from ckd_dist.store.recording import Recorder, Work, image_digests, missing_work
 from ckd_dist.store.writer import clear_leftovers, locked, make_room
 
 
-def repair(store: Path, train_images: str, run: str, name: str | None, batch_size: int, device: torch.device) -> None:
+def repair(
+    store: Path,
+    train_images: str,
+    run: str,
+    name: str | None,
+    batch_size: int,
+    device: torch.device,
+    code: str | None = None,
+) -> None:
     """Compute anew what is missing or bad of the checkpoints of one run, and nothing else; collective.
 
     `run` is the folder of the teacher's run and `name` its name in a store of several; `train_images` is the .beton
-    file that the store is of. Raises `UserError`, before anything is deleted, where these are others than the store's.
+    file that the store is of; `code`: see `models.load_model`. Raises `UserError`, before anything is deleted, where
+    these are others than the store's.
     """
     manifest = Manifest.load(store, "STORE")
     images = as_cached(open_beton(train_images, "data.train"), manifest, "STORE", store)
-    recorder = Recorder(manifest, images, run, LoaderConfig(batch_size=batch_size), device)
+    recorder = Recorder(manifest, images, run, LoaderConfig(batch_size=batch_size), device, code)
     if note := manifest.decoding_note(image_digests(manifest, images)):
         say(note)
     names = list(manifest.members_of(name).values())

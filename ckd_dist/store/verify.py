@@ -27,15 +27,16 @@ def recompute(
     config: LoaderConfig,
     device: torch.device,
     count: int,
+    code: str | None = None,
 ) -> list:
     """Compute `count` records of each of the `members`, all of one run, anew, of samples and views drawn at random, and
     compare: a list of (what is wrong, deviation) for those that deviate by more than `TOLERANCE`.
 
-    Raises `UserError` where the images or the run are not those of the store.
+    `code`: see `models.load_model`. Raises `UserError` where the images or the run are not those of the store.
     """
     manifest = Manifest.load(store, "STORE")
     info = as_cached(info, manifest, "STORE", store)
-    recorder = Recorder(manifest, info, run, config, device)
+    recorder = Recorder(manifest, info, run, config, device, code)
     reader = StoreReader(str(store), list(members), info)
     if note := manifest.decoding_note(image_digests(manifest, info)):
         say(note)

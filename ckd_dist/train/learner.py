@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import resource
 from collections.abc import Callable
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import numpy as np
 import torch
@@ -17,9 +17,9 @@ from ckd_dist.core.console import say
 from ckd_dist.core.errors import TrainingError, require
 from ckd_dist.core.run_folder import RunFolder
 from ckd_dist.data.batch import Batch
-from ckd_dist.nn.forward import autocast
-from ckd_dist.nn.models import load_fitting
+from ckd_dist.nn.forward import autocast, auxiliary_logits, logits_of
 from ckd_dist.nn.optim import MovingAverage, build_optimizer, learning_rate
+from ckd_dist.nn.weights import load_fitting
 from ckd_dist.train.options import TrainConfig
 
 Loss = Callable[[torch.Tensor, Batch, int], dict[str, torch.Tensor]]
@@ -55,7 +55,7 @@ class Learner:
         self.averaged = MovingAverage(self.model, config.ema_decay) if config.ema_decay is not None else None
         self._load_last()
         self.model.train()
-        self._forward: Callable[[torch.Tensor], torch.Tensor] = self.model
+        self._forward: Callable[[torch.Tensor], Any] = self.model
         if dist.world_size() > 1:
             # Batch-norm statistics need no broadcast at every step: a forward pass in train mode does not read them.
             known = inspect.signature(DistributedDataParallel).parameters
@@ -85,9 +85,13 @@ class Learner:
             group["lr"] = rate
         torch.manual_seed(hash((config.seed, step, dist.rank())) % 2**63)  # dropout, the same after a resume
         with autocast(self.device, config.amp):
-            logits = self._forward(batch.images)
-        logits = logits.float()
-        values = self.loss(logits, batch, step // self.steps_per_epoch)
+            output = self._forward(batch.images)
+        logits, epoch = logits_of(output).float(), step // self.steps_per_epoch
+        values = self.loss(logits, batch, epoch)
+        if config.model.auxiliary_weight:
+            for other in auxiliary_logits(output):
+                auxiliary = self.loss(other.float(), batch, epoch)["loss"]
+                values["loss"] = values["loss"] + config.model.auxiliary_weight * auxiliary
         # DDP averages over ranks, so this is the gradient of the mean over the global batch, however it is shared out.
         loss = values["loss"].sum() * (dist.world_size() / config.data.batch_size)
         self.scaler.scale(loss).backward()

@@ -19,6 +19,8 @@ class TeacherConfig:
     """Logit store written by cache_logits."""
     run: str | None = None
     """Run folder of train_teacher: the teacher runs online, at every step."""
+    model: str | None = None
+    """Where the network of teacher.run is code of your own, its name as in model.name: that code is run."""
     checkpoints: list[int | str] = field(default_factory=list)
     """Epochs of the teacher's checkpoints, NAME/EPOCH for one of a run that was cached by name; default: the last."""
     selection: str | None = None
@@ -47,6 +49,7 @@ class TeacherConfig:
             len(set(self.checkpoints)) == len(self.checkpoints),
             f"teacher.checkpoints {self.checkpoints} names a checkpoint twice",
         )
+        require(self.model is None or self.run is not None, "teacher.model goes with --teacher.run")
         require(
             not self.weights or len(self.weights) == len(self.checkpoints),
             f"teacher.weights has {len(self.weights)} values for {len(self.checkpoints)} teacher.checkpoints",
@@ -137,5 +140,7 @@ class EvaluateConfig:
     data: EvalDataConfig
     checkpoint: str
     """A file of a run's checkpoints folder."""
+    model: str | None = None
+    """Where its network is code of your own, its name as in model.name: that code is run."""
     amp: Amp = "auto"
     """Precision, as in train_teacher, of the forward pass."""

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import TypeVar
 
 import torch
 from torch import nn
@@ -18,7 +19,7 @@ from ckd_dist.data.dataset import DatasetInfo, eval_recipe
 from ckd_dist.data.loader import BetonLoader, read_labels
 from ckd_dist.data.order import rank_share
 from ckd_dist.data.recipe import ViewRecipe
-from ckd_dist.nn.models import build_model, initial_weights, load_weights, require_fits
+from ckd_dist.nn import models, probe, weights
 from ckd_dist.train.learner import Learner, Loss
 from ckd_dist.train.loop import fit
 from ckd_dist.train.options import TrainConfig
@@ -42,8 +43,13 @@ def origin(
     """What a run is made of: options as they were `requested` and as they were resolved to `config`, the `images` and
     the `teacher` that options name, and initial weights."""
     inputs = {**{option: info.as_input() for option, info in images.items()}, **teacher}
-    if path := config.model.weights:
-        inputs["model.weights"] = identity.weights(path, initial_weights(path)[1])
+    path = config.model.weights
+    if path and not weights.is_published(path):
+        inputs["model.weights"] = identity.weights(path, weights.initial_weights(config.model)[1])
+    elif path and (found := weights.published_file(config.model.name)):
+        inputs["model.weights"] = identity.file(*found)
+    if file := models.defining_file(config.model.name):
+        inputs["model.source"] = identity.file(*file)
     return Origin(requested=to_dict(requested), resolved=to_dict(config), inputs=inputs)
 
 
@@ -66,13 +72,31 @@ def train(
         f"data.batch_size {config.data.batch_size} is larger than the {info.count} images of {info.path}",
     )
     rank_share(config.data.batch_size)  # refuses fewer images than ranks
-    models = build_models(runs, info, device)  # before any run folder is made
-    learners = open_run_folders(runs, models, info, recipe, device)
+    networks = build_models(runs, info, device)  # before any run folder is made
+    learners = open_run_folders(runs, networks, info, recipe, device)
     if not learners:
         return
     loader, val_loader = make_loaders(config, images, recipe, view_seed, device)
     _announce(learners, loader)
     fit(learners, loader, val_loader, config, save_every=save_every, schedule=schedule)
+
+
+T = TypeVar("T", bound=TrainConfig)
+
+
+def as_pretrained(config: T, images: dict[str, DatasetInfo]) -> tuple[T, dict[str, DatasetInfo]]:
+    """Options and images of a model that begins with weights of a library that says what they were made to see:
+    normalised and, unless the options say otherwise, of the size that it says."""
+    found = models.preprocessing(config.model.name) if config.model.weights else None
+    if found is None:
+        return config, images
+    if config.data.image_size is None:
+        config = replace(config, data=replace(config.data, image_size=found.image_size))
+    say(
+        f"{config.model.name}: images of {config.data.image_size} px, normalised by mean {found.mean} and deviation "
+        f"{found.std} as its weights were trained; reduced by area, where those were by {found.interpolation}"
+    )
+    return config, {option: replace(info, mean=found.mean, std=found.std) for option, info in images.items()}
 
 
 def image_sizes(config: TrainConfig, info: DatasetInfo) -> tuple[int, int]:
@@ -84,26 +108,36 @@ def image_sizes(config: TrainConfig, info: DatasetInfo) -> tuple[int, int]:
 def build_models(runs: Sequence[Run], info: DatasetInfo, device: torch.device) -> list[nn.Module]:
     """A model for each run, initialised from its seed or its weights; raises `UserError` for one that does not take
     the images."""
-    config, models = runs[0].config, []
+    config, networks = runs[0].config, []
+    size, val_size = image_sizes(config, info)
     for run in runs:
         torch.manual_seed(config.seed)
-        model = build_model(run.config.model.name, info.num_classes).to(device)
-        if run.config.model.weights:
-            load_weights(model, run.config.model.weights)
-        models.append(model)
-    size, val_size = image_sizes(config, info)
+        options = run.config.model
+        model = models.build_model(options.name, info.num_classes, options.options).to(device)
+        probe.prepare(model, options.name, info.num_classes, size, "data.image_size")
+        if options.weights and (left_out := weights.load_initial(model, options, probe.logit_modules(model, size))):
+            say(f"{options.name}: {options.weights} is of other classes: {', '.join(left_out)} start anew")
+        networks.append(model)
     least = config.data.batch_size // dist.world_size()
     sides = {"data.image_size": (size, least), "data.val_image_size": (val_size, 0)}
     if config.data.start_image_size:
         sides["data.start_image_size"] = (config.data.start_image_size, least)
-    for name, model in {run.config.model.name: model for run, model in zip(runs, models, strict=True)}.items():
-        for option, (side, train_images) in sides.items():
-            require_fits(model, name, info.num_classes, side, option, train_images=train_images)
-    return models
+    unused: dict[str, list[str]] = {}
+    for run, model in zip(runs, networks, strict=True):
+        name, auxiliary = run.config.model.name, run.config.model.auxiliary_weight > 0
+        if name not in unused:
+            for option, (side, train_images) in sides.items():
+                probe.require_fits(model, name, info.num_classes, side, option, train_images=train_images)
+            unused[name] = probe.unused_parameters(model, name, size, auxiliary=auxiliary)
+            if unused[name]:
+                say(f"{name}: {', '.join(unused[name])} have no part in the logits, and stay as they are")
+        for key in unused[name]:
+            model.get_parameter(key).requires_grad_(False)
+    return networks
 
 
 def open_run_folders(
-    runs: Sequence[Run], models: Sequence[nn.Module], info: DatasetInfo, recipe: ViewRecipe, device: torch.device
+    runs: Sequence[Run], networks: Sequence[nn.Module], info: DatasetInfo, recipe: ViewRecipe, device: torch.device
 ) -> list[Learner]:
     """A learner for each run that is not complete, as far as it had come; says which are."""
     size, val_size = image_sizes(runs[0].config, info)
@@ -118,7 +152,7 @@ def open_run_folders(
         "classes": list(info.classes),
     }
     learners = []
-    for run, model in zip(runs, models, strict=True):
+    for run, model in zip(runs, networks, strict=True):
         config = run.config
         folder = RunFolder(config.run_dir, run.origin, tensorboard=config.tensorboard)
         if folder.complete:
@@ -126,7 +160,9 @@ def open_run_folders(
             found = f", top1 {summary.top1:.2f}" if summary and summary.top1 is not None else ""
             say(f"{folder.path}: complete already{found}")
             continue
-        own = {"model": config.model.name, **metadata}
+        own = {"model": config.model.name, "options": config.model.options, **metadata}
+        if source := run.origin.inputs.get("model.source"):
+            own["source_sha256"] = source.holds["sha256"]
         steps_per_epoch = info.count // config.data.batch_size
         learners.append(Learner(model, config, run.loss, folder, device, own, steps_per_epoch))
     return learners

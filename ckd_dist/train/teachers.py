@@ -50,7 +50,7 @@ def resolve_checkpoints(teacher: TeacherConfig) -> TeacherConfig:
         weights = {name: manifest.checkpoints[member]["weights_sha256"] for name, member in manifest.members.items()}
     else:
         checkpoint.choose(files, [epoch], "teacher.selection")
-        model, _ = models.load_model(files[epoch], "teacher.run")
+        model, _ = models.load_model(files[epoch], "teacher.run", teacher.model)
         weights[epoch] = checkpoint.weights_sha256(model.state_dict())
     found = [name for name, weights_sha256 in weights.items() if weights_sha256 == chosen]
     require(
@@ -216,7 +216,7 @@ def open_teacher(configs: Sequence[DistillConfig], device: torch.device) -> Cach
     files = checkpoint.trajectory(config.teacher.run, "teacher.run")
     networks, weights = {}, {}
     for name in all_checkpoints(configs):
-        model, metadata = models.load_model(files[int(name)], "teacher.run")
+        model, metadata = models.load_model(files[int(name)], "teacher.run", config.teacher.model)
         weights[int(name)] = checkpoint.weights_sha256(model.state_dict())
         networks[name] = to_device(model, device)
     return OnlineTeacher(config.teacher.run, networks, metadata, weights, config.amp)

@@ -1,4 +1,4 @@
-"""The last feature map before the pooling, found in any network."""
+"""The last features before the pooling, found in any network: a map, or tokens that form one."""
 
 from __future__ import annotations
 
@@ -9,6 +9,8 @@ from torch import nn
 
 from ckd_dist.core.errors import UserError
 from ckd_dist.nn import models
+from ckd_dist.nn.features import feature_layer
+from ckd_dist.nn.forward import forward_features
 
 
 @pytest.mark.parametrize(
@@ -16,7 +18,7 @@ from ckd_dist.nn import models
     [
         ("resnet8", "features"), ("wrn_16_2", "features"), ("mobilenetv2_075", "features"), ("resnet18", "layer4"),
         ("mobilenet_v2", "features"), ("densenet121", "features"), ("convnext_tiny", "features"), ("vgg11", "features"),
-        ("squeezenet1_1", "classifier.2"), ("swin_t", "permute"), ("vit_b_16", None),
+        ("squeezenet1_1", "classifier.2"), ("swin_t", "permute"), ("vit_b_16", "encoder"),
     ],
 )  # fmt: skip
 def test_the_last_feature_map_before_the_pooling_is_found(name, layer):
@@ -25,11 +27,7 @@ def test_the_last_feature_map_before_the_pooling_is_found(name, layer):
     else:
         with torch.device("meta"):  # shapes alone
             model, size = torchvision.models.get_model(name, weights=None, num_classes=10), 224
-    if layer:
-        assert models.feature_layer(model.eval(), size) == layer
-    else:
-        with pytest.raises(UserError, match=r"layer: the teacher has no feature map before a pooling"):
-            models.feature_layer(model.eval(), size)
+    assert feature_layer(model.eval(), size).name == layer
 
 
 class Network(nn.Module):
@@ -64,20 +62,61 @@ def end_with_channels(maps, norm):
 
 
 @pytest.mark.parametrize(
-    ("network", "layer"),
+    ("network", "layer", "words"),
     [
-        (Network(add_a_branch, branch=nn.Conv2d(12, 12, 3, padding=1)), "stem"),
-        (Network(leave_a_map_unused, unused=nn.Conv2d(12, 12, 3)), "stem"),
-        (Network(attend, norm=nn.LayerNorm(6), project=nn.Linear(12, 12)), None),
-        (Network(end_with_channels, norm=nn.LayerNorm(12)), None),
-        (nn.Sequential(nn.Flatten(), nn.Linear(3 * 32 * 32, 10)), None),
+        (Network(add_a_branch, branch=nn.Conv2d(12, 12, 3, padding=1)), "stem", "stem (12 channels of 8 x 8)"),
+        (Network(leave_a_map_unused, unused=nn.Conv2d(12, 12, 3)), "stem", "stem (12 channels of 8 x 8)"),
+        (
+            Network(attend, norm=nn.LayerNorm(6), project=nn.Linear(12, 12)),
+            "layers.project",
+            "layers.project (12 channels of 8 x 8 tokens)",
+        ),
+        (Network(end_with_channels, norm=nn.LayerNorm(12)), "layers.norm", "layers.norm (12 channels of 8 x 8)"),
+        (nn.Sequential(nn.Flatten(), nn.Linear(3 * 32 * 32, 10)), None, None),
     ],
     ids=["branch", "unused", "attention", "channels last", "no map"],
 )
-def test_branches_unused_maps_and_tokens_are_no_feature_map(network, layer):
+def test_branches_and_unused_maps_are_no_features(network, layer, words):
     assert network.eval()(torch.zeros(2, 3, 32, 32)).shape == (2, 10)
     if layer:
-        assert models.feature_layer(network, 32) == layer
+        found = feature_layer(network, 32)
+        assert (found.name, found.words) == (layer, words)
     else:
-        with pytest.raises(UserError, match=r"layer: the teacher has no feature map before a pooling"):
-            models.feature_layer(network, 32)
+        with pytest.raises(UserError, match=r"layer: the teacher has no map or grid of tokens before a pooling"):
+            feature_layer(network, 32)
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "layer", "shape", "words"),
+    [
+        ("timm/vit_tiny_patch16_224", {"img_size": 64, "depth": 1}, None, (192, 4, 4), "192 channels of 4 x 4 tokens"),
+        ("timm/vit_tiny_patch16_224", {"img_size": 32, "depth": 1}, None, (192, 2, 2), "192 channels of 2 x 2 tokens"),
+        (  # nine tokens in all, which are no grid of 3 x 3
+            "timm/vit_tiny_patch16_224", {"img_size": 32, "depth": 1, "reg_tokens": 4}, "blocks.0", (192, 2, 2),
+            "192 channels of 2 x 2 tokens, 5 before them",
+        ),
+        ("timm/deit_tiny_distilled_patch16_224", {"img_size": 64, "depth": 1}, None, (192, 4, 4), "tokens, 2 before"),
+        ("timm/swin_tiny_patch4_window7_224", {"depths": [1, 1, 1, 1]}, None, (768, 7, 7), "768 channels of 7 x 7"),
+        ("timm/convnext_atto", {}, None, (320, 2, 2), "320 channels of 2 x 2"),
+        ("timm/vit_tiny_patch16_224", {"img_size": 64, "depth": 1}, "fc_norm", (192, 1, 1), "fc_norm (192 values)"),
+    ],
+)  # fmt: skip
+def test_tokens_and_maps_with_channels_last_become_maps(name, options, layer, shape, words):
+    size = options.get("img_size", 224 if "swin" in name else 64)
+    model = models.build_model(name, 10, options).eval()
+    found = feature_layer(model, size, layer)
+    output, logits = forward_features(model, found.name, torch.randn(3, 3, size, size), "off")
+    features = found.to_map(output)
+    assert features.shape == (3, *shape) and logits.shape == (3, 10)
+    assert found.channels == shape[0] and words in found.words
+    if output.ndim == 3:  # the token of row 1, column 0
+        side = shape[1]
+        assert torch.equal(features[:, :, 1, 0], output[:, -side * side + side])
+
+
+def test_a_layer_without_features_is_refused():
+    model = models.build_model("timm/vit_tiny_patch16_224", 10, {"img_size": 64, "depth": 1}).eval()
+    with pytest.raises(UserError, match=r"layer: the teacher has no module blocks\.9; it has patch_embed, "):
+        feature_layer(model, 64, "blocks.9")
+    with pytest.raises(UserError, match=r"layer: blocks\.0\.attn\.q_norm gives \(3, 17, 64\) an image"):
+        feature_layer(model, 64, "blocks.0.attn.q_norm")

@@ -1,15 +1,17 @@
-"""Networks by name: the published sizes, any of torchvision's, weights loaded safely."""
+"""Networks by name: the published sizes, other libraries', one's own code."""
 
 from __future__ import annotations
 
-import pickle
+import json
+import subprocess
+import sys
 
 import pytest
 import torch
 
 from ckd_dist.core import checkpoint
 from ckd_dist.core.errors import UserError
-from ckd_dist.nn.models import build_model, load_model, load_weights, require_fits
+from ckd_dist.nn.models import build_model, defining_file, load_model, preprocessing
 
 
 @pytest.mark.parametrize(
@@ -69,39 +71,11 @@ def test_an_unknown_name_is_answered_with_the_nearest():
         build_model("resnet19", 10)
 
 
-def test_logits_are_not_rounded_to_bfloat16():
-    model = build_model("resnet8", 10).eval()
-    with torch.autocast("cpu", torch.bfloat16):
-        logits = model(torch.randn(8, 3, 28, 28))
-    assert logits.dtype == torch.float32
-    assert not torch.equal(logits, logits.bfloat16().float())
-
-
-def test_initial_weights_come_from_a_state_dict_or_a_checkpoint(tmp_path):
-    source = build_model("resnet8", 10)
-    torch.save(source.state_dict(), tmp_path / "plain.pt")
-    checkpoint.save(tmp_path / "own.pt", {"weights": source.state_dict(), "metadata": {}})
-    for name in ("plain.pt", "own.pt"):
-        model = build_model("resnet8", 10)
-        load_weights(model, str(tmp_path / name))
-        assert all(
-            torch.equal(a, b) for a, b in zip(source.state_dict().values(), model.state_dict().values(), strict=True)
-        )
-
-
-def test_weights_that_do_not_fit_are_refused(tmp_path):
-    torch.save(build_model("resnet8", 10).state_dict(), tmp_path / "ten.pt")
-    with pytest.raises(UserError, match=r"model\.weights: .*ten\.pt does not fit the model: fc\.bias, fc\.weight"):
-        load_weights(build_model("resnet8", 11), str(tmp_path / "ten.pt"))
-    with pytest.raises(UserError, match="no such file"):
-        load_weights(build_model("resnet8", 10), str(tmp_path / "none.pt"))
-
-
 def test_a_checkpoint_whose_weights_are_of_another_network_of_that_name_is_refused(tmp_path):
     weights = build_model("mobilenetv2_075", 10).state_dict()
     metadata = {"model": "mobilenetv2_075", "num_classes": 10, "image_size": 32, "mean": [0.5], "std": [0.5]}
     first = weights.pop("features.0.weight")
-    misfit, foreign = "does not fit mobilenetv2_075: features.0.weight missing or different", "is no checkpoint of this"
+    misfit, foreign = r"does not fit mobilenetv2_075: features\.0\.weight is (missing, )?\[", "is no checkpoint of this"
     for state, expected in (
         ({"weights": weights, "metadata": metadata}, misfit),
         ({"weights": {**weights, "features.0.weight": first[:, :2]}, "metadata": metadata}, misfit),
@@ -113,60 +87,133 @@ def test_a_checkpoint_whose_weights_are_of_another_network_of_that_name_is_refus
             load_model(tmp_path / "x.pt", "teacher.run")
 
 
+# ------------------------------------------------------------------------------------------- others
+
+
+def test_networks_of_timm_and_transformers_are_there_by_name(tmp_path):
+    assert build_model("timm/resnet10t", 7).eval()(torch.randn(2, 3, 64, 64)).shape == (2, 7)
+    options = {"img_size": 64, "patch_size": 16, "depth": 2}
+    assert build_model("timm/vit_tiny_patch16_224", 7, options).eval()(torch.randn(2, 3, 64, 64)).shape == (2, 7)
+    write_vit(tmp_path)
+    output = build_model(f"hf/{tmp_path}", 7).eval()(torch.randn(2, 3, 32, 32))
+    assert output.logits.shape == (2, 7)
+
+
+def write_vit(folder):
+    """A folder as transformers saves an image classifier, its weights and its preprocessing."""
+    from transformers import ViTConfig, ViTForImageClassification
+
+    config = ViTConfig(
+        hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=32, image_size=32, patch_size=8
+    )
+    ViTForImageClassification(config).save_pretrained(folder)
+    values = {"image_mean": [0.5] * 3, "image_std": [0.25] * 3, "size": {"height": 32, "width": 32}}
+    (folder / "preprocessor_config.json").write_text(json.dumps(values))
+
+
+def test_a_library_says_what_its_networks_were_made_to_see(tmp_path):
+    found = preprocessing("timm/efficientnet_lite0")
+    assert found is not None and found.image_size == 224 and found.crop_share == 0.875
+    write_vit(tmp_path)
+    found = preprocessing(f"hf/{tmp_path}")
+    assert found is not None and (found.mean, found.std, found.image_size) == ((0.5,) * 3, (0.25,) * 3, 32)
+    assert preprocessing("resnet18") is None
+
+
+OWN = """
+import torch, helper
+class Net(torch.nn.Module):
+    def __init__(self, num_classes, width=4):
+        super().__init__()
+        self.fc = torch.nn.Linear(3 * helper.SCALE, num_classes)
+    def forward(self, x):
+        return self.fc(x.mean((2, 3)))
+def fixed():
+    return Net(10)
+def broken(num_classes):
+    raise ValueError("no\\nsuch size")
+def nothing():
+    return 3
+"""
+
+
+@pytest.fixture
+def own(tmp_path, monkeypatch):
+    """A file of networks, which imports one beside it; and as a module."""
+    (tmp_path / "net.py").write_text(OWN)
+    (tmp_path / "helper.py").write_text("SCALE = 1\n")
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    return str(tmp_path / "net.py")
+
+
+def test_ones_own_networks_are_there_by_file_or_module(own, tmp_path, monkeypatch):
+    assert build_model(f"{own}:Net", 7)(torch.randn(2, 3, 8, 8)).shape == (2, 7)
+    assert build_model(f"{own}:Net", 7, {"width": 8})(torch.randn(2, 3, 8, 8)).shape == (2, 7)
+    assert build_model(f"{own}:fixed", 7)(torch.randn(2, 3, 8, 8)).shape == (2, 10)  # which `prepare` refuses
+    sys.path.insert(0, str(tmp_path))
+    assert build_model("net:Net", 7)(torch.randn(2, 3, 8, 8)).shape == (2, 7)
+    path, digest = defining_file("net:Net")
+    assert (path, digest) == (own, defining_file(f"{own}:fixed")[1])
+    assert defining_file("resnet18") is None
+
+
 @pytest.mark.parametrize(
-    ("name", "size", "train_images", "expected"),
+    ("name", "options", "expected"),
     [
-        ("vit_b_16", 64, 2, "data.image_size 64 does not fit the model vit_b_16 (Wrong image height"),
-        ("inception_v3", 64, 2, "data.image_size 64 does not fit the model inception_v3 (Calculated padded input"),
-        ("alexnet", 32, 0, "data.image_size 32 does not fit the model alexnet"),
-        ("mobilenetv2_075", 16, 1, "data.batch_size leaves one image to some of 1 processes, too few for mobilenetv2"),
-        ("mobilenetv2_075", 16, 2, None),
-        ("mobilenetv2_075", 32, 1, None),
-        ("resnet8", 8, 1, None),
+        ("{}:Other", {}, "net.py has no function or class Other"),
+        (
+            "{}:Net",
+            {"depth": 3},
+            "net.py:Net cannot be built with num_classes=7, depth=3 (TypeError: Net.__init__()",
+        ),
+        ("{}:broken", {}, "net.py:broken cannot be built with num_classes=7 (ValueError: no)"),
+        ("{}:nothing", {}, "net.py:nothing gives a int, not a torch.nn.Module"),
+        ("{}x.py:Net", {}, "no such file: "),
+        ("no_such_package.nets:Net", {}, "no_such_package.nets cannot be imported (ModuleNotFoundError: No module"),
+        (
+            "timm/resnet999",
+            {},
+            "timm/resnet999 cannot be built with model_name='resnet999', num_classes=7 (Runtime",
+        ),
+        ("hf/none", {}, "hf/none is no folder with a config.json"),
+        ("resnet18", {"depth": 3}, "resnet18 cannot be built with weights=None, num_classes=7, depth=3 (TypeError"),
     ],
 )
-def test_a_size_or_batch_that_a_model_cannot_take_is_refused_and_a_good_one_leaves_no_trace(
-    name, size, train_images, expected
-):
-    model = build_model(name, 10).train()
-    if expected is None:
-        model.fc = torch.nn.Sequential(torch.nn.Dropout(), model.fc)  # draws random numbers
-    modes = {key: module.training for key, module in model.named_modules()}
-    before, random = {k: v.clone() for k, v in model.state_dict().items()}, torch.random.get_rng_state()
-    if expected is None:
-        require_fits(model, name, 10, size, "data.image_size", train_images=train_images)
-    else:
-        with pytest.raises(UserError) as error:
-            require_fits(model, name, 10, size, "data.image_size", train_images=train_images)
-        assert str(error.value).startswith(expected) and "\n" not in str(error.value)
-    assert all(torch.equal(before[key], value) for key, value in model.state_dict().items())
-    assert torch.equal(random, torch.random.get_rng_state())
-    assert modes == {key: module.training for key, module in model.named_modules()}
+def test_what_is_no_network_is_one_line(own, name, options, expected):
+    with pytest.raises(UserError) as error:
+        build_model(name.format(own), 7, options)
+    assert expected in str(error.value) and "\n" not in str(error.value)
+    assert str(error.value).startswith("model.name: ")
 
 
-def test_a_model_that_gives_no_logits_is_refused():
-    model = torch.nn.Sequential(torch.nn.Conv2d(3, 10, 1))
-    with pytest.raises(UserError, match=r"fit the model mine \(it gives \(1, 10, 8, 8\), not logits \(1, 10\)"):
-        require_fits(model, "mine", 10, 8, "data.image_size")
+def test_a_library_that_is_missing_is_named_with_its_extra():
+    code = (
+        "import sys; sys.modules['timm'] = sys.modules['transformers'] = None\n"
+        "from ckd_dist.nn.models import build_model\n"
+        "for name in ('timm/resnet18', 'hf/.'):\n"
+        "    try: build_model(name, 10)\n"
+        "    except ValueError as error: print(error)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines() == [
+        "model.name: timm is not installed: pip install 'ckd_dist[timm]'",
+        "model.name: transformers is not installed: pip install 'ckd_dist[hf]'",
+    ]
 
 
-def test_a_weights_file_executes_nothing(tmp_path):
-    class Attack:
-        def __reduce__(self):
-            return (open, (str(tmp_path / "executed"), "w"))
-
-    for path, write in (("raw.pt", pickle.dump), ("torch.pt", torch.save)):
-        with open(tmp_path / path, "wb") as file:
-            write({"weights": Attack()}, file)
-        with pytest.raises(UserError, match=r"model\.weights: .* is not a file of tensors that torch loads safely"):
-            load_weights(build_model("resnet8", 10), str(tmp_path / path))
-    assert not (tmp_path / "executed").exists()
-
-
-def test_weights_sha256_tells_weights_apart():
-    model = build_model("resnet8", 10)
-    first = checkpoint.weights_sha256(model.state_dict())
-    assert first == checkpoint.weights_sha256(model.state_dict())
-    with torch.no_grad():
-        model.fc.bias[0] += 1e-6
-    assert first != checkpoint.weights_sha256(model.state_dict())
+def test_a_checkpoint_does_not_say_which_code_is_run(own, tmp_path):
+    """Only the command line does."""
+    model = build_model(f"{own}:Net", 7)
+    metadata = {"model": f"{own}:Net", "num_classes": 7, "image_size": 8, "mean": [0.5] * 3, "std": [0.5] * 3}
+    checkpoint.save(tmp_path / "x.pt", {"weights": model.state_dict(), "metadata": metadata})
+    with pytest.raises(UserError, match=rf"trusted to name: if it is to be run, add --teacher\.model {own}:Net"):
+        load_model(tmp_path / "x.pt", "teacher.run")
+    found, _ = load_model(tmp_path / "x.pt", "teacher.run", f"{own}:Net")
+    assert torch.equal(found.fc.weight, model.fc.weight)
+    attack = {**metadata, "model": "os:system"}
+    checkpoint.save(tmp_path / "y.pt", {"weights": model.state_dict(), "metadata": attack})
+    with pytest.raises(UserError, match=r"code of your own, which a file of weights cannot be trusted to name"):
+        load_model(tmp_path / "y.pt", "teacher.run")
+    checkpoint.save(tmp_path / "z.pt", {"weights": model.state_dict(), "metadata": {**metadata, "model": "resnet8"}})
+    with pytest.raises(UserError, match=r"is of resnet8, no code of your own: leave --teacher\.model out"):
+        load_model(tmp_path / "z.pt", "teacher.run", f"{own}:Net")

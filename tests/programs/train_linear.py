@@ -9,11 +9,11 @@ from torch import nn
 
 from ckd_dist import train_teacher
 from ckd_dist.core.process import run_command
-from ckd_dist.nn import models
+from ckd_dist.nn.cifar import NETWORKS
 from ckd_dist.train.learner import Learner
 from ckd_dist.train.options import TrainTeacherConfig
 
-models._CIFAR["linear"] = lambda num_classes: nn.Sequential(nn.Flatten(), nn.Linear(3 * 28 * 28, num_classes))
+NETWORKS["linear"] = lambda num_classes: nn.Sequential(nn.Flatten(), nn.Linear(3 * 28 * 28, num_classes))
 train_step = Learner.train_step
 
 
