@@ -193,7 +193,10 @@ def _images(path: Path, then: dict) -> dict[str, Any]:
     from ckd_dist.data.dataset import read_info
 
     info = read_info(path, OPTION)
-    return {**info.as_input().holds, "name": info.dataset}
+    holds = {**info.as_input().holds, "name": info.dataset}
+    if not info.labelled:  # their classes were the teacher's
+        holds["num_classes"] = then.get("num_classes")
+    return holds
 
 
 def _weights(path: Path, then: dict) -> dict[str, Any]:

@@ -32,6 +32,7 @@ def main(config: SelectConfig) -> None:
 
     with dist.process_group() as device:
         images = open_images(config.data, "train", "val")
+        classes.require_labels(images["data.train"], "data.train", "I(Y;F) is what features tell of them")
         folder, requested = Path(config.run_dir), config
         config = precision.resolve(requested, folder)
         trajectory = probes.load_trajectory(config, device)

@@ -17,7 +17,7 @@ def main(config: TrainTeacherConfig) -> None:
     """Train a teacher."""
     # Imported here because torch takes seconds: only once the options are known to be good.
     from ckd_dist.core import dist, precision
-    from ckd_dist.data import dataset
+    from ckd_dist.data import classes, dataset
     from ckd_dist.data.beton import open_images
     from ckd_dist.train import setup
     from ckd_dist.train.objective import LabelLoss
@@ -25,6 +25,7 @@ def main(config: TrainTeacherConfig) -> None:
 
     with dist.process_group() as device:
         images = open_images(config.data, "train", "val")
+        classes.require_labels(images["data.train"], "data.train", "a teacher learns from nothing else")
         resolved, images = setup.as_pretrained(precision.resolve(config, config.run_dir), images)
         loss = LabelLoss(config.label_smoothing)
         setup.train(

@@ -9,7 +9,7 @@ from data_prep.beton.writer import COMPRESS_SEED
 from data_prep.options import Options
 from data_prep.parts import Part
 from data_prep.sources.datasets import DATASETS, source_hash
-from data_prep.sources.files import FileSource
+from data_prep.sources.encoded import FileSource
 
 FORMAT = 1
 
@@ -24,7 +24,9 @@ def describe(options: Options, part: Part, path: Path) -> dict[str, Any]:
         "source": {"count": len(part.source), "hash": source_hash(options.dataset, part.source)},
         "split": part.split,
         "count": len(part.indices),
-        "num_classes": len(part.source.classes),
+        # Without labels the file has zeros for them.
+        "labels": bool(part.source.classes),
+        "num_classes": max(1, len(part.source.classes)),
         "classes": part.source.classes,
         "image_size": stored_sizes(path),
         "content_hash": content_hash(path),

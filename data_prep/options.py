@@ -21,6 +21,9 @@ examples; the first writes data/train.beton, data/holdout.beton and data/test.be
 --write-mode proportion --shuffle
   %(prog)s --dataset imagefolder --root photos --split all --out data --write-mode jpg
   %(prog)s --dataset imagefolder --root photos --split test --out small.beton --subset 1000
+  %(prog)s --dataset parquet --root downloads/food101/data --split all --out data --write-mode jpg
+  %(prog)s --dataset images --root unlabelled --split train --holdout 0 --out train.beton
+  %(prog)s --dataset csv --root list.csv --split train --holdout 0 --out train.beton
 """
 
 
@@ -36,16 +39,17 @@ class Options:
     dataset: str = _option(required=True, choices=sorted(DATASETS), help="which dataset to read")
     root: Path | None = _option(
         type=Path,
-        metavar="DIR",
-        help="its folder; fashion_mnist and cifar are downloaded into it unless they are there; (stacked_)"
-        "fashion_mnist needs none where Debian's package dataset-fashion-mnist is installed",
+        metavar="PATH",
+        help="its folder, or the one file of csv, parquet and webdataset; fashion_mnist and cifar are downloaded into "
+        "it unless they are there; (stacked_)fashion_mnist needs none where Debian's package dataset-fashion-mnist is "
+        "installed",
     )
     split: str = _option(
         required=True,
         choices=["all", "train", "holdout", "test"],
         help="train and holdout part the training images; test is the official test or validation set "
-        "(for imagefolder: the whole tree); all writes the three of them (no test of imagefolder), and says which "
-        "images of one are in another too",
+        "(for imagefolder and images: the whole tree); all writes the three of them, as far as there are any, and "
+        "says which images of one are in another too",
     )
     out: Path = _option(
         required=True,
@@ -186,8 +190,8 @@ def parse_options(argv: Sequence[str] | None) -> Options:
     """Options, each within its range; a bad one ends the program with status 2 and one line."""
     parser = _Parser(
         prog="python -m data_prep.write_beton",
-        usage="%(prog)s --dataset NAME [--root DIR] --split all --out FOLDER [options]\n"
-        "       %(prog)s --dataset NAME [--root DIR] --split train|holdout|test --out X.beton [options]",
+        usage="%(prog)s --dataset NAME [--root PATH] --split all --out FOLDER [options]\n"
+        "       %(prog)s --dataset NAME [--root PATH] --split train|holdout|test --out X.beton [options]",
         description="Write a dataset as X.beton for FFCV, with X.beton.json, which describes it, and\n"
         "X.beton.digests.npy, which has 64 bits of a hash of each image's pixels (uint64, in the file's order).",
         epilog=EXAMPLES,

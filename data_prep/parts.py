@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from data_prep import splits
 from data_prep.errors import InputError
 from data_prep.options import Options
-from data_prep.sources.datasets import Source, load_source
+from data_prep.sources.datasets import Source, has_test_images, load_source
 from data_prep.sources.decoding import Decoding
 
 
@@ -35,7 +35,7 @@ def out_files(options: Options) -> dict[str, Path]:
     """Split -> its .beton file, the training images last: where their file is, a set is whole."""
     if options.split != "all":
         return {options.split: options.out}
-    wanted = {"holdout": options.holdout > 0, "test": options.dataset != "imagefolder", "train": True}
+    wanted = {"holdout": options.holdout > 0, "test": has_test_images(options.dataset, options.root), "train": True}
     return {split: options.out / f"{split}.beton" for split in wanted if wanted[split]}
 
 
@@ -59,7 +59,7 @@ def load_parts(options: Options) -> list[Part]:
 
 def _indices(options: Options, split: str, source: Source) -> NDArray[np.int64]:
     """Which images of its source a split has, in the order in which they are written."""
-    num_classes = len(source.classes)
+    num_classes = max(1, len(source.classes))  # without labels all are alike
     indices = np.arange(len(source))
     if split != "test":
         held_out = splits.holdout_indices(source.labels, options.holdout, num_classes)

@@ -25,7 +25,8 @@ from data_prep.options import Options, parse_options
 from data_prep.parts import Part, load_parts, out_files
 from data_prep.publishing import BetonFiles, publish, temporary_files
 from data_prep.signals import exit_on_termination
-from data_prep.sources.files import FileSource, kinds
+from data_prep.sources.encoded import FileSource
+from data_prep.sources.pictures import kinds
 
 
 def write_beton(options: Options) -> None:
@@ -72,18 +73,18 @@ def _write_part(options: Options, part: Part, files: BetonFiles, outdated: list[
     _report(part.out, description, time.monotonic() - start)
     copies, contradictions = _count_copies(digests, part.source.labels[part.indices])
     if copies:
-        _warn(
-            f"{copies:,} images of {part.out.name} are the same as another of it, pixel for pixel, {contradictions:,} "
-            "of them with different labels"
-        )
+        labels = f", {contradictions:,} of them with different labels" if part.source.classes else ""
+        _warn(f"{copies:,} images of {part.out.name} are the same as another of it, pixel for pixel{labels}")
     return digests
 
 
 def _announce(dataset: str, part: Part) -> None:
     source = part.source
-    which = f"{len(part.indices):,} of {len(source):,} images, classes: {len(source.classes)}"
-    left_out = kinds(source.left_out) if isinstance(source, FileSource) else ""
-    print(f"{dataset} {part.split}: {which}{left_out and f'; left out: {left_out}'}", file=sys.stderr)
+    which = f"{len(part.indices):,} of {len(source):,} images, classes: {len(source.classes) or 'none'}"
+    if isinstance(source, FileSource):
+        left_out = kinds(source.left_out)
+        which += f"{source.found and f'; from {source.found}'}{left_out and f'; left out: {left_out}'}"
+    print(f"{dataset} {part.split}: {which}", file=sys.stderr)
 
 
 def _report(out: Path, description: dict[str, Any], seconds: float) -> None:

@@ -19,7 +19,9 @@ ORDER = ("core", "data", "nn", "store", "train", "selection", "search", "report"
 """A folder of ckd_dist imports from those before it only; the commands beside them import from all."""
 DATA_PREP = (
     *("errors", "progress", "signals", "splits"),
-    *(f"sources.{name}" for name in ("decoding", "arrays", "files", "layouts", "datasets")),
+    *(f"sources.{name}" for name in ("decoding", "arrays", "encoded", "pictures", "files", "tars")),
+    *(f"sources.{name}" for name in ("imagenet_labels", "imagenet", "layouts", "listed")),
+    *(f"sources.{name}" for name in ("tables", "webdataset", "parquet", "datasets")),
     *(f"beton.{name}" for name in ("reader", "workers", "writer")),
     *("options", "parts", "description", "publishing", "write_beton"),
 )

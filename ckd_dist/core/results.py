@@ -257,7 +257,8 @@ class Metric:
     """What the report reads of a line of metrics.jsonl."""
 
     split: str
-    top1: float
+    top1: float | None = None
+    """None of training images without labels."""
 
     __pydantic_config__ = _FINITE
 
@@ -269,10 +270,12 @@ def read_curve(path: Path, option: str) -> list[float]:
     for number, line in enumerate(path.read_bytes().splitlines(), start=1):
         try:
             metric = parse_json(line, Metric)
+            if metric.split == "val":
+                if metric.top1 is None:
+                    raise ValueError("no top1")
+                found.append(metric.top1)
         except ValueError as error:
             raise UserError(
                 f"{option}: line {number} of {path} is damaged ({error}): remove the file to go without this curve"
             ) from None
-        if metric.split == "val":
-            found.append(metric.top1)
     return found

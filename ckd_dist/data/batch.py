@@ -38,9 +38,11 @@ class Batch:
     images: torch.Tensor
     """float32 [n, 3, size, size], normalised, channels_last."""
     labels: torch.Tensor
-    """int64 [n]."""
+    """int64 [n]; zeros where the images are not `labelled`."""
     ids: torch.Tensor
     """Sample ids, int64 [n], on the CPU."""
+    labelled: bool = True
+    """Whether the images have labels."""
     mixed: Mixed | None = None
     """None unless the recipe has mixup or cutmix."""
     teacher_records: torch.Tensor | None = None

@@ -30,8 +30,9 @@ def open_images(data: LoaderConfig, *names: str) -> dict[str, DatasetInfo]:
     """Open the .beton files that the options data.NAME give, for those of the `names` that are set.
 
     Returns option -> description, as from `open_beton`; labels are those of the first file's classes, see
-    `classes.match`. Collective. Raises `UserError` on every rank for what these two refuse, and where two files, by the
-    way in which they were split, have images in common.
+    `classes.match`, or of the first that has labels; only those of data.train may lack them. Collective. Raises
+    `UserError` on every rank for what these two refuse, and where two files, by the way in which they were split, have
+    images in common.
     """
     found: dict[str, DatasetInfo] = {}
     for option, path in ((f"data.{name}", getattr(data, name)) for name in names):
@@ -40,7 +41,9 @@ def open_images(data: LoaderConfig, *names: str) -> dict[str, DatasetInfo]:
         info = open_beton(path, option, verify=data.verify)
         for before, other in found.items():
             _require_disjoint(before, other, option, info)
-        first = next(iter(found.values()), info)
+        if option != "data.train":
+            classes.require_labels(info, option, "what a model makes of them is compared with these")
+        first = next((each for each in found.values() if each.labelled), info)
         if first is not info:
             info = classes.match(info, option, first.classes, first.num_classes, str(first.path), data.map_classes)
         found[option] = info

@@ -18,10 +18,12 @@ def match(
     """The images of `info`, given as `option`, with the class indices of `reference`: a model, a store or other images,
     of `num_classes` classes whose names are `classes`, empty where it is of an older version.
 
-    With `how` by_name, data.map_classes, labels are mapped to the class of the same name. Raises `UserError` where
-    names or their order differ and `how` does not say what to do.
+    Images without labels take the classes. With `how` by_name, data.map_classes, labels are mapped to the class of the
+    same name. Raises `UserError` where names or their order differ and `how` does not say what to do.
     """
     own, expected = list(info.classes), list(classes)
+    if not info.labelled:
+        return replace(info, classes=tuple(expected), num_classes=num_classes)
     if not own or not expected:
         unnamed = reference if own else info.path
         require(how != "by_name", f"data.map_classes by_name: {unnamed} is of an older version and names no classes")
@@ -49,6 +51,15 @@ def match_model(
 ) -> DatasetInfo:
     """`match` with the classes in the `metadata` of a checkpoint, which the user gave as `reference`."""
     return match(info, option, metadata.get("classes", []), metadata["num_classes"], reference, how)
+
+
+def require_labels(info: DatasetInfo, option: str, why: str) -> None:
+    """Raise `UserError` where the images of `info`, given as `option`, have no labels, and say what needs them."""
+    require(
+        info.labelled,
+        f"{option}: the images of {info.path} have no labels, and {why}: write a file of images that have, such as "
+        "data_prep.write_beton --dataset imagefolder makes",
+    )
 
 
 def _advice(own: list[str], expected: list[str]) -> str:

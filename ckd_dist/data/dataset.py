@@ -34,6 +34,8 @@ class DatasetInfo:
     min_size: tuple[int, int]
     """Smallest (height, width) stored, in pixels."""
     max_size: tuple[int, int]
+    labelled: bool = True
+    """Whether the images have labels; without them num_classes is 1, until they take the classes of their teacher."""
     classes: tuple[str, ...] = ()
     """Name of each class; none in a file of an older version."""
     label_map: tuple[int, ...] | None = None
@@ -102,6 +104,7 @@ class _Description:
     beton_bytes: int
     image_size: _Sizes
     normalization: _Normalization
+    labels: bool = True
     classes: list[str] = field(default_factory=list)
     source: _Source | None = None
     recipe: _Recipe = field(default_factory=_Recipe)
@@ -138,6 +141,7 @@ def read_info(path: str | Path, option: str) -> DatasetInfo:
         std=values.normalization.std,
         min_size=values.image_size.min,
         max_size=values.image_size.max,
+        labelled=values.labels,
         classes=tuple(values.classes),
         source_hash=values.source.hash if values.source else None,
         holdout=None if part.holdout is None else (part.holdout, part.holdout_seed or 0),

@@ -250,6 +250,7 @@ class BetonLoader:
             images=torch.addcmul(self._shift, images.permute(0, 3, 1, 2).float(), self._scale),
             labels=labels,
             ids=ids,
+            labelled=self.info.labelled,
             mixed=None if other_labels is None or weights is None else Mixed(other_labels, weights),
             teacher_records=rows,
         )

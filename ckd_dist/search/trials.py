@@ -90,7 +90,7 @@ def prepare(requested: SearchConfig) -> Search:
     from ckd_dist.core import checkpoint, dist, precision
     from ckd_dist.data.beton import open_images
     from ckd_dist.store.manifest import Manifest
-    from ckd_dist.train import setup
+    from ckd_dist.train import setup, students
     from ckd_dist.train.teachers import CachedTeacher
 
     store = requested.teacher.store or ""
@@ -111,7 +111,9 @@ def prepare(requested: SearchConfig) -> Search:
     }
     origin = setup.origin(requested, config, images, teacher.inputs(used))
     origin = replace(origin, requested=shared_options(requested), resolved=shared_options(config))
-    return Search(config, origin, images, teacher, list_trials(config, manifest, teachers))
+    trials = list_trials(config, manifest, teachers)
+    students.require_labels_unused([trial.config for trial in trials], images["data.train"])
+    return Search(config, origin, images, teacher, trials)
 
 
 def list_trials(config: SearchConfig, manifest: Manifest, teachers: list[list[int | str]]) -> list[Trial]:

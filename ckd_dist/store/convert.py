@@ -39,7 +39,7 @@ def convert(store: Path, new_store: Path, train_images: str, wanted: Manifest) -
     """Write what is missing of `new_store`, of the manifest `wanted` of `describe_converted`, from the records of
     `store`; collective: ranks share the shards. Raises `UserError` for other images, and for damaged shards."""
     images = as_cached(open_beton(train_images, "data.train", verify=False), wanted, "STORE", store)
-    labels = torch.from_numpy(read_labels(images))
+    labels = torch.from_numpy(read_labels(images)) if images.labelled else None
     reader = StoreReader(str(store), list(wanted.members), images)
     reader.check_shards()
 
@@ -57,7 +57,7 @@ def convert(store: Path, new_store: Path, train_images: str, wanted: Manifest) -
                 for ids in np.array_split(np.arange(shard.first, shard.last + 1), -(-shard.count // 1024)):
                     rows = reader.rows(ids, shard.view, [members.index(shard.checkpoint)])[:, 0]
                     logits = reader.codec.decode(torch.from_numpy(rows), 1.0)
-                    writer.append(encode(manifest, shard, ids, logits, labels[ids]).numpy())
+                    writer.append(encode(manifest, shard, ids, logits, None if labels is None else labels[ids]).numpy())
                     done += len(ids)
                     progress.update(done, "converting")
                 writer.commit()

@@ -46,8 +46,10 @@ def require_images(manifest: Manifest, info: DatasetInfo, option: str, store: Pa
 
 
 def as_cached(info: DatasetInfo, manifest: Manifest, option: str, store: Path) -> DatasetInfo:
-    """The images of a store, their labels mapped as they were when it was written; raises `UserError` where they are
-    others."""
+    """The images of a store, their labels mapped as they were when it was written, and with its classes where they have
+    none; raises `UserError` where they are others."""
+    if not info.labelled:
+        info = replace(info, num_classes=manifest.dataset["num_classes"])
     label_map = manifest.dataset.get("label_map")
     if label_map is not None and len(label_map) == info.num_classes:
         info = replace(info, label_map=tuple(label_map), num_classes=manifest.dataset["num_classes"])

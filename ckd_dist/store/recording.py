@@ -40,9 +40,12 @@ def image_digests(manifest: Manifest, info: DatasetInfo) -> dict[str, str]:
 
 
 def encode(
-    manifest: Manifest, shard: Shard, ids: np.ndarray, logits: torch.Tensor, labels: torch.Tensor
+    manifest: Manifest, shard: Shard, ids: np.ndarray, logits: torch.Tensor, labels: torch.Tensor | None
 ) -> torch.Tensor:
-    """Records uint8 [n, bytes] of samples `ids` [n] of a shard: logits float32 [n, classes], labels int64 [n]."""
+    """Records uint8 [n, bytes] of samples `ids` [n] of a shard: logits float32 [n, classes], labels int64 [n], or None,
+    where the teacher's own answers stand for them: so top-k spends no place on a class that means nothing."""
+    if labels is None:
+        labels = logits.argmax(dim=1)
     codec, draws = manifest.recorded, None
     if codec.needs_draws:
         counter = SAMPLED_CODEC + manifest.checkpoints[shard.checkpoint]["epoch"]
@@ -122,7 +125,8 @@ class Recorder:
                 for batch, batch_logits in self.logits(needed, np.arange(first, last + 1), view):
                     for name, logits in batch_logits.items():
                         shard = writers[name].shard
-                        records = encode(self.manifest, shard, batch.ids.numpy(), logits, batch.labels)
+                        labels = batch.labels if batch.labelled else None
+                        records = encode(self.manifest, shard, batch.ids.numpy(), logits, labels)
                         disk.append(writers[name], records, logits)
                     yield len(batch.ids) * len(batch_logits)
                 for writer in writers.values():

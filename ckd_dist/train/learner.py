@@ -104,7 +104,8 @@ class Learner:
         if self.averaged is not None:
             self.averaged.update(step + 1)
         with torch.no_grad():
-            values["top1"] = batch.top1(logits.argmax(dim=1))
+            if batch.labelled:
+                values["top1"] = batch.top1(logits.argmax(dim=1))
             self._names = list(values)
             # It stays on the device: the host waits for it only when a log line is due.
             self._sums.append(torch.stack(list(values.values())).sum(dim=1))

@@ -82,7 +82,9 @@ def fit(
                     seconds, waited = clock.lap()
                     for learner in active:
                         values = learner.log(seconds, waited)
-                        note = f"loss {values['loss']:.3f}  top1 {values['top1']:.1f}"
+                        note = f"loss {values['loss']:.3f}"
+                        if "top1" in values:
+                            note += f"  top1 {values['top1']:.1f}"
                 if save:
                     for learner in active:
                         learner.check_weights()

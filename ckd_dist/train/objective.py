@@ -38,7 +38,8 @@ class DistillationLoss:
     """Of these checkpoints, in their order."""
 
     def __call__(self, logits: torch.Tensor, batch: Batch, epoch: int) -> dict[str, torch.Tensor]:
-        """A `learner.Loss`; beside the loss, the teacher's top-1 and its agreement with the student, in percent."""
+        """A `learner.Loss`; beside the loss, the teacher's top-1, where there are labels, and its agreement with the
+        student, in percent."""
         assert batch.teacher_records is not None
         config, kd = self.config, self.config.kd
         records = torch.stack([batch.teacher_records[:, column] for column in self.columns[epoch]], dim=1)
@@ -46,6 +47,9 @@ class DistillationLoss:
             self.codec, records, kd, logits, weights=self.weights, combine=config.teacher.combine
         )
         values = losses.distillation(logits, teacher, batch.labels, kd, config.label_smoothing, batch.mixed, ours)
-        values["teacher_top1"] = batch.top1(predictions)
+        if batch.labelled:
+            values["teacher_top1"] = batch.top1(predictions)
+        else:
+            del values["ce"]
         values["agreement"] = 100.0 * (predictions == logits.argmax(dim=1))
         return values

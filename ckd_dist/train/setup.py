@@ -178,7 +178,7 @@ def make_loaders(
     ahead = 0
     if config.data.order == "quasi_random":
         ahead, labels = config.data.window_pages, read_labels(info)
-        if (labels[1:] == labels[:-1]).mean() > 0.5 and info.num_classes > 2:
+        if info.labelled and (labels[1:] == labels[:-1]).mean() > 0.5 and info.num_classes > 2:
             say(f"warning: images of a class lie together in {info.path}, so batches have few: write it with --shuffle")
 
     def make(

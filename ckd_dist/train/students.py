@@ -11,7 +11,9 @@ import torch
 
 from ckd_dist.core import dist, identity, precision
 from ckd_dist.core.console import say
+from ckd_dist.core.errors import require
 from ckd_dist.core.identity import Input, saved_options
+from ckd_dist.data.classes import require_labels
 from ckd_dist.data.dataset import DatasetInfo, train_recipe
 from ckd_dist.data.recipe import ViewRecipe
 from ckd_dist.store.manifest import Manifest
@@ -77,6 +79,25 @@ def teacher_inputs(
     return inputs
 
 
+def require_labels_unused(configs: Sequence[DistillConfig], info: DatasetInfo) -> None:
+    """Raise `UserError` where the images to train on have no labels, and a student, of options that are resolved, would
+    learn from them."""
+    if info.labelled:
+        return
+    for each in configs:
+        if not each.teacher.checkpoints:
+            require_labels(info, "data.train", "a student without a teacher learns from nothing else")
+        require(
+            each.kd.alpha == 0,
+            f"kd.alpha is {each.kd.alpha:g}, and the images of {info.path} have no labels to weigh: give --kd.alpha 0",
+        )
+        require(
+            each.kd.loss != "dkd",
+            f"kd.loss dkd tells the label's class from the others, and the images of {info.path} have no labels: give "
+            "another, such as --kd.loss kd",
+        )
+
+
 @dataclass(frozen=True)
 class Distillation:
     """What students that share a loader are trained with."""
@@ -94,6 +115,7 @@ def set_up(
     """For configurations that are resolved, and images that have the teacher's classes; raises `UserError` where
     teacher, images and losses do not go together."""
     config = configs[0]
+    require_labels_unused(configs, info)
     records = teacher.open(configs, info) if teacher else None
     available = records.checkpoints if records else []
     plans = [TeacherSchedule.of(each.teacher, available, each.epochs) for each in configs]

@@ -8,8 +8,13 @@ from pathlib import Path
 from data_prep.errors import InputError
 from data_prep.sources.arrays import ArraySource, cifar10, cifar100, fashion_mnist, stacked_fashion_mnist
 from data_prep.sources.decoding import Decoding
-from data_prep.sources.files import FileSource
-from data_prep.sources.layouts import imagefolder, imagenet, tiny_imagenet
+from data_prep.sources.encoded import FileSource
+from data_prep.sources.imagenet import imagenet
+from data_prep.sources.layouts import imagefolder, images, tiny_imagenet
+from data_prep.sources.listed import part_files
+from data_prep.sources.parquet import parquet
+from data_prep.sources.tables import csv_table
+from data_prep.sources.webdataset import webdataset
 
 Source = ArraySource | FileSource
 
@@ -24,6 +29,7 @@ class Dataset:
         std: their standard deviation.
         downloaded: whether what is missing in the root folder is downloaded into it.
         packaged: whether Debian has it as a package, so that it needs no root folder.
+        suffix: of its files, which the root folder may also be one of.
     """
 
     load: Callable[..., Source]
@@ -31,8 +37,11 @@ class Dataset:
     std: tuple[float, float, float]
     downloaded: bool = False
     packaged: bool = False
+    suffix: str = ""
 
 
+IMAGENET = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+"""Mean and deviation of ImageNet, which serve for other photographs too."""
 DATASETS = {
     "fashion_mnist": Dataset(
         fashion_mnist, (0.2860, 0.2860, 0.2860), (0.3530, 0.3530, 0.3530), downloaded=True, packaged=True
@@ -43,8 +52,12 @@ DATASETS = {
     "cifar10": Dataset(cifar10, (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616), downloaded=True),
     "cifar100": Dataset(cifar100, (0.5071, 0.4867, 0.4408), (0.2675, 0.2565, 0.2761), downloaded=True),
     "tiny_imagenet": Dataset(tiny_imagenet, (0.4802, 0.4481, 0.3975), (0.2770, 0.2691, 0.2821)),
-    "imagenet": Dataset(imagenet, (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
-    "imagefolder": Dataset(imagefolder, (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),  # ImageNet's
+    "imagenet": Dataset(imagenet, *IMAGENET),
+    "imagefolder": Dataset(imagefolder, *IMAGENET),
+    "images": Dataset(images, *IMAGENET),
+    "csv": Dataset(csv_table, *IMAGENET, suffix=".csv"),
+    "parquet": Dataset(parquet, *IMAGENET, suffix=".parquet"),
+    "webdataset": Dataset(webdataset, *IMAGENET, suffix=".tar"),
 }
 
 
@@ -55,7 +68,7 @@ def load_source(name: str, root: Path | None, train: bool, decoding: Decoding | 
         name: a key of `DATASETS`.
         root: folder of the dataset; None for (stacked) Fashion-MNIST from Debian's package.
         train: the training images, or the test images (official validation set of ImageNet and
-            Tiny-ImageNet). For imagefolder both are the whole tree.
+            Tiny-ImageNet). Where `has_test_images` is false both are all images.
         decoding: how image files become pixels.
 
     Raises:
@@ -64,11 +77,19 @@ def load_source(name: str, root: Path | None, train: bool, decoding: Decoding | 
     dataset = DATASETS[name]
     if root is None and not dataset.packaged:
         raise InputError(f"--root: {name} needs a folder to read from, e.g. --root data/{name}")
-    if root is not None and not root.is_dir():
-        hint = "; the dataset is downloaded into it" if dataset.downloaded else ""
-        raise InputError(f"--root {root}: no such folder: correct it, or make it (mkdir -p {root}){hint}")
+    if root is not None and not root.is_dir() and not (dataset.suffix and root.is_file()):
+        mend = f"correct it, or make it (mkdir -p {root}); the dataset is downloaded into it"
+        kind = "folder or file" if dataset.suffix else "folder"
+        raise InputError(f"--root {root}: no such {kind}: {mend if dataset.downloaded else 'correct it'}")
     source = dataset.load(root, train)
     return replace(source, decoding=decoding) if decoding and isinstance(source, FileSource) else source
+
+
+def has_test_images(name: str, root: Path | None) -> bool:
+    """Whether the images to test on are others than those to train on."""
+    if root and (suffix := DATASETS[name].suffix):
+        return bool({"test", "validation"} & part_files(root, suffix).keys())
+    return name not in ("imagefolder", "images")
 
 
 def source_hash(name: str, source: Source) -> str:

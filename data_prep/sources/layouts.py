@@ -1,4 +1,4 @@
-"""How datasets of image files lie in their folders: imagefolder, ImageNet and Tiny-ImageNet.
+"""How datasets of image files lie in their folders: imagefolder, images without labels, and Tiny-ImageNet.
 
 Each function takes the root folder and whether the training images are wanted, or the test images, and raises
 `InputError` where the layout is another one.
@@ -10,7 +10,9 @@ from dataclasses import replace
 from pathlib import Path
 
 from data_prep.errors import InputError
-from data_prep.sources.files import FileSource, class_folders, each_file_once, subfolders, utf8_name
+from data_prep.sources.encoded import FileSource
+from data_prep.sources.files import class_folders, each_file_once, images_below, names_below, subfolders
+from data_prep.sources.pictures import kinds, utf8_name
 
 
 def imagefolder(root: Path, train: bool) -> FileSource:
@@ -28,21 +30,13 @@ def imagefolder(root: Path, train: bool) -> FileSource:
     return class_folders(root, {name: root / name for name in classes}, left_out)
 
 
-def imagenet(root: Path, train: bool) -> FileSource:
-    """`root`/train/<wnid>/** or `root`/val/<wnid>/**; the classes are the WordNet ids."""
-    layout = f"the layout is {root}/train/<wnid>/*.JPEG and {root}/val/<wnid>/*.JPEG"
-    left_out: dict[str, Counter[str]] = {"train": Counter(), "val": Counter()}
-    wnids = {name: subfolders(root / name, left_out[name]) for name in left_out if (root / name).is_dir()}
-    split = "train" if train else "val"
-    if split not in wnids:
-        raise InputError(f"--root {root}: no folder {split}/ there; {layout}")
-    if not wnids[split]:
-        raise InputError(f"{root / split}: no class folders there; {layout}")
-    # An evaluation machine may hold val/ alone; where both are there, they must number the classes alike.
-    if len(wnids) == 2 and wnids["train"] != wnids["val"]:
-        odd = sorted(set(wnids["train"]) ^ set(wnids["val"]))
-        raise InputError(f"--root {root}: train/ and val/ hold different classes ({len(odd)}, e.g. {odd[0]}); {layout}")
-    return class_folders(root, {wnid: root / split / wnid for wnid in wnids[split]}, left_out[split])
+def images(root: Path, train: bool) -> FileSource:
+    """All images below `root`, without labels, for training and for testing alike."""
+    left_out: Counter[str] = Counter()
+    paths = images_below(root, {}, left_out)
+    if not paths:
+        raise InputError(f"--root {root}: no images there (left out: {kinds(left_out) or 'nothing'}): add some")
+    return each_file_once(paths, names_below(root, paths), [0] * len(paths), [], left_out)
 
 
 def tiny_imagenet(root: Path, train: bool) -> FileSource:
@@ -59,7 +53,7 @@ def tiny_imagenet(root: Path, train: bool) -> FileSource:
         source = class_folders(root, {wnid: root / "train" / wnid / "images" for wnid in wnids}, Counter())
         return replace(source, classes=classes)
     paths, labels = _tiny_imagenet_validation(root, wnids)
-    return each_file_once(root, paths, labels, classes, Counter())
+    return each_file_once(paths, names_below(root, paths), labels, classes, Counter())
 
 
 def _tiny_imagenet_validation(root: Path, wnids: list[str]) -> tuple[list[str], list[int]]:

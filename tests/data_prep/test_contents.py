@@ -73,6 +73,7 @@ def test_the_json_has_the_agreed_keys_and_true_values(tmp_path):
         "compress_probability": None,
         "compress_seed": None,
     }
+    assert description.pop("labels") is True
     assert description == {
         "format": 1,
         "dataset": "fashion_mnist",

@@ -127,17 +127,6 @@ def spoil_layout(case: str, root: Path) -> tuple[str, str]:
     if case == "imagefolder with a loop for a class":
         (root / "dog").symlink_to(".")
         return f"error: {root}/dog: a class without images (1 folders linked in a loop or twice)", "remove the folder"
-    if case == "imagenet without val":
-        (root / "val").rename(root / "validation")
-        return f"error: --root {root}: no folder val/", f"{root}/val/<wnid>/*.JPEG"
-    if case == "imagenet with a flat val":
-        for wnid in list((root / "val").iterdir()):
-            next(wnid.iterdir()).rename(root / "val" / f"{wnid.name}.JPEG")
-            wnid.rmdir()
-        return f"error: {root}/val: no class folders", f"{root}/val/<wnid>/*.JPEG"
-    if case == "imagenet with another class in val":
-        (root / "val" / "n01440764").rename(root / "val" / "n99999999")
-        return f"error: --root {root}: train/ and val/ hold different classes (2, e.g. n01440764)", "layout"
     if case == "tiny_imagenet without wnids":
         (root / "wnids.txt").unlink()
         return f"error: {root}/wnids.txt: No such file", "official layout"
@@ -162,9 +151,6 @@ def spoil_layout(case: str, root: Path) -> tuple[str, str]:
         "imagefolder with a folder in two classes",
         "imagefolder with a file in two classes",
         "imagefolder with a loop for a class",
-        "imagenet without val",
-        "imagenet with a flat val",
-        "imagenet with another class in val",
         "tiny_imagenet without wnids",
         "tiny_imagenet without annotations",
         "tiny_imagenet with an unknown class",

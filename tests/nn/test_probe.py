@@ -48,13 +48,12 @@ def test_what_makes_the_logits_is_found_whatever_its_class(name, size, heads):
     assert set(logit_modules(build_model(name, 10), size)) == heads
 
 
-def test_a_prepared_model_trains_as_it_did_and_compiles():
+def test_a_prepared_model_gives_what_it_gave():
     torch.manual_seed(0)
     plain = build_model("resnet8", 10)
     model = prepare(copy.deepcopy(plain), "resnet8", 10, 32, "data.image_size")
     images = torch.randn(4, 3, 32, 32)
     assert torch.equal(plain(images), model(images))
-    assert torch.allclose(torch.compile(model)(images), model(images), atol=1e-5)
 
 
 class Lazy(nn.Module):
