@@ -19,6 +19,7 @@ from ckd_dist.core.options import load_config
 from ckd_dist.nn.models import load_model
 from ckd_dist.train.options import AdoptConfig
 from tests.helpers.commands import run
+from tests.helpers.data_prep import write
 from tests.helpers.here import run_here
 from tests.helpers.stores import contents
 from tests.helpers.training import metrics, summary
@@ -246,6 +247,16 @@ def test_a_list_of_classes_is_a_line_each(files, fashion, tmp_path):
     ):
         path.write_bytes(content)
         assert expected in refusal(*words(files.values(), fashion, tmp_path / "run", "--classes", path))
+
+
+def test_images_without_labels_measure_nothing(files, photographs, tmp_path):
+    pictures = tmp_path / "pictures.beton"
+    root = photographs.with_name("others")
+    assert (
+        write("--dataset", "images", "--root", root, "--split", "train", "--holdout", 0, "--out", pictures).status == 0
+    )
+    found = refusal(*words(files.values(), {"holdout": pictures}, tmp_path / "run"))
+    assert "data.val: the images of" in found and "have no labels" in found and not (tmp_path / "run").exists()
 
 
 def test_the_least_accuracy_may_be_reached(files, fashion, tmp_path):
