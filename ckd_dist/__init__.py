@@ -1,1 +1,27 @@
-"""Distributed knowledge distillation from a teacher's checkpoints."""
+"""Distributed knowledge distillation from a teacher's checkpoints.
+
+What a training loop of your own takes of it, docs/loops.md: names that are imported when they are first used, so that
+`import ckd_dist` is quick.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from ckd_dist.api.store import Store, open_store
+
+__all__ = ["Store", "open_store"]
+
+_MODULES = {"Store": "store", "open_store": "store"}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _MODULES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f"ckd_dist.api.{_MODULES[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -69,7 +69,8 @@ class Manifest:
     """How views are drawn (`ViewRecipe.to_dict`)."""
     view_seed: int
     forward: dict
-    """How the teacher saw the images: `image_size`, `mean`, `std`, `amp`."""
+    """How the teacher saw the images: `image_size`, `mean`, `std`, `amp`; `transform`, the name of what changed the
+    views, where `ckd_dist.cache` was given any."""
     codec: dict
     """What is kept of the logits (`Codec.to_dict`)."""
     shard_size: int
@@ -240,6 +241,7 @@ class _Forward:
     mean: tuple[float, float, float]
     std: tuple[float, float, float]
     amp: Literal["bfloat16", "float16", "off"]
+    transform: str | None = None
 
 
 @dataclass(kw_only=True)

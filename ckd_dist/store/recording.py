@@ -14,10 +14,8 @@ from torch import nn
 from ckd_dist.core import checkpoint, dist
 from ckd_dist.core.console import ProgressDisplay, say
 from ckd_dist.core.errors import require
-from ckd_dist.data import loader
 from ckd_dist.data.batch import Batch
 from ckd_dist.data.dataset import DatasetInfo
-from ckd_dist.data.loader import BetonLoader
 from ckd_dist.data.options import LoaderConfig
 from ckd_dist.data.recipe import ViewRecipe
 from ckd_dist.data.views.draws import SAMPLED_CODEC, uniforms
@@ -35,6 +33,8 @@ write. The ranges are what ranks share out."""
 
 def image_digests(manifest: Manifest, info: DatasetInfo) -> dict[str, str]:
     """`loader.image_digests` of the images as the teacher of a store saw them."""
+    from ckd_dist.data import loader  # which needs FFCV
+
     recipe = ViewRecipe.from_dict(manifest.recipe)
     return loader.image_digests(info, recipe, manifest.view_seed, manifest.forward["image_size"])
 
@@ -55,6 +55,8 @@ class Recorder:
     """The images and the teacher's run that a manifest names: gives the checkpoints' logits of any view."""
 
     def __init__(self, manifest: Manifest, info: DatasetInfo, run: str, config: LoaderConfig, device: torch.device):
+        from ckd_dist.data.loader import BetonLoader  # which needs FFCV
+
         self.manifest, self.device, self.batch_size = manifest, device, config.batch_size
         self._trajectory = checkpoint.trajectory(run, "teacher.run")
         forward = manifest.forward
