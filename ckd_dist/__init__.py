@@ -11,16 +11,26 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from ckd_dist.api.store import Store, open_store
+    from ckd_dist.api.views import Views, ViewSampler
+    from ckd_dist.data.beton_images import BetonImages
+    from ckd_dist.data.recipe import ViewRecipe
 
-__all__ = ["Store", "open_store"]
+__all__ = ["BetonImages", "Store", "ViewRecipe", "ViewSampler", "Views", "open_store"]
 
-_MODULES = {"Store": "store", "open_store": "store"}
+_MODULES = {
+    "BetonImages": "data.beton_images",
+    "Store": "api.store",
+    "ViewRecipe": "data.recipe",
+    "ViewSampler": "api.views",
+    "Views": "api.views",
+    "open_store": "api.store",
+}
 
 
 def __getattr__(name: str) -> Any:
     if name not in _MODULES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(importlib.import_module(f"ckd_dist.api.{_MODULES[name]}"), name)
+    return getattr(importlib.import_module(f"ckd_dist.{_MODULES[name]}"), name)
 
 
 def __dir__() -> list[str]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from os import PathLike
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 import torch
@@ -17,6 +17,9 @@ from ckd_dist.nn.options import KDConfig, LossName
 from ckd_dist.store.codecs.sparse import SparseCodec
 from ckd_dist.store.codecs.targets import compared_logits, require_supported
 from ckd_dist.store.reader import StoreReader
+
+if TYPE_CHECKING:
+    from ckd_dist.api.views import Views
 
 Ids = torch.Tensor | np.ndarray | Sequence[int]
 """Sample ids: integers [n]."""
@@ -72,6 +75,45 @@ class Store:
         """Compare every shard of the first `views` (default: all) with its checksum, as `distill` does before its first
         step. Collective: ranks share the work. Raises `UserError`, on every rank, for one that is missing or bad."""
         self.reader.check_shards(views)
+
+    def require_views(self, views: Views, *, student_only: str | None = None, other_pixels: bool = False) -> None:
+        """Raise `UserError` unless `views` are those that the teacher saw: recipe, seed, transform and, by `Views.
+        fingerprint`, the very pixels.
+
+        Args:
+            views: of any size; the fingerprints are made at the teacher's.
+            student_only: the name of the views' transform, where the teacher did not see it: the student's images then
+                differ from those that the teacher answered for.
+            other_pixels: take the images' word for it that they are the store's, decoded or scaled by other means: only
+                their number is compared.
+        """
+        for name, ours, theirs in (
+            ("recipe", self.recipe, views.recipe),
+            ("seed", self.seed, views.seed),
+            ("number of images", self.count, len(views)),
+        ):
+            require(ours == theirs, f"views: the store is of {name} {ours}, these are of {theirs}")
+        if student_only is None or student_only != views.transform_name:
+            require(
+                self.transform == views.transform_name,
+                f"transform_name: the store's teacher saw views with transform {self.transform}, these are with "
+                f"{views.transform_name}: give the store's, or name it as student_only",
+            )
+            require(student_only is None, f"student_only: the views' transform is {views.transform_name}")
+        else:
+            require(
+                self.transform is None,
+                f"student_only: the store's teacher saw views with transform {self.transform}, and these lack it",
+            )
+        if other_pixels:
+            return
+        found, known = views.fingerprint(self.image_size), self.reader.manifest.images
+        differ = [sample for sample, digest in found.items() if known.get(sample) != digest]
+        require(
+            not differ,
+            f"views: image {', '.join(differ)} is another one than the store's, or was decoded or scaled by other "
+            "means: give the file that the store was written from, as BetonImages, or say other_pixels=True",
+        )
 
     def records(self, ids: Ids, view: int | torch.Tensor) -> torch.Tensor:
         """Encoded logits of images under a view, as they lie on disk: uint8 [n, checkpoints, bytes], on the CPU.
@@ -129,8 +171,8 @@ class Store:
         weights: Sequence[float] | None = None,
         records: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """What `distill` minimises, of each image, in nats, float32 [n]: alpha times the cross entropy of the label, and
-        the rest the distillation loss. The mean over the batch is the loss of a step.
+        """What `distill` minimises, of each image, in nats, float32 [n]: alpha times the cross entropy of the label
+        and 1 - alpha times the distillation loss. The mean over the batch is the loss of a step.
 
         Args:
             student_logits: float [n, classes], with the gradient.
