@@ -76,6 +76,13 @@ class Store:
         step. Collective: ranks share the work. Raises `UserError`, on every rank, for one that is missing or bad."""
         self.reader.check_shards(views)
 
+    def normalize(self, images: torch.Tensor) -> torch.Tensor:
+        """Images uint8 [n, 3, size, size] as the teacher's model got them: float32 [n, 3, size, size], channels_last,
+        normalised by `mean` and `std`, on the same device, with the rounding of ckd_dist's own loader."""
+        mean, std = (torch.tensor(values, device=images.device).view(1, 3, 1, 1) for values in (self.mean, self.std))
+        images = images.to(memory_format=torch.channels_last).float()
+        return torch.addcmul(-mean / std, images, 1 / (255 * std))
+
     def require_views(self, views: Views, *, student_only: str | None = None, other_pixels: bool = False) -> None:
         """Raise `UserError` unless `views` are those that the teacher saw: recipe, seed, transform and, by `Views.
         fingerprint`, the very pixels.

@@ -37,8 +37,8 @@ def pixels(image: Any, name: str) -> np.ndarray:
         found = np.repeat(found[:, :, None], 3, axis=2)
     require(
         found.dtype == np.uint8 and found.ndim == 3 and found.shape[2] == 3 and found.size > 0,
-        f"{name} is {found.dtype} {list(found.shape)}: give a PIL image, uint8 [height, width, 3], or the bytes or path "
-        "of a file, before any transform",
+        f"{name} is {found.dtype} {list(found.shape)}: give a PIL image, uint8 [height, width, 3], or a file's "
+        "bytes or path, before any transform",
     )
     return np.ascontiguousarray(found)
 

@@ -10,7 +10,7 @@ from ckd_dist.data.views.geometry import mirror
 
 @compiled
 def finish(image, flip, key, recipe):
-    """Mirror, recolour and erase in place, as the draws of `key` say, a crop that was resized, uint8 [size, size, 3]."""
+    """Mirror, recolour and erase in place, as the draws of `key` say, a resized crop, uint8 [size, size, 3]."""
     if flip:
         mirror(image)
     if recipe.color_jitter > 0:

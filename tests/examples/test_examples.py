@@ -1,0 +1,52 @@
+"""The examples of other people's loops run, and train the student that distill trains."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+import torch
+
+from ckd_dist import distill
+from ckd_dist.core import checkpoint
+from ckd_dist.train.options import DistillConfig
+from tests.helpers.commands import ROOT, run
+from tests.helpers.here import here
+from tests.helpers.shared import make_once
+from tests.helpers.training import metrics
+
+SETTING = ("--epochs", 2, "--batch_size", 64)
+
+
+@pytest.fixture(scope="session")
+def reference(tmp_path_factory, fashion, store):
+    """The run that the examples are to repeat: two epochs of 18 steps from checkpoint 2, in float32."""
+
+    def make(folder):
+        data = ["--data.train", fashion["train"], "--data.batch_size", 64, "--teacher.store", store]
+        loss = ["--teacher.checkpoints", "[2]", "--kd.alpha", 0.5, "--kd.temperature", 4, "--amp", "off"]
+        model = ["--model.name", "resnet8", "--epochs", 2, "--optim.lr", 0.1, "--log_every", 1]
+        here(distill, DistillConfig, *data, *loss, *model, "--run_dir", folder / "run")
+
+    return make_once(tmp_path_factory, "reference", make) / "run"
+
+
+def losses(text):
+    """The loss of every step that an example printed."""
+    return [float(each) for each in re.findall(r"^step \d+ loss (\S+)$", text, re.MULTILINE)]
+
+
+def example(name, fashion, store, out, *more):
+    options = ("--images", fashion["train"], "--store", store, "--out", out, "--checkpoints", 2, *SETTING)
+    return losses(run(str(ROOT / "examples" / f"{name}.py"), *options, "--lr", 0.1, "--log_every", 1, *more).stdout)
+
+
+def test_plain_pytorch_has_the_loss_of_distill_at_every_step(fashion, store, reference, tmp_path):
+    found = example("plain_pytorch", fashion, store, tmp_path / "student.pt", "--workers", 1)
+    expected = [line["loss"] for line in metrics(reference)]
+    assert len(found) == len(expected) == 36
+    # distill divides a sum in float64 where the loop takes a mean in float32, and seven digits are printed.
+    assert found == pytest.approx(expected, rel=1e-6)
+    ours = torch.load(tmp_path / "student.pt", weights_only=True)
+    theirs = checkpoint.load(reference / "checkpoints" / "epoch_0002.pt", "")["weights"]
+    assert all(torch.equal(ours[name], theirs[name]) for name in {**ours, **theirs})
