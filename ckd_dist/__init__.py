@@ -10,19 +10,35 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from ckd_dist.api.caching import cache
+    from ckd_dist.api.loader import Loader
     from ckd_dist.api.store import Store, open_store
     from ckd_dist.api.views import Views, ViewSampler
     from ckd_dist.data.beton_images import BetonImages
     from ckd_dist.data.recipe import ViewRecipe
+    from ckd_dist.store.options import CodecConfig
 
-__all__ = ["BetonImages", "Store", "ViewRecipe", "ViewSampler", "Views", "open_store"]
+__all__ = [
+    "BetonImages",
+    "CodecConfig",
+    "Loader",
+    "Store",
+    "ViewRecipe",
+    "ViewSampler",
+    "Views",
+    "cache",
+    "open_store",
+]
 
 _MODULES = {
     "BetonImages": "data.beton_images",
+    "CodecConfig": "store.options",
+    "Loader": "api.loader",
     "Store": "api.store",
     "ViewRecipe": "data.recipe",
     "ViewSampler": "api.views",
     "Views": "api.views",
+    "cache": "api.caching",
     "open_store": "api.store",
 }
 

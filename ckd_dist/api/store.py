@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from ckd_dist.core.errors import require
-from ckd_dist.data.batch import Mixed
+from ckd_dist.data.batch import Mixed, normalized
 from ckd_dist.data.recipe import ViewRecipe
 from ckd_dist.nn import losses
 from ckd_dist.nn.options import KDConfig, LossName
@@ -79,9 +79,7 @@ class Store:
     def normalize(self, images: torch.Tensor) -> torch.Tensor:
         """Images uint8 [n, 3, size, size] as the teacher's model got them: float32 [n, 3, size, size], channels_last,
         normalised by `mean` and `std`, on the same device, with the rounding of ckd_dist's own loader."""
-        mean, std = (torch.tensor(values, device=images.device).view(1, 3, 1, 1) for values in (self.mean, self.std))
-        images = images.to(memory_format=torch.channels_last).float()
-        return torch.addcmul(-mean / std, images, 1 / (255 * std))
+        return normalized(images, self.mean, self.std)
 
     def require_views(self, views: Views, *, student_only: str | None = None, other_pixels: bool = False) -> None:
         """Raise `UserError` unless `views` are those that the teacher saw: recipe, seed, transform and, by `Views.
@@ -100,6 +98,10 @@ class Store:
             ("number of images", self.count, len(views)),
         ):
             require(ours == theirs, f"views: the store is of {name} {ours}, these are of {theirs}")
+        require(
+            self.reader.manifest.dataset.get("label_map") is None,
+            "views: the store's labels were mapped by data.map_classes, these are not: use Loader",
+        )
         if student_only is None or student_only != views.transform_name:
             require(
                 self.transform == views.transform_name,

@@ -8,12 +8,12 @@ from pathlib import Path
 import torch
 
 from ckd_dist.core import checkpoint, dist, precision
-from ckd_dist.core.options import Amp
 from ckd_dist.data import classes
 from ckd_dist.data.beton import open_beton
 from ckd_dist.data.dataset import train_recipe
 from ckd_dist.nn import models
 from ckd_dist.store.codecs import factory
+from ckd_dist.store.creation import held_amp
 from ckd_dist.store.manifest import Manifest, member_name
 from ckd_dist.store.options import CacheConfig
 from ckd_dist.store.recording import Recorder, image_digests
@@ -68,8 +68,3 @@ def describe(config: CacheConfig, device: torch.device) -> tuple[Manifest, Recor
     recorder = Recorder(manifest, info, config.teacher.run, config.data, device)
     manifest.images = image_digests(manifest, info)
     return manifest, recorder
-
-
-def held_amp(store: Path) -> Amp | None:
-    """Precision of the logits that `store` holds, None where there is no store yet."""
-    return Manifest.load(store, "store").forward["amp"] if (store / "manifest.json").exists() else None

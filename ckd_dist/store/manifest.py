@@ -160,6 +160,15 @@ class Manifest:
             a, b = mine.get(key), theirs.get(key)
             require(a == b, f"{here} has {key} {a}, {there} has {b}: they do not belong together")
 
+    def require_plain_views(self, option: str, store: Path) -> None:
+        """Raise `UserError` where a transform changed the views of `store`: FFCV's loader knows none."""
+        name = self.forward.get("transform")
+        require(
+            name is None,
+            f"{option}: the teacher of {store} saw views with the transform {name}, which this command does not know: "
+            "train with ckd_dist.Views, or cache plain views",
+        )
+
     def decoding_note(self, images: dict[str, str]) -> str | None:
         """A warning where `images`, decoded here, are not those that the teacher saw, else None."""
         differ = [sample for sample, digest in self.images.items() if images.get(sample) != digest]

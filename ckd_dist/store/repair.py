@@ -24,6 +24,7 @@ def repair(store: Path, train_images: str, run: str, name: str | None, batch_siz
     file that the store is of. Raises `UserError`, before anything is deleted, where these are others than the store's.
     """
     manifest = Manifest.load(store, "STORE")
+    manifest.require_plain_views("STORE", store)
     images = as_cached(open_beton(train_images, "data.train"), manifest, "STORE", store)
     recorder = Recorder(manifest, images, run, LoaderConfig(batch_size=batch_size), device)
     if note := manifest.decoding_note(image_digests(manifest, images)):

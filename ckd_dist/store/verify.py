@@ -34,6 +34,7 @@ def recompute(
     Raises `UserError` where the images or the run are not those of the store.
     """
     manifest = Manifest.load(store, "STORE")
+    manifest.require_plain_views("STORE", store)
     info = as_cached(info, manifest, "STORE", store)
     recorder = Recorder(manifest, info, run, config, device)
     reader = StoreReader(str(store), list(members), info)
