@@ -44,8 +44,9 @@ def main() -> None:
         persistent_workers=args.workers > 0,
     )
 
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     torch.manual_seed(args.seed)
-    model = build_model(args.model, store.num_classes).to(memory_format=torch.channels_last)
+    model = build_model(args.model, store.num_classes).to(device, memory_format=torch.channels_last)
     optimizer = torch.optim.SGD(
         model.parameters(), lr=args.lr, momentum=0.9, nesterov=True, weight_decay=5e-4, fused=True
     )
@@ -55,9 +56,10 @@ def main() -> None:
         for batch in loader:
             for group in optimizer.param_groups:
                 group["lr"] = args.lr * 0.5 * (1 + math.cos(math.pi * step / steps))
-            logits = model(store.normalize(batch["image"]))
+            images, labels = batch["image"].to(device), batch["label"].to(device)
+            logits = model(store.normalize(images))
             # Where the recipe mixes images, mixed=(batch["other_label"], batch["weight"]).
-            loss = store.loss(logits, batch["id"], epoch % store.views, batch["label"], alpha=0.5, temperature=4).mean()
+            loss = store.loss(logits, batch["id"], batch["view"], labels, alpha=0.5, temperature=4).mean()
             loss.backward()
             optimizer.step()
             optimizer.zero_grad()

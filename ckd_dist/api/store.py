@@ -92,12 +92,12 @@ class Store:
             other_pixels: take the images' word for it that they are the store's, decoded or scaled by other means: only
                 their number is compared.
         """
+        require(self.count == len(views), f"views: the store has {self.count} images, these are {len(views)}")
         for name, ours, theirs in (
             ("recipe", self.recipe, views.recipe),
             ("seed", self.seed, views.seed),
-            ("number of images", self.count, len(views)),
         ):
-            require(ours == theirs, f"views: the store is of {name} {ours}, these are of {theirs}")
+            require(ours == theirs, f"views: the store has {name} {ours}, these have {theirs}: give the store's")
         require(
             self.reader.manifest.dataset.get("label_map") is None,
             "views: the store's labels were mapped by data.map_classes, these are not: use Loader",

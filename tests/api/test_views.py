@@ -166,9 +166,9 @@ def test_a_store_refuses_other_views(fashion, store):
     opened.require_views(views(**blur), student_only="blur 3")
     for other, options, message in (
         (views(shifted), {}, "image 0, 400, 800, 1200 is another one"),
-        (views(seed=1), {}, "of seed 0, these are of 1"),
-        (views(recipe=RRC), {}, "the store is of recipe"),
-        (views(ckd_dist.BetonImages(fashion["holdout"])), {}, "number of images 1201, these are of 301"),
+        (views(seed=1), {}, "the store has seed 0, these have 1"),
+        (views(recipe=RRC), {}, "the store has recipe"),
+        (views(ckd_dist.BetonImages(fashion["holdout"])), {}, "the store has 1201 images, these are 301"),
         (views(**blur), {}, "saw views with transform None, these are with blur 3"),
         (views(**blur), {"student_only": "sharpen"}, "with blur 3"),
         (views(), {"student_only": "sharpen"}, "student_only: the views' transform is None"),
