@@ -46,7 +46,7 @@ def main() -> None:
         model = timm.create_model(args.model, num_classes=store.num_classes)
     else:
         model = build_model(args.model, store.num_classes)
-    model = model.to(device, memory_format=torch.channels_last)
+    model = model.to(device).to(memory_format=torch.channels_last)
     optimizer = create_optimizer_v2(
         model, opt="sgd", lr=args.lr, weight_decay=5e-4, filter_bias_and_bn=False, fused=True
     )
