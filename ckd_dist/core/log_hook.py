@@ -31,7 +31,7 @@ class LogHook:
             self._function(values)
         except Exception as error:
             raise UserError(
-                f"log_to: {self._name} failed at step {values['step']} ({_words(error)}): mend it, or leave it out, and "
+                f"log_to: {self._name} failed at step {values['step']} ({_words(error)}): mend it, or leave it out: "
                 "the same command goes on"
             ) from error
 

@@ -44,9 +44,7 @@ def test_it_gets_every_line_on_rank_0(fashion, tmp_path):
 
 def test_its_error_is_one_line_and_the_run_goes_on_without_it(fashion, tmp_path):
     done = train(fashion, tmp_path, "run", "fail", status=2)
-    message = (
-        "error: log_to: my_logging:fail failed at step 2 (RuntimeError: no network at all): mend it"
-    )
+    message = "error: log_to: my_logging:fail failed at step 2 (RuntimeError: no network at all): mend it"
     assert done.stderr.startswith(message) and done.stderr.count("\n") == 1
     train(fashion, tmp_path, "run", "log")
     assert len(metrics(tmp_path / "run")) == 3
