@@ -82,9 +82,11 @@ def main() -> None:
     steps = args.epochs * (len(views) // args.batch_size)
     cosine = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 0.5 * (1 + math.cos(math.pi * step / steps)))
     options = TrainingArguments(
+        use_cpu=not torch.cuda.is_available(),  # else, without a GPU, ranks would train apart
         output_dir=tempfile.mkdtemp(),
         num_train_epochs=args.epochs,
         max_grad_norm=0,
+        ddp_find_unused_parameters=False,
         seed=args.seed,
         dataloader_num_workers=args.workers,
         logging_steps=args.log_every,
@@ -94,7 +96,8 @@ def main() -> None:
     )
     distiller = Distiller(store, views, sampler, model=model, args=options, optimizers=(optimizer, cosine))
     distiller.train()
-    torch.save(model.state_dict(), args.out)
+    if distiller.is_world_process_zero():
+        torch.save(model.state_dict(), args.out)
 
 
 if __name__ == "__main__":

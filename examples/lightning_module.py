@@ -79,7 +79,8 @@ def main() -> None:
         enable_progress_bar=False,
     )
     trainer.fit(student, loader)
-    torch.save(student.model.state_dict(), args.out)
+    if trainer.is_global_zero:
+        torch.save(student.model.state_dict(), args.out)
 
 
 if __name__ == "__main__":

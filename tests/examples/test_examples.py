@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import re
-
 import pytest
 import torch
 
@@ -11,34 +9,20 @@ from ckd_dist import distill
 from ckd_dist.core import checkpoint
 from ckd_dist.train.options import DistillConfig
 from tests.helpers.commands import ROOT, run
+from tests.helpers.examples import distilling, example
 from tests.helpers.here import here
 from tests.helpers.shared import make_once
 from tests.helpers.training import metrics
 
-SETTING = ("--epochs", 2, "--batch_size", 64)
-
 
 @pytest.fixture(scope="session")
 def reference(tmp_path_factory, fashion, store):
-    """The run that the examples are to repeat: two epochs of 18 steps from checkpoint 2, in float32."""
+    """The run that the examples are to repeat."""
 
     def make(folder):
-        data = ["--data.train", fashion["train"], "--data.batch_size", 64, "--teacher.store", store]
-        loss = ["--teacher.checkpoints", "[2]", "--kd.alpha", 0.5, "--kd.temperature", 4, "--amp", "off"]
-        model = ["--model.name", "resnet8", "--epochs", 2, "--optim.lr", 0.1, "--log_every", 1]
-        here(distill, DistillConfig, *data, *loss, *model, "--run_dir", folder / "run")
+        here(distill, DistillConfig, *distilling(fashion, store, folder / "run"))
 
     return make_once(tmp_path_factory, "reference", make) / "run"
-
-
-def losses(text):
-    """The loss of every step that an example printed."""
-    return [float(each) for each in re.findall(r"^step \d+ loss (\S+)$", text, re.MULTILINE)]
-
-
-def example(name, fashion, store, out, *more):
-    options = ("--images", fashion["train"], "--store", store, "--out", out, "--checkpoints", 2, *SETTING)
-    return losses(run(str(ROOT / "examples" / f"{name}.py"), *options, "--lr", 0.1, "--log_every", 1, *more).stdout)
 
 
 @pytest.mark.parametrize("name", ["plain_pytorch", "timm_loop", "lightning_module", "hf_trainer"])
