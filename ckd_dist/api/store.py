@@ -11,6 +11,7 @@ import torch
 
 from ckd_dist.core.errors import require
 from ckd_dist.data.batch import Mixed, normalized
+from ckd_dist.data.beton_images import BetonImages
 from ckd_dist.data.recipe import ViewRecipe
 from ckd_dist.nn import losses
 from ckd_dist.nn.options import KDConfig, LossName
@@ -82,8 +83,8 @@ class Store:
         return normalized(images, self.mean, self.std)
 
     def require_views(self, views: Views, *, student_only: str | None = None, other_pixels: bool = False) -> None:
-        """Raise `UserError` unless `views` are those that the teacher saw: recipe, seed, transform and, by `Views.
-        fingerprint`, the very pixels.
+        """Raise `UserError` unless `views` are those that the teacher saw: recipe, seed, transform, the .beton file
+        by its hash where there is one and, by `Views.fingerprint`, the very pixels.
 
         Args:
             views: of any size; the fingerprints are made at the teacher's.
@@ -116,6 +117,10 @@ class Store:
             )
         if other_pixels:
             return
+        dataset = self.reader.manifest.dataset
+        if isinstance(views.images, BetonImages) and dataset["content_hash"].startswith("sha256:"):
+            own = views.images.info.content_hash
+            require(own == dataset["content_hash"], f"views: {views.images.info.path} is not the file of the store")
         found, known = views.fingerprint(self.image_size), self.reader.manifest.images
         differ = [sample for sample, digest in found.items() if known.get(sample) != digest]
         require(

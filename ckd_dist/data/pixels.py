@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from ckd_dist.core.errors import UserError, require
+from ckd_dist.core.errors import UserError
 
 
 def pixels(image: Any, name: str) -> np.ndarray:
@@ -35,11 +35,11 @@ def pixels(image: Any, name: str) -> np.ndarray:
     found = np.asarray(image)
     if found.ndim == 2:
         found = np.repeat(found[:, :, None], 3, axis=2)
-    require(
-        found.dtype == np.uint8 and found.ndim == 3 and found.shape[2] == 3 and found.size > 0,
-        f"{name} is {found.dtype} {list(found.shape)}: give a PIL image, uint8 [height, width, 3], or a file's "
-        "bytes or path, before any transform",
-    )
+    if found.dtype != np.uint8 or found.ndim != 3 or found.shape[2] != 3 or not found.size:
+        raise UserError(
+            f"{name} is {found.dtype} {list(found.shape)}: give a PIL image, uint8 [height, width, 3], or a file's "
+            "bytes or path, before any transform"
+        )
     return np.ascontiguousarray(found)
 
 

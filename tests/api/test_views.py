@@ -162,9 +162,12 @@ def test_a_store_refuses_other_views(fashion, store):
     opened.require_views(views())
     shifted = [images[(i + 1) % len(images)] for i in range(len(images))]
     opened.require_views(views(shifted), other_pixels=True)
+    another = ckd_dist.BetonImages(fashion["train"])
+    another.info = replace(another.info, content_hash="sha256:0")
     blur = {"transform": v2.GaussianBlur(3), "transform_name": "blur 3"}
     opened.require_views(views(**blur), student_only="blur 3")
     for other, options, message in (
+        (views(another), {}, "train.beton is not the file of the store"),
         (views(shifted), {}, "image 0, 400, 800, 1200 is another one"),
         (views(seed=1), {}, "the store has seed 0, these have 1"),
         (views(recipe=RRC), {}, "the store has recipe"),
