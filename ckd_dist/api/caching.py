@@ -75,15 +75,8 @@ def cache(
     """
     folder, device = Path(store), torch.device(device)
     require(num_views >= 1 and shard_size >= 1, "num_views, shard_size: give 1 at least")
-    require(len(mean) == len(std) == 3 and min(std) > 0, "mean, std: give three numbers each, those of std above 0")
     names = _by_member_name(models)
-    forward = {
-        "image_size": views.size,
-        "mean": [float(value) for value in mean],
-        "std": [float(value) for value in std],
-        "amp": precision.resolve_amp(amp, dist.on_main(lambda: held_amp(folder))),
-        **({"transform": views.transform_name} if views.transform_name else {}),
-    }
+    forward = _forward(views, mean, std, amp, folder)
     manifest = _describe(names, views, forward, num_views, codec or CodecConfig(), shard_size, device)
 
     def create_and_list() -> tuple[Manifest, recording.Work]:
@@ -107,6 +100,18 @@ def _by_member_name(models: Mapping[int | str, nn.Module]) -> dict[str, nn.Modul
         found[member_name(int(match[2]), match[1])] = model
     require(bool(found), "models: none is given")
     return found
+
+
+def _forward(views: Views, mean: Sequence[float], std: Sequence[float], amp: Amp, store: Path) -> dict:
+    """How the models see the images, as a manifest has it; collective."""
+    require(len(mean) == len(std) == 3 and min(std) > 0, "mean, std: give three numbers each, those of std above 0")
+    return {
+        "image_size": views.size,
+        "mean": [float(value) for value in mean],
+        "std": [float(value) for value in std],
+        "amp": precision.resolve_amp(amp, dist.on_main(lambda: held_amp(store))),
+        **({"transform": views.transform_name} if views.transform_name else {}),
+    }
 
 
 def _describe(

@@ -211,21 +211,7 @@ class Store:
         config = KDConfig(loss=loss, alpha=alpha, temperature=temperature, beta=beta)
         codec = self.reader.codec
         require_supported(codec, config, combine if len(self.checkpoints) > 1 else None)
-        require(
-            self.recipe.mixes == (mixed is not None),
-            "mixed: the store's images are mixed of two, give the second labels and the weights of the first"
-            if self.recipe.mixes
-            else "mixed: the store's images are not mixed: leave it out",
-        )
-        require(
-            loss != "dkd" or mixed is None or not isinstance(codec, SparseCodec),
-            "loss dkd needs the teacher's logits of both labels of a mixed image, and a sparse store keeps the first "
-            "one's: use a store of codec dense",
-        )
-        require(
-            weights is None or len(weights) == len(self.checkpoints),
-            f"weights: {len(weights or ())} values for {len(self.checkpoints)} checkpoints",
-        )
+        self._require_fitting(loss, mixed is not None, weights)
         if records is None:
             records = self.records(ids, view)
         records = records.to(student_logits.device, non_blocking=True)
@@ -234,3 +220,21 @@ class Store:
         ours, teacher, _ = compared_logits(codec, records, config, student, weights=shares, combine=combine)
         second = None if mixed is None else Mixed(*mixed)
         return losses.distillation(student, teacher, labels, config, label_smoothing, second, ours)["loss"]
+
+    def _require_fitting(self, loss: LossName, mixed: bool, weights: Sequence[float] | None) -> None:
+        """Raise `UserError` where arguments of `loss` do not fit the store."""
+        require(
+            self.recipe.mixes == mixed,
+            "mixed: the store's images are mixed of two, give the second labels and the weights of the first"
+            if self.recipe.mixes
+            else "mixed: the store's images are not mixed: leave it out",
+        )
+        require(
+            loss != "dkd" or not mixed or not isinstance(self.reader.codec, SparseCodec),
+            "loss dkd needs the teacher's logits of both labels of a mixed image, and a sparse store keeps the first "
+            "one's: use a store of codec dense",
+        )
+        require(
+            weights is None or len(weights) == len(self.checkpoints),
+            f"weights: {len(weights or ())} values for {len(self.checkpoints)} checkpoints",
+        )
