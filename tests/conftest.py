@@ -105,6 +105,7 @@ LONGEST = [
     "selection/test_choice.py",
     "data/test_classes.py",
     "train/test_distill.py",
+    "examples/test_examples.py",
     "search/test_side_by_side.py",
     "store/test_interruptions.py",
 ]

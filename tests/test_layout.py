@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-ORDER = ("core", "data", "nn", "store", "train", "selection", "search", "report", "studies", "bench")
+ORDER = ("core", "data", "nn", "store", "train", "api", "selection", "search", "report", "studies", "bench")
 """A folder of ckd_dist imports from those before it only; the commands beside them import from all."""
 DATA_PREP = (
     *("errors", "progress", "signals", "splits"),

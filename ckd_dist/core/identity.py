@@ -22,7 +22,16 @@ from ckd_dist.core.errors import UserError, require
 from ckd_dist.core.files import read_json, write_bytes_atomically
 from ckd_dist.core.options import flatten, read_yaml
 
-FREE = ("data.workers", "data.os_cache", "data.verify", "trust", "save_last_every", "log_every", "tensorboard")
+FREE = (
+    "data.workers",
+    "data.os_cache",
+    "data.verify",
+    "trust",
+    "save_last_every",
+    "log_every",
+    "tensorboard",
+    "log_to",
+)
 """Options that change how a result comes about, not what it is."""
 RESULTS = ("selection.json", "results.csv")
 """What a selection and a search leave when they are complete."""

@@ -22,6 +22,7 @@ from ckd_dist.core.console import say
 from ckd_dist.core.errors import UserError, require
 from ckd_dist.core.files import errors_name, lock, read_json, require_regular, write_bytes_atomically
 from ckd_dist.core.identity import RESULTS, Origin, require_same
+from ckd_dist.core.log_hook import LogHook
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,14 +75,17 @@ class RunFolder:
     that comes about.
     """
 
-    def __init__(self, path: str, origin: Origin, *, tensorboard: bool = False):
+    def __init__(self, path: str, origin: Origin, *, tensorboard: bool = False, log_to: str | None = None):
         """Create the folder with config.yaml, lineage.json and env.json, or go on in it.
 
-        Collective. Raises `UserError` on every rank when it holds a run of another origin, or when another process is
-        at work in it.
+        Collective. `log_to` names a function that rank 0 calls with every line, see `LogHook`. Raises `UserError` on
+        every rank when the folder holds a run of another origin, or another process is at work in it, or there is no
+        such function.
         """
         self.path = Path(path)
         self._writer: Any = None
+        self._hook: LogHook | None = None
+        dist.on_main(lambda: self._load_hook(log_to))
         self.complete = dist.on_main(lambda: self._prepare(origin))
         """Whether nothing is left to do."""
         self._tensorboard = dist.rank() == 0 and tensorboard
@@ -102,6 +106,10 @@ class RunFolder:
         self._write("env.json", json.dumps(environment(), indent=2) + "\n")
         (self.path / "summary.json").unlink(missing_ok=True)  # of fewer epochs
         return False
+
+    def _load_hook(self, log_to: str | None) -> None:
+        if log_to:
+            self._hook = LogHook(log_to)
 
     def rewind(self, step: int) -> None:
         """Forget the metrics of steps after `step`: the run goes on from there. Collective; raises `UserError` where
@@ -137,7 +145,7 @@ class RunFolder:
             write_bytes_atomically(record, kept)
 
     def log(self, split: str, step: int, epoch: int, **values: float) -> None:
-        """Append one JSON object to metrics.jsonl."""
+        """Append one JSON object to metrics.jsonl, and tell the user's function, if there is one."""
         if dist.rank():
             return
         record = self.path / "metrics.jsonl"
@@ -148,6 +156,8 @@ class RunFolder:
                 for name, value in values.items():
                     self._writer.add_scalar(f"{split}/{name}", value, step)
                 self._writer.flush()  # a process may end without notice
+        if self._hook is not None:
+            self._hook({"run": str(self.path), "split": split, "step": step, "epoch": epoch, **values})
 
     def write_summary(self, values: dict) -> None:
         """Write summary.json, the final figures: the run is complete."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -25,6 +25,13 @@ def over_labels(
     """`value`, a function of labels int64 [n] that gives [n]; of mixed images, its mean over both labels."""
     own = value(labels)
     return own if mixed is None else torch.lerp(value(mixed.labels), own, mixed.weights)
+
+
+def normalized(images: torch.Tensor, mean: Sequence[float], std: Sequence[float]) -> torch.Tensor:
+    """Images uint8 [n, 3, size, size] as a model gets them: float32 [n, 3, size, size], channels_last, on the same
+    device, by mean and deviation of pixels in [0, 1]; rounded as the FFCV loader rounds."""
+    mean_, std_ = (torch.tensor(list(values), device=images.device).view(1, 3, 1, 1) for values in (mean, std))
+    return torch.addcmul(-mean_ / std_, images.to(memory_format=torch.channels_last).float(), 1 / (255 * std_))
 
 
 Rows = Callable[[np.ndarray, int], np.ndarray]

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from ckd_dist.core.console import say
 from ckd_dist.core.errors import require
+from ckd_dist.core.options import Amp
 from ckd_dist.store.manifest import Manifest
 from ckd_dist.store.size import require_space
 from ckd_dist.store.writer import clear_leftovers, locked
@@ -71,3 +72,8 @@ def open_store(store: Path, manifest: Manifest) -> None:
     path = store / "manifest.json"
     if not path.exists() or path.read_bytes() != manifest.content():
         manifest.save(store)
+
+
+def held_amp(store: Path) -> Amp | None:
+    """Precision of the logits that `store` holds, None where there is no store yet."""
+    return Manifest.load(store, "store").forward["amp"] if (store / "manifest.json").exists() else None

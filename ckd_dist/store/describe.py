@@ -12,12 +12,12 @@ import torch
 from ckd_dist.core import checkpoint, dist, precision
 from ckd_dist.core.errors import require
 from ckd_dist.core.files import require_regular
-from ckd_dist.core.options import Amp
 from ckd_dist.data import classes
 from ckd_dist.data.beton import open_beton
 from ckd_dist.data.dataset import train_recipe
 from ckd_dist.nn import models, probe
 from ckd_dist.store.codecs import factory
+from ckd_dist.store.creation import held_amp
 from ckd_dist.store.manifest import Manifest, member_name
 from ckd_dist.store.options import CacheConfig
 from ckd_dist.store.recording import Recorder, image_digests
@@ -100,8 +100,3 @@ def chosen_classes(wanted: list[int | str] | str | None, metadata: Mapping[str, 
         columns.append(int(each) if is_index else names.index(each))
     require(len(set(columns)) == len(columns) > 1, "teacher.classes: give two classes or more, each once")
     return columns
-
-
-def held_amp(store: Path) -> Amp | None:
-    """Precision of the logits that `store` holds, None where there is no store yet."""
-    return Manifest.load(store, "store").forward["amp"] if (store / "manifest.json").exists() else None

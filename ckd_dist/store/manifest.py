@@ -70,7 +70,7 @@ class Manifest:
     view_seed: int
     forward: dict
     """How the teacher saw the images: `image_size`, `mean`, `std`, `amp`; `columns` of its logits that are kept, where
-    that is not all."""
+    that is not all; `transform`, the name of what changed the views, where `ckd_dist.cache` was given any."""
     codec: dict
     """What is kept of the logits (`Codec.to_dict`)."""
     shard_size: int
@@ -160,6 +160,15 @@ class Manifest:
             a, b = mine.get(key), theirs.get(key)
             require(a == b, f"{here} has {key} {a}, {there} has {b}: they do not belong together")
 
+    def require_plain_views(self, option: str, store: Path) -> None:
+        """Raise `UserError` where a transform changed the views of `store`: FFCV's loader knows none."""
+        name = self.forward.get("transform")
+        require(
+            name is None,
+            f"{option}: the teacher of {store} saw views with the transform {name}, which this command does not know: "
+            "train with ckd_dist.Views, or cache plain views",
+        )
+
     def decoding_note(self, images: dict[str, str]) -> str | None:
         """A warning where `images`, decoded here, are not those that the teacher saw, else None."""
         differ = [sample for sample, digest in self.images.items() if images.get(sample) != digest]
@@ -242,6 +251,7 @@ class _Forward:
     std: tuple[float, float, float]
     amp: Literal["bfloat16", "float16", "off"]
     columns: list[Annotated[int, Field(ge=0)]] | None = None
+    transform: str | None = None
 
 
 @dataclass(kw_only=True)

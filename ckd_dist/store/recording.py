@@ -14,10 +14,8 @@ from torch import nn
 from ckd_dist.core import checkpoint, dist
 from ckd_dist.core.console import ProgressDisplay, say
 from ckd_dist.core.errors import require
-from ckd_dist.data import loader
 from ckd_dist.data.batch import Batch
 from ckd_dist.data.dataset import DatasetInfo
-from ckd_dist.data.loader import BetonLoader
 from ckd_dist.data.options import LoaderConfig
 from ckd_dist.data.recipe import ViewRecipe
 from ckd_dist.data.views.draws import SAMPLED_CODEC, uniforms
@@ -35,6 +33,8 @@ write. The ranges are what ranks share out."""
 
 def image_digests(manifest: Manifest, info: DatasetInfo) -> dict[str, str]:
     """`loader.image_digests` of the images as the teacher of a store saw them."""
+    from ckd_dist.data import loader  # which needs FFCV
+
     recipe = ViewRecipe.from_dict(manifest.recipe)
     return loader.image_digests(info, recipe, manifest.view_seed, manifest.forward["image_size"])
 
@@ -67,10 +67,11 @@ class Recorder:
         code: str | None = None,
     ):
         """`code`: see `models.load_model`."""
+        from ckd_dist.data.loader import BetonLoader  # which needs FFCV
+
         self.manifest, self.device, self.batch_size, self._code = manifest, device, config.batch_size, code
         self._trajectory = checkpoint.trajectory(run, "teacher.run")
         forward = manifest.forward
-        self._columns: list[int] | None = forward.get("columns")
         self.loader = BetonLoader(
             info,
             config,
@@ -108,7 +109,8 @@ class Recorder:
             logits = {}
             for name, model in teachers.items():
                 every = forward_logits(model, batch.images, self.manifest.forward["amp"])
-                logits[name] = every if self._columns is None else every[:, self._columns]
+                columns = self.manifest.forward.get("columns")
+                logits[name] = every if columns is None else every[:, columns]
             yield batch, logits
 
     def write(

@@ -33,6 +33,7 @@ def repair(
     these are others than the store's.
     """
     manifest = Manifest.load(store, "STORE")
+    manifest.require_plain_views("STORE", store)
     images = as_cached(open_beton(train_images, "data.train"), manifest, "STORE", store)
     recorder = Recorder(manifest, images, run, LoaderConfig(batch_size=batch_size), device, code)
     if note := manifest.decoding_note(image_digests(manifest, images)):

@@ -35,6 +35,7 @@ def recompute(
     `code`: see `models.load_model`. Raises `UserError` where the images or the run are not those of the store.
     """
     manifest = Manifest.load(store, "STORE")
+    manifest.require_plain_views("STORE", store)
     info = as_cached(info, manifest, "STORE", store)
     recorder = Recorder(manifest, info, run, config, device, code)
     reader = StoreReader(str(store), list(members), info)

@@ -95,6 +95,9 @@ class TrainConfig:
     """Steps between the lines of metrics.jsonl."""
     tensorboard: bool = False
     """Write TensorBoard event files too (needs the extra `tensorboard`)."""
+    log_to: str | None = None
+    """A function of yours, module:function, that rank 0 calls with every line of metrics.jsonl, a dict: for Weights &
+    Biases, MLflow or Trackio."""
 
     def __post_init__(self) -> None:
         require_ranges(

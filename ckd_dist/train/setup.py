@@ -154,7 +154,7 @@ def open_run_folders(
     learners = []
     for run, model in zip(runs, networks, strict=True):
         config = run.config
-        folder = RunFolder(config.run_dir, run.origin, tensorboard=config.tensorboard)
+        folder = RunFolder(config.run_dir, run.origin, tensorboard=config.tensorboard, log_to=config.log_to)
         if folder.complete:
             summary = read_summary(folder.path)
             found = f", top1 {summary.top1:.2f}" if summary and summary.top1 is not None else ""

@@ -97,6 +97,7 @@ class CachedTeacher:
         seed, views = configs[0].data.view_seed, configs[0].data.views
         reader = StoreReader(self.path, all_checkpoints(configs), info)
         codec, manifest = reader.codec, self.manifest
+        manifest.require_plain_views("teacher.store", Path(self.path))
         _require_supported(configs, codec)
         is_topk = isinstance(codec, TopK)
         require(

@@ -5,6 +5,7 @@ Every draw comes from a counter-based generator keyed by those three integers (`
 see byte-identical images, and cached logits are addressed by (view, sample). No draw depends on the output's
 resolution.
 
-A module imports from those before it only: draws -> parameters -> geometry -> colour, erasing, mixing; libffcv ->
-render -> decoder. All but `decoder` is compiled by numba (`ckd_dist.data.jit`).
+A module imports from those before it only: draws -> parameters -> geometry -> colour, erasing, mixing -> finishing ->
+replay, which makes a view of pixels in memory; libffcv -> render -> decoder, which make it of FFCV's files, and alone
+need FFCV. All but `decoder` and the resizing of `replay` is compiled by numba (`ckd_dist.data.jit`).
 """

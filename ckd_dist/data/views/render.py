@@ -1,4 +1,4 @@
-"""A view of an image, put together: decoded, cropped, mirrored, its colours changed, erased and mixed."""
+"""A view of an image of FFCV's, put together: decoded, cropped, mirrored, its colours changed, erased and mixed."""
 
 from __future__ import annotations
 
@@ -10,10 +10,9 @@ from numba import int64
 from ckd_dist.data.ffcv_repairs import IMAGE_MODES
 from ckd_dist.data.jit import compiled
 from ckd_dist.data.recipe import ViewRecipe
-from ckd_dist.data.views.colour import colour_factors, jitter
 from ckd_dist.data.views.draws import stream_key
-from ckd_dist.data.views.erasing import erased_box, fill
-from ckd_dist.data.views.geometry import box_and_flip, copy_padded, mirror
+from ckd_dist.data.views.finishing import finish
+from ckd_dist.data.views.geometry import box_and_flip, copy_padded
 from ckd_dist.data.views.libffcv import decode_jpeg, resize_crop
 from ckd_dist.data.views.mixing import blend, draw_mix
 from ckd_dist.data.views.parameters import Parameters, parameters
@@ -75,10 +74,4 @@ def _render_image(image, key, recipe, out):
         crop = np.empty((h, w, 3), dtype=np.uint8)
         copy_padded(image, top, left, crop)
         resize_crop(crop, 0, 0, h, w, out)
-    if flip:
-        mirror(out)
-    if recipe.color_jitter > 0:
-        brightness, contrast, saturation = colour_factors(key, recipe)
-        jitter(out, brightness, contrast, saturation)
-    box, colour = erased_box(key, recipe)
-    fill(out, box, colour)
+    finish(out, flip, key, recipe)
