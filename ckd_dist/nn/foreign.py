@@ -18,7 +18,6 @@ import torch
 
 from ckd_dist.core.errors import UserError, require
 from ckd_dist.core.files import require_regular
-from ckd_dist.nn.weights import read_safetensors
 
 
 class _Unread(list):
@@ -75,12 +74,25 @@ def read(path: str | Path, option: str, *, trust: bool = False) -> Mapping[str, 
     require_regular(path, option)
     with open(path, "rb") as file:
         start = file.read(9)
-    content: Any = read_safetensors(str(path), option) if start[8:] == b"{" else _read_torch(path, option)
+    content: Any = _read_safetensors(str(path), option) if start[8:] == b"{" else _read_torch(path, option)
     require(
         isinstance(content, Mapping),
         f"{option}: {path} holds a {type(content).__name__}, not a dict of weights: save the model's state_dict()",
     )
     return content
+
+
+def _read_safetensors(path: str, option: str) -> dict[str, torch.Tensor]:
+    """All tensors of a file; raises `UserError` where it is damaged, or the library is missing."""
+    try:
+        from safetensors import SafetensorError
+        from safetensors.torch import load_file
+    except ModuleNotFoundError:
+        raise UserError(f"{option}: safetensors is not installed: pip install 'ckd_dist[export]'") from None
+    try:
+        return load_file(path)
+    except SafetensorError as error:
+        raise UserError(f"{option}: {path} is no whole safetensors file ({error}): get it anew") from None
 
 
 def _read_torch(path: Path, option: str) -> Any:

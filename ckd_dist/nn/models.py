@@ -189,9 +189,11 @@ def defining_file(name: str) -> tuple[str, str] | None:
 
 def _own(name: str) -> Callable[..., Any]:
     module, _, attribute = name.rpartition(":")
-    found = getattr(_module(name), attribute, None)
+    found: Any = _module(name)
+    for part in attribute.split("."):  # Class.method too
+        found = getattr(found, part, None)
     require(callable(found), f"{OPTION}: {module} has no function or class {attribute}")
-    return found  # type: ignore[return-value]
+    return found
 
 
 def _module(name: str) -> ModuleType:

@@ -21,7 +21,7 @@ class ModelConfig:
     """Arguments of the network's function or class: --model.options.NAME VALUE, or all of them as YAML. The number of
     classes is given by itself."""
     weights: str | None = None
-    """Initial weights: a file with a state dict (torch or safetensors), a checkpoint of this system, or the name of
+    """Initial weights: a checkpoint of this or another program (torch or safetensors), or the name of
     weights that the network's library publishes, DEFAULT for those it recommends."""
     auxiliary_weight: float = 0.0
     """Weight of the loss of auxiliary heads, of networks that have such; 0: they are not trained."""

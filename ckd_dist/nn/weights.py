@@ -10,9 +10,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from ckd_dist.core import checkpoint, dist
+from ckd_dist.core import checkpoint, dist, identity
 from ckd_dist.core.errors import UserError, require
-from ckd_dist.core.files import file_sha256, require_regular
+from ckd_dist.core.files import content_sha256, file_sha256
+from ckd_dist.core.identity import Input
+from ckd_dist.nn import fitting, foreign
 from ckd_dist.nn.options import ModelConfig
 
 OPTION = "model.weights"
@@ -51,64 +53,54 @@ def _shape(tensor: torch.Tensor) -> str:
 # ------------------------------------------------------------------------------------------- initial weights
 
 
-def initial_weights(config: ModelConfig) -> tuple[Weights, str]:
-    """The weights that model.weights stands for and their sha256: a file with a state dict (torch or safetensors), a
-    checkpoint of this system or, where there is no such file, published weights of the network's library by their name.
+def initial_input(config: ModelConfig) -> Input | None:
+    """What a result that begins with model.weights depends on; None where a library and a name decide. Collective where
+    the weights are published; raises `UserError` where there are none."""
+    given = config.weights
+    assert given is not None
+    content = _content(config.name, given)
+    if not is_published(given):
+        weights = content.get("weights", content)
+        of_torch = isinstance(weights, dict) and not given.endswith(".safetensors")
+        if of_torch and all(isinstance(each, torch.Tensor) for each in weights.values()):
+            return identity.weights(given, checkpoint.weights_sha256(weights))
+        return identity.foreign(given, content_sha256(Path(given)))
+    files = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin")
+    paths = [Path(config.name.removeprefix("hf/")) / each for each in files] if config.name.startswith("hf/") else []
+    found = next((path for path in paths if path.is_file()), None)
+    return identity.file(found, file_sha256(found)) if found else None
 
-    Collective where they are published: rank 0 downloads them first. Raises `UserError` where there are none.
-    """
+
+def load_initial(model: nn.Module, config: ModelConfig, heads: Sequence[str]) -> list[str]:
+    """Load what model.weights stands for: a file of `foreign.read`, of which `fitting.fit` takes what fits, or
+    published weights, of which, where they are of other classes, those of the `heads`, names of the modules that make
+    the logits, are left out. Returns what is to be said of them; raises `UserError` where they do not fit the model."""
     assert config.weights is not None
-    return _weights(config.name, config.weights)
+    content, what = _content(config.name, config.weights), f"{OPTION}: {config.weights}"
+    if not is_published(config.weights):
+        found = fitting.fit(content, model, config.name, what)
+        model.load_state_dict(found.weights)
+        return found.notes
+    own = model.state_dict()
+    of_heads = [key for key in own if key.rpartition(".")[0] in heads and key in content]
+    left_out = [key for key in of_heads if content[key].shape != own[key].shape]
+    load_fitting(model, {**content, **{key: own[key] for key in left_out}}, what, config.name)
+    return [f"it is of other classes: {', '.join(left_out)} start anew"] if left_out else []
 
 
 @lru_cache(maxsize=1)  # many students of a search begin with the same
-def _weights(name: str, given: str) -> tuple[Weights, str]:
-    if is_published(given):
-        dist.on_main(lambda: bool(_published(name, given)))
-        weights = _published(name, given)
-    else:
-        weights = read_weights(given, OPTION)
-    return weights, checkpoint.weights_sha256(weights)
-
-
-def read_weights(path: str, option: str) -> Weights:
-    """The state dict in a file; raises `UserError` where there is none."""
-    if path.endswith(".safetensors"):
-        require_regular(Path(path), option)
-        weights: Any = read_safetensors(path, option)
-    else:
-        state = checkpoint.load(path, option)
-        weights = state.get("weights", state)
-    named = isinstance(weights, dict) and all(isinstance(each, torch.Tensor) for each in weights.values())
-    require(named and bool(weights), f"{option}: {path} holds no weights")
-    return weights
-
-
-def read_safetensors(path: str, option: str) -> Weights:
-    """All tensors of a file; raises `UserError` where it is damaged, or the library is missing."""
-    try:
-        from safetensors import SafetensorError
-        from safetensors.torch import load_file
-    except ModuleNotFoundError:
-        raise UserError(f"{option}: safetensors is not installed: pip install 'ckd_dist[export]'") from None
-    try:
-        return load_file(path)
-    except SafetensorError as error:
-        raise UserError(f"{option}: {path} is no whole safetensors file ({error}): get it anew") from None
+def _content(name: str, given: str) -> Mapping[str, Any]:
+    """What a file of weights holds or, where there is no such file, the weights that the library of the network `name`
+    publishes; rank 0 downloads them first."""
+    if not is_published(given):
+        return foreign.read(given, OPTION)
+    dist.on_main(lambda: bool(_published(name, given)))
+    return _published(name, given)
 
 
 def is_published(given: str) -> bool:
     """Whether model.weights is the name of published weights, not a file."""
     return not Path(given).exists() and not Path(given).suffix and "/" not in given
-
-
-def published_file(name: str) -> tuple[Path, str] | None:
-    """(path, sha256) of the file whose content decides what published weights are: of a folder of transformers its
-    weights, or the index of them; None where a library and a name decide."""
-    files = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin")
-    paths = [Path(name.removeprefix("hf/")) / file for file in files] if name.startswith("hf/") else []
-    found = next((path for path in paths if path.is_file()), None)
-    return (found, file_sha256(found)) if found else None
 
 
 def _published(name: str, given: str) -> Weights:
@@ -139,17 +131,3 @@ def _published(name: str, given: str) -> Weights:
             f"{OPTION}: no file {given}, and published weights of that name for {name} could not be had ({why}): "
             "name a file, or get a network"
         ) from None
-
-
-def load_initial(model: nn.Module, config: ModelConfig, heads: Sequence[str]) -> list[str]:
-    """Load the `initial_weights`; of published ones for another number of classes, all but those of the `heads`, names
-    of the modules that make the logits. Returns the names of the tensors that were left out; raises `UserError` where
-    weights do not fit the model."""
-    assert config.weights is not None
-    weights, own = dict(initial_weights(config)[0]), model.state_dict()
-    left_out = []
-    if is_published(config.weights):
-        of_heads = [key for key in own if key.rpartition(".")[0] in heads and key in weights]
-        left_out = [key for key in of_heads if weights[key].shape != own[key].shape]
-    load_fitting(model, {**weights, **{key: own[key] for key in left_out}}, f"{OPTION}: {config.weights}", config.name)
-    return left_out

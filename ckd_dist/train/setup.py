@@ -43,11 +43,8 @@ def origin(
     """What a run is made of: options as they were `requested` and as they were resolved to `config`, the `images` and
     the `teacher` that options name, and initial weights."""
     inputs = {**{option: info.as_input() for option, info in images.items()}, **teacher}
-    path = config.model.weights
-    if path and not weights.is_published(path):
-        inputs["model.weights"] = identity.weights(path, weights.initial_weights(config.model)[1])
-    elif path and (found := weights.published_file(config.model.name)):
-        inputs["model.weights"] = identity.file(*found)
+    if config.model.weights and (found := weights.initial_input(config.model)):
+        inputs["model.weights"] = found
     if file := models.defining_file(config.model.name):
         inputs["model.source"] = identity.file(*file)
     return Origin(requested=to_dict(requested), resolved=to_dict(config), inputs=inputs)
@@ -115,8 +112,9 @@ def build_models(runs: Sequence[Run], info: DatasetInfo, device: torch.device) -
         options = run.config.model
         model = models.build_model(options.name, info.num_classes, options.options).to(device)
         probe.prepare(model, options.name, info.num_classes, size, "data.image_size")
-        if options.weights and (left_out := weights.load_initial(model, options, probe.logit_modules(model, size))):
-            say(f"{options.name}: {options.weights} is of other classes: {', '.join(left_out)} start anew")
+        if options.weights:
+            for note in weights.load_initial(model, options, probe.logit_modules(model, size)):
+                say(f"{options.weights}: {note}")
         networks.append(model)
     least = config.data.batch_size // dist.world_size()
     sides = {"data.image_size": (size, least), "data.val_image_size": (val_size, 0)}

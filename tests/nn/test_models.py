@@ -128,6 +128,9 @@ class Net(torch.nn.Module):
         self.fc = torch.nn.Linear(3 * helper.SCALE, num_classes)
     def forward(self, x):
         return self.fc(x.mean((2, 3)))
+    @classmethod
+    def narrow(cls, num_classes):
+        return cls(num_classes, width=1)
 def fixed():
     return Net(10)
 def broken(num_classes):
@@ -151,6 +154,7 @@ def test_ones_own_networks_are_there_by_file_or_module(own, tmp_path, monkeypatc
     assert build_model(f"{own}:Net", 7, {"width": 8})(torch.randn(2, 3, 8, 8)).shape == (2, 7)
     assert build_model(f"{own}:fixed", 7)(torch.randn(2, 3, 8, 8)).shape == (2, 10)  # which `prepare` refuses
     sys.path.insert(0, str(tmp_path))
+    assert build_model("net:Net.narrow", 7)(torch.randn(2, 3, 8, 8)).shape == (2, 7)
     assert build_model("net:Net", 7)(torch.randn(2, 3, 8, 8)).shape == (2, 7)
     path, digest = defining_file("net:Net")
     assert (path, digest) == (own, defining_file(f"{own}:fixed")[1])

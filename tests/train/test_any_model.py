@@ -250,7 +250,7 @@ def test_a_model_that_begins_with_a_librarys_weights_sees_images_as_they_did(wor
     run_here("train_teacher", *words, "--model.weights", "DEFAULT", "--optim.lr", 1e-9)
     said = capsys.readouterr().out
     assert "images of 32 px, normalised by mean (0.5, 0.5, 0.5)" in said
-    assert "DEFAULT is of other classes: classifier.weight, classifier.bias start anew" in said
+    assert "DEFAULT: it is of other classes: classifier.weight, classifier.bias start anew" in said
     from transformers import ViTForImageClassification
 
     kept = checkpoint.load(tmp_path / "run" / "checkpoints" / "epoch_0001.pt", "")
