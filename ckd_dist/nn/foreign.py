@@ -6,6 +6,7 @@ those of saved options, a stand-in that keeps nothing takes their place, and any
 
 from __future__ import annotations
 
+import json
 import re
 import tempfile
 import warnings
@@ -65,12 +66,14 @@ _DICTS = (
 def read(path: str | Path, option: str, *, trust: bool = False) -> Mapping[str, Any]:
     """What a checkpoint holds: dicts of tensors, numbers and strings, nested as they were saved; on the CPU.
 
-    A file of torch.save in either format, a safetensors file, or a folder of torch.distributed.checkpoint, whose index
-    is a pickle that runs what it names: only with `trust`. Raises `UserError`, naming `option`, for anything else.
+    A file of torch.save in either format, a safetensors file, a folder of transformers, or one of
+    torch.distributed.checkpoint, whose index is a pickle that runs what it names: only with `trust`. Raises
+    `UserError`, naming `option`, for anything else.
     """
     path = Path(path)
     if path.is_dir():
-        return _read_folder(path, option, trust)
+        of_transformers = (path / "config.json").is_file()
+        return _read_pretrained(path, option) if of_transformers else _read_folder(path, option, trust)
     require_regular(path, option)
     with open(path, "rb") as file:
         start = file.read(9)
@@ -178,11 +181,30 @@ def _names_in(path: Path) -> list[str]:
         return []
 
 
+def _read_pretrained(path: Path, option: str) -> dict[str, Any]:
+    """The weights in a folder of save_pretrained, and the epoch where it is of the Trainer: only the library knows by
+    which names they go in the network, which may be others than in the file."""
+    try:
+        from transformers import AutoModelForImageClassification
+    except ModuleNotFoundError:
+        raise UserError(f"{option}: transformers is not installed: pip install 'ckd_dist[hf]'") from None
+    try:
+        model = AutoModelForImageClassification.from_pretrained(path, local_files_only=True, trust_remote_code=False)
+        state = path / "trainer_state.json"
+        told = json.loads(state.read_text(encoding="utf-8")).get("epoch") if state.is_file() else None
+    except Exception as error:  # transformers raises many kinds: for another task, weights that are gone, ...
+        why = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+        raise UserError(f"{option}: {path} holds no image classifier of transformers ({why})") from None
+    epoch = {"epoch": round(told)} if isinstance(told, (int, float)) and told == round(told) else {}
+    return {"model": model.state_dict(), **epoch}
+
+
 def _read_folder(path: Path, option: str, trust: bool) -> Any:
     """A folder of torch.distributed.checkpoint, as FSDP saves it."""
     require(
         (path / ".metadata").is_file(),
-        f"{option}: {path} is a folder, but none of torch.distributed.checkpoint: name a checkpoint in it",
+        f"{option}: {path} is a folder, but none of transformers or torch.distributed.checkpoint: name a checkpoint in "
+        "it",
     )
     require(
         trust,

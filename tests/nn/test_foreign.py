@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import pickle
 import re
@@ -456,3 +457,24 @@ def test_a_dict_that_holds_itself_is_walked_once(tmp_path):
     state["self"] = state
     torch.save(state, tmp_path / "x.pt")
     assert fitting.fit(foreign.read(tmp_path / "x.pt", "files"), network(), "resnet8", "x.pt").key == "model"
+
+
+def test_folders_of_transformers_are_read_with_the_names_that_the_network_has(tmp_path):
+    """The library saves a ViT under other names than those of its modules."""
+    from transformers import ViTConfig, ViTForImageClassification
+
+    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
+    model = ViTForImageClassification(ViTConfig(**sizes, image_size=32, patch_size=8, num_labels=10))
+    folder = tmp_path / "checkpoint-500"
+    model.save_pretrained(folder)
+    (folder / "trainer_state.json").write_text(json.dumps({"epoch": 5.0, "global_step": 500}))
+    content = foreign.read(folder, "files")
+    assert foreign.epoch_of(content) == 5
+    found = fitting.fit(content, build_model(f"hf/{folder}", 10), "the network", "it")
+    assert all(torch.equal(each, found.weights[key]) for key, each in model.state_dict().items())
+    (folder / "model.safetensors").write_bytes(b"")
+    with pytest.raises(UserError, match=r"files: .*checkpoint-500 holds no image classifier of transformers \("):
+        foreign.read(folder, "files")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(UserError, match=r"is a folder, but none of transformers or torch\.dist"):
+        foreign.read(tmp_path / "empty", "files")
