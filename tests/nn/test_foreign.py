@@ -404,7 +404,7 @@ def test_what_is_no_checkpoint_of_weights_is_refused_by_name(tmp_path):
     with pytest.raises(UserError, match=r"files: no such file: .*/x"):
         foreign.read(path, "files")
     path.mkdir()
-    assert "is a folder, but none of torch.distributed.checkpoint" in refusal(path)
+    assert "is a folder, but none of transformers or torch.distributed" in refusal(path)
 
 
 @pytest.mark.parametrize("write", [plain, legacy, safetensors_file], ids=lambda write: write.__name__)
