@@ -49,22 +49,26 @@ class CachedTrajectoryConfig(TrajectoryConfig):
 class CodecConfig:
     """What a store keeps of each image's logits."""
 
-    codec: Literal["dense", "topk", "sampled"] = "dense"
-    """dense: all logits, 2 bytes a class, for every loss; topk: the k largest and statistics of all, 4k + 12 bytes, for
+    codec: Literal["dense", "transform", "topk", "sampled"] = "dense"
+    """dense: all logits, 2 bytes a class, for every loss; transform: all logits in `bytes` bytes by a basis fitted to
+    each checkpoint, for every loss; topk: the k largest and statistics of all, 4k + 12 bytes, for
     kd, soft_target, dkd and standardized at every temperature; sampled: k classes drawn from the teacher's softmax, an
     unbiased target, 4k bytes, for kd and soft_target at one temperature."""
     k: int | None = None
     """topk and sampled: classes kept of each image."""
     dtype: Literal["float16", "bfloat16"] | None = None
     """dense: type of the logits; default: float16."""
+    bytes: int | None = None
+    """transform: bytes of an image's logits; default: 54."""
     sample_temperature: float | None = None
     """sampled: temperature of the softmax that classes are drawn from, and of the loss; default: 1."""
 
     def __post_init__(self) -> None:
-        require_ranges(self, k=(2, COUNT[1]), sample_temperature=TEMPERATURE)
-        sparse = self.codec != "dense"
+        require_ranges(self, k=(2, COUNT[1]), bytes=(2, 4096), sample_temperature=TEMPERATURE)
+        sparse = self.codec in ("topk", "sampled")
         require(sparse == (self.k is not None), "k goes with --codec topk and sampled, which need it")
-        require(not sparse or self.dtype is None, f"dtype is for --codec dense, not {self.codec}")
+        require(self.codec == "dense" or self.dtype is None, f"dtype is for --codec dense, not {self.codec}")
+        require(self.codec == "transform" or self.bytes is None, f"bytes is for --codec transform, not {self.codec}")
         temperature = self.sample_temperature
         require(temperature is None or self.codec == "sampled", "sample_temperature is for --codec sampled")
 

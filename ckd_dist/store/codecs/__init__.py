@@ -5,6 +5,7 @@ A record is a fixed number of bytes for an image, a view and a checkpoint. Shard
 
     dense     2 * classes bytes   all logits: float16, or bfloat16 as the uint16 that hold its bits
     topk      4 * k + 12 bytes    the k largest logits and the statistics of all of them
+    transform bytes               all logits, by gain, points on a checkpoint's principal axes, and repairs
     sampled   4 * k bytes         k classes drawn from the teacher's softmax: an unbiased sparse target
 
 A new codec is one new file here, with a subclass of `base.Codec` or `sparse.SparseCodec`, and one line of `CODECS`.
@@ -15,9 +16,11 @@ from ckd_dist.store.codecs.base import Codec
 from ckd_dist.store.codecs.dense import Dense
 from ckd_dist.store.codecs.sampled import Sampled
 from ckd_dist.store.codecs.topk import TopK
+from ckd_dist.store.codecs.transform import Transform
 
 CODECS: dict[str, type[Codec]] = {
     Dense.name: Dense,
+    Transform.name: Transform,
     TopK.name: TopK,
     Sampled.name: Sampled,
 }

@@ -23,6 +23,8 @@ class Codec(ABC):
     """In `--codec` and in a store's manifest."""
     needs_draws: ClassVar[bool] = False
     """Whether `encode` is random, and needs `draws`."""
+    is_fitted: ClassVar[bool] = False
+    """Whether `encode` and `decode` need a basis that is fitted to a checkpoint, see `transform.Transform.fitted`."""
 
     num_classes: int
 
