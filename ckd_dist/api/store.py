@@ -164,8 +164,10 @@ class Store:
         teacher's as far as it was kept, at T = 1 or, where classes were drawn at random, at the temperature of the
         draw; `loss` knows more of such a store than these logits show.
         """
-        codec = self.reader.codec
-        members = [codec.decode(member, getattr(codec, "temperature", 1.0)) for member in records.unbind(dim=1)]
+        members = [
+            codec.decode(member, getattr(codec, "temperature", 1.0))
+            for codec, member in zip(self.reader.codecs, records.unbind(dim=1), strict=True)
+        ]
         return torch.stack(members, dim=1)
 
     def loss(
@@ -217,7 +219,9 @@ class Store:
         records = records.to(student_logits.device, non_blocking=True)
         student = student_logits.float()
         shares = None if weights is None else [weight / sum(weights) for weight in weights]
-        ours, teacher, _ = compared_logits(codec, records, config, student, weights=shares, combine=combine)
+        ours, teacher, _ = compared_logits(
+            self.reader.codecs, records, config, student, weights=shares, combine=combine
+        )
         second = None if mixed is None else Mixed(*mixed)
         return losses.distillation(student, teacher, labels, config, label_smoothing, second, ours)["loss"]
 

@@ -235,4 +235,4 @@ def _distillation_loss(codec: Codec) -> Loss:
     """The loss of a student that is distilled from one checkpoint."""
     words = ["--data.train=memory", "--model.name=resnet20", "--run_dir=-", "--epochs=1000"]
     config = load_config(DistillConfig, [*words, "--teacher.store=memory", "--teacher.checkpoints=[1]"])
-    return DistillationLoss(config, codec, columns=[[0]] * config.epochs, weights=[1.0])
+    return DistillationLoss(config, [[codec]] * config.epochs, columns=[[0]] * config.epochs, weights=[1.0])

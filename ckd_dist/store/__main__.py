@@ -79,8 +79,9 @@ def _parse(words: list[str]) -> argparse.Namespace:
         "--records", type=int, default=256, metavar="N", help="records of each checkpoint to compute anew (256)"
     )
     codec = added["convert"]
-    codec.add_argument("--codec", required=True, help="dense, topk or sampled")
+    codec.add_argument("--codec", required=True, help="dense, transform, topk or sampled")
     codec.add_argument("--k", help="topk and sampled: classes kept")
+    codec.add_argument("--bytes", help="transform: bytes of a record")
     codec.add_argument("--dtype", help="dense: float16 or bfloat16")
     codec.add_argument("--sample_temperature", metavar="T", help="sampled: temperature of the softmax")
     return parser.parse_args(words)
@@ -226,7 +227,7 @@ def convert(options: argparse.Namespace) -> int:
     from ckd_dist.core import dist
     from ckd_dist.store.convert import convert, describe_converted
 
-    given = {name: getattr(options, name) for name in ("codec", "k", "dtype", "sample_temperature")}
+    given = {name: getattr(options, name) for name in ("codec", "k", "bytes", "dtype", "sample_temperature")}
     config = load_config(CodecConfig, [f"--{name}={value}" for name, value in given.items() if value is not None])
     wanted = describe_converted(options.store, options.train, config)
     with dist.process_group():

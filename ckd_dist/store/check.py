@@ -12,6 +12,7 @@ import numpy as np
 from ckd_dist.core import dist
 from ckd_dist.core.console import ProgressDisplay
 from ckd_dist.core.files import file_sha256, parse_json
+from ckd_dist.store import bases
 from ckd_dist.store.manifest import Manifest, Shard, Sidecar
 
 
@@ -31,9 +32,10 @@ def records_begin(file: BinaryIO, manifest: Manifest, shard: Shard) -> int:
     return start
 
 
-def shard_fault(store: Path, manifest: Manifest, shard: Shard) -> str | None:
+def shard_fault(store: Path, manifest: Manifest, shard: Shard, basis_sha256: str | None = None) -> str | None:
     """What is wrong with a shard, beginning with its path, or None: it is missing, it belongs elsewhere, its content
-    does not match its checksum, or is no array of the codec's records. Reads the whole file."""
+    does not match its checksum, is no array of the codec's records, or was encoded with another basis. Reads the whole
+    file."""
     path = shard.path(store)
     sidecar_path = path.with_suffix(".json")
     try:
@@ -41,7 +43,7 @@ def shard_fault(store: Path, manifest: Manifest, shard: Shard) -> str | None:
             if each.exists() and not each.is_file():
                 return f"{each} is not a regular file"
         found = asdict(parse_json(sidecar_path.read_bytes(), Sidecar))
-        expected = asdict(manifest.sidecar(shard, file_sha256(path)))
+        expected = asdict(manifest.sidecar(shard, file_sha256(path), basis_sha256))
     except FileNotFoundError as error:
         return f"{error.filename} is missing"
     except OSError as error:
@@ -68,9 +70,12 @@ def faults(
     shards = [shard for name in names or manifest.checkpoints for shard in manifest.checkpoint_shards(name, views)]
     mine = range(dist.rank(), len(shards), dist.world_size())
     found: dict[int, str] = {}
+    wrong = {name: bases.fault(store, manifest, name) for name in dict.fromkeys(shard.checkpoint for shard in shards)}
+    checksums = {name: None if wrong[name] else bases.checksum(store, manifest, name) for name in wrong}
     with dist.uneven_work(), ProgressDisplay(len(mine), unit="shards") as progress:
         for done, index in enumerate(mine, start=1):
-            if fault := shard_fault(store, manifest, shards[index]):
+            name = shards[index].checkpoint
+            if fault := wrong[name] or shard_fault(store, manifest, shards[index], checksums[name]):
                 found[index] = fault
             progress.update(done, f"checking {store}")
     everyones = {index: fault for each in dist.gather_objects(found) for index, fault in each.items()}

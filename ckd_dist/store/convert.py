@@ -14,6 +14,7 @@ from ckd_dist.core.console import ProgressDisplay, say
 from ckd_dist.core.errors import require
 from ckd_dist.data.beton import open_beton
 from ckd_dist.data.loader import read_labels
+from ckd_dist.store import bases
 from ckd_dist.store.codecs import factory
 from ckd_dist.store.creation import create_or_extend
 from ckd_dist.store.manifest import Manifest, Shard
@@ -50,14 +51,25 @@ def convert(store: Path, new_store: Path, train_images: str, wanted: Manifest) -
     manifest, missing = dist.on_main(create_and_list)
     members = list(wanted.members.values())
     mine = missing[dist.rank() :: dist.world_size()]
+
+    def logits_of(name: str) -> bases.Logits:
+        return lambda ids, view: iter([dense(ids, view, name)])
+
+    def dense(ids: np.ndarray, view: int, name: str) -> torch.Tensor:
+        rows = reader.rows(ids, view, [members.index(name)])[:, 0]
+        return reader.codec.decode(torch.from_numpy(rows), 1.0)
+
+    names = list(dict.fromkeys(shard.checkpoint for shard in missing))
+    bases.fit_missing(new_store, manifest, names, logits_of)
+    codecs = dict(zip(names, bases.codecs(new_store, manifest, names), strict=True))
     done = 0
     with dist.uneven_work(), ProgressDisplay(sum(shard.count for shard in mine), unit="records") as progress:
         for shard in mine:
-            with ShardWriter(new_store, shard, manifest) as writer:
+            codec, checksum = codecs[shard.checkpoint], bases.checksum(new_store, manifest, shard.checkpoint)
+            with ShardWriter(new_store, shard, manifest, checksum) as writer:
                 for ids in np.array_split(np.arange(shard.first, shard.last + 1), -(-shard.count // 1024)):
-                    rows = reader.rows(ids, shard.view, [members.index(shard.checkpoint)])[:, 0]
-                    logits = reader.codec.decode(torch.from_numpy(rows), 1.0)
-                    writer.append(encode(manifest, shard, ids, logits, None if labels is None else labels[ids]).numpy())
+                    logits, own = dense(ids, shard.view, shard.checkpoint), None if labels is None else labels[ids]
+                    writer.append(encode(codec, manifest, shard, ids, logits, own).numpy())
                     done += len(ids)
                     progress.update(done, "converting")
                 writer.commit()

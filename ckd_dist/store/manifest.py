@@ -56,6 +56,30 @@ class Sidecar:
     first: int
     last: int
     sha256: str
+    basis_sha256: str | None = None
+    """Of the checkpoint's basis, where the codec has one: see `bases`."""
+
+
+@dataclass(kw_only=True)
+class BasisSidecar:
+    """What the .json beside a checkpoint's basis holds, where the codec has one: see `bases`."""
+
+    __pydantic_config__ = {"extra": "forbid"}
+
+    identity: str
+    weights_sha256: str
+    checkpoint: str
+    sha256: str
+
+
+def basis_path(store: Path, checkpoint: str) -> Path:
+    """Where the basis of a checkpoint is; its checksum is in the .json of the same name."""
+    return store / checkpoint / "basis.npz"
+
+
+def read_basis_sidecar(store: Path, checkpoint: str) -> BasisSidecar:
+    """What stands beside a basis; raises `OSError` and `ValueError` where there is nothing, or it is damaged."""
+    return parse_json(basis_path(store, checkpoint).with_suffix(".json").read_bytes(), BasisSidecar)
 
 
 @dataclass(kw_only=True)
@@ -125,7 +149,16 @@ class Manifest:
         holds = flatten({key: value for key, value in self.identity.items() if key != "shard_size"})
         for name in sorted(checkpoints, key=str):
             holds[f"checkpoint {name}"] = self.checkpoints[self.members[name]]["weights_sha256"]
+            if self.recorded.is_fitted:
+                holds[f"basis {name}"] = self._basis_sha256(Path(store), self.members[name])
         return Input.of("store", store, holds)
+
+    @staticmethod
+    def _basis_sha256(store: Path, member: str) -> str | None:
+        try:
+            return read_basis_sidecar(store, member).sha256
+        except (OSError, ValueError):  # whoever reads its records says so
+            return None
 
     def shards(self, checkpoint: str, view: int) -> list[Shard]:
         """All shards of one view of one checkpoint, in order."""
@@ -141,8 +174,8 @@ class Manifest:
         """The shards of all checkpoints and views."""
         return [shard for name in self.checkpoints for shard in self.checkpoint_shards(name)]
 
-    def sidecar(self, shard: Shard, sha256: str) -> Sidecar:
-        """What stands beside a shard whose file has the checksum `sha256`."""
+    def sidecar(self, shard: Shard, sha256: str, basis_sha256: str | None) -> Sidecar:
+        """What stands beside a shard whose file has the checksum `sha256`, and its checkpoint's basis the other."""
         return Sidecar(
             identity=self.identity_hash,
             weights_sha256=self.checkpoints[shard.checkpoint]["weights_sha256"],
@@ -151,6 +184,7 @@ class Manifest:
             first=shard.first,
             last=shard.last,
             sha256=sha256,
+            basis_sha256=basis_sha256,
         )
 
     def require_same(self, other: Manifest, here: str, there: str) -> None:

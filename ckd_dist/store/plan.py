@@ -77,6 +77,7 @@ def plan(config: PlanConfig, device: torch.device) -> Plan:
     teachers, rank, world = recorder.load(group), dist.rank(), dist.world_size()
     with tempfile.TemporaryDirectory(prefix=".plan_", dir=disk) as folder:
         ((_, trial),) = missing_work(Path(folder), manifest, group, config.views, None)
+        recorder.fit(Path(folder), group)
         batches = recorder.write(Path(folder), teachers, trial[rank::world])
         dist.barrier()
         first, rate = _trial(batches, config.trial_seconds)

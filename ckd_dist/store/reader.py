@@ -18,6 +18,7 @@ from ckd_dist.core.errors import UserError, require
 from ckd_dist.data.dataset import DatasetInfo
 from ckd_dist.data.jit import compiled
 from ckd_dist.data.recipe import ViewRecipe
+from ckd_dist.store import bases
 from ckd_dist.store.check import faults, records_begin
 from ckd_dist.store.manifest import Manifest, Shard
 
@@ -101,6 +102,8 @@ class StoreReader:
         self.checkpoints = checkpoint.choose(available, checkpoints, "teacher.checkpoints")
         self._members = [available[name] for name in self.checkpoints]
         self.codec = self.manifest.recorded
+        """Of the records; where it is fitted to checkpoints, each has its own of `codecs`."""
+        self.codecs = bases.codecs(self.store, self.manifest, self._members)
         self._record_bytes = self.codec.record_bytes
         size = self._record_bytes * self.manifest.dataset["count"] * self.views * len(self._members)
         self._outgrows_memory = size > os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 2

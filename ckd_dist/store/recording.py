@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Generator, Iterator
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -21,7 +22,9 @@ from ckd_dist.data.recipe import ViewRecipe
 from ckd_dist.data.views.draws import SAMPLED_CODEC, uniforms
 from ckd_dist.nn import models
 from ckd_dist.nn.forward import forward_logits, to_device
+from ckd_dist.store import bases
 from ckd_dist.store.background import BackgroundWriter
+from ckd_dist.store.codecs.base import Codec
 from ckd_dist.store.manifest import Manifest, Shard
 from ckd_dist.store.size import format_bytes
 from ckd_dist.store.writer import ShardWriter, is_written
@@ -40,13 +43,14 @@ def image_digests(manifest: Manifest, info: DatasetInfo) -> dict[str, str]:
 
 
 def encode(
-    manifest: Manifest, shard: Shard, ids: np.ndarray, logits: torch.Tensor, labels: torch.Tensor | None
+    codec: Codec, manifest: Manifest, shard: Shard, ids: np.ndarray, logits: torch.Tensor, labels: torch.Tensor | None
 ) -> torch.Tensor:
-    """Records uint8 [n, bytes] of samples `ids` [n] of a shard: logits float32 [n, classes], labels int64 [n], or None,
-    where the teacher's own answers stand for them: so top-k spends no place on a class that means nothing."""
+    """Records uint8 [n, bytes] by the `codec` of a shard's checkpoint, of samples `ids` [n] of the shard: logits
+    float32 [n, classes], labels int64 [n], or None, where the teacher's own answers stand for them: so top-k spends no
+    place on a class that means nothing."""
     if labels is None:
         labels = logits.argmax(dim=1)
-    codec, draws = manifest.recorded, None
+    draws = None
     if codec.needs_draws:
         counter = SAMPLED_CODEC + manifest.checkpoints[shard.checkpoint]["epoch"]
         draws = torch.from_numpy(uniforms(manifest.view_seed, shard.view, ids, counter))
@@ -113,22 +117,47 @@ class Recorder:
                 logits[name] = every if columns is None else every[:, columns]
             yield batch, logits
 
+    def fit(self, store: Path, names: list[str]) -> None:
+        """Fit the bases that are missing, if the codec has any; collective."""
+
+        def logits_of(name: str) -> bases.Logits:
+            return partial(self._sampled_logits, self.load([name]))
+
+        bases.fit_missing(store, self.manifest, names, logits_of)
+
+    def _sampled_logits(self, teachers: dict[str, nn.Module], ids: np.ndarray, view: int) -> Iterator[torch.Tensor]:
+        """The logits of the one teacher for samples `ids`, sorted, of a view, from the same batches as when their
+        records are written: in another batch they may differ in the last digit."""
+        ((name, _),) = teachers.items()
+        for shard in self.manifest.shards(name, view):
+            wanted = ids[(ids >= shard.first) & (ids <= shard.last)]
+            starts = shard.first + np.unique((wanted - shard.first) // self.batch_size) * self.batch_size
+            batches = [np.arange(start, min(start + self.batch_size, shard.last + 1)) for start in starts]
+            if batches:
+                for batch, logits in self.logits(teachers, np.concatenate(batches), view):
+                    yield logits[name][torch.from_numpy(np.isin(batch.ids.numpy(), wanted))].cpu()
+
     def write(
         self, store: Path, teachers: dict[str, nn.Module], ranges: list[list[Shard]]
     ) -> Generator[int, None, None]:
         """Write shards, those of a range in one pass over its images; yields the number of records after each batch."""
+        codecs = dict(zip(teachers, bases.codecs(store, self.manifest, teachers), strict=True))
+        checksums = {name: bases.checksum(store, self.manifest, name) for name in teachers}
         with ExitStack() as opened, BackgroundWriter(self.device) as disk:
             for shards in ranges:
                 writers = {
-                    shard.checkpoint: opened.enter_context(ShardWriter(store, shard, self.manifest)) for shard in shards
+                    shard.checkpoint: opened.enter_context(
+                        ShardWriter(store, shard, self.manifest, checksums[shard.checkpoint])
+                    )
+                    for shard in shards
                 }
                 view, first, last = shards[0].view, shards[0].first, shards[0].last
                 needed = {name: teachers[name] for name in writers}
                 for batch, batch_logits in self.logits(needed, np.arange(first, last + 1), view):
                     for name, logits in batch_logits.items():
-                        shard = writers[name].shard
+                        shard, ids = writers[name].shard, batch.ids.numpy()
                         labels = batch.labels if batch.labelled else None
-                        records = encode(self.manifest, shard, batch.ids.numpy(), logits, labels)
+                        records = encode(codecs[name], self.manifest, shard, ids, logits, labels)
                         disk.append(writers[name], records, logits)
                     yield len(batch.ids) * len(batch_logits)
                 for writer in writers.values():
@@ -163,6 +192,7 @@ def write_work(store: Path, recorder: Recorder, work: Work) -> None:
     mine = [(group, ranges[rank::world]) for group, ranges in work]
     total = sum(count_records(ranges) for _, ranges in mine)
     started, done = time.perf_counter(), 0
+    recorder.fit(store, [name for group, _ in work for name in group])
     with dist.uneven_work(), ProgressDisplay(total, unit="records") as progress:
         for number, (group, ranges) in enumerate(mine, start=1):
             teachers = recorder.load(group) if ranges else {}

@@ -10,6 +10,7 @@ from ckd_dist.core import dist
 from ckd_dist.core.console import say
 from ckd_dist.data.beton import open_beton
 from ckd_dist.data.options import LoaderConfig
+from ckd_dist.store import bases
 from ckd_dist.store.check import faults
 from ckd_dist.store.manifest import Manifest
 from ckd_dist.store.reader import as_cached
@@ -49,6 +50,8 @@ def repair(
         with locked(store):
             for shard, _ in bad:
                 make_room(store, shard)
+            for name in names:
+                bases.remove_bad(store, manifest, name)
         views = {name: manifest.checkpoints[name]["views"] for name in names}
         return [each for name in names for each in missing_work(store, manifest, [name], views[name], 1)]
 

@@ -50,7 +50,7 @@ def recompute(
             ids = np.sort(rng.integers(0, info.count, len(share)))
             for batch, logits in recorder.logits(teachers, ids, int(view)):
                 records = reader.rows(batch.ids.numpy(), int(view), [number])[:, 0]
-                deviations = reader.codec.deviation(torch.from_numpy(records).to(device), logits[name])
+                deviations = reader.codecs[number].deviation(torch.from_numpy(records).to(device), logits[name])
                 for sample, deviation in zip(batch.ids.tolist(), deviations.tolist(), strict=True):
                     if not deviation <= TOLERANCE:
                         off.append((f"{name}, view {view}, sample {sample}", deviation))

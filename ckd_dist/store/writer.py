@@ -60,9 +60,10 @@ def array_header(manifest: Manifest, shard: Shard) -> bytes:
     return header.getvalue()
 
 
-def sidecar_content(manifest: Manifest, shard: Shard, sha256: str) -> bytes:
-    """The .json beside a shard whose content has the checksum `sha256`."""
-    return (json.dumps(asdict(manifest.sidecar(shard, sha256)), indent=2) + "\n").encode()
+def sidecar_content(manifest: Manifest, shard: Shard, sha256: str, basis_sha256: str | None) -> bytes:
+    """The .json beside a shard whose content has the checksum `sha256`, and its checkpoint's basis the other."""
+    values = asdict(manifest.sidecar(shard, sha256, basis_sha256))
+    return (json.dumps({key: each for key, each in values.items() if each is not None}, indent=2) + "\n").encode()
 
 
 class ShardWriter:
@@ -71,8 +72,9 @@ class ShardWriter:
     Others may write the same shard meanwhile: the first to commit wins, and what the others have is discarded.
     """
 
-    def __init__(self, store: Path, shard: Shard, manifest: Manifest):
-        self.shard, self._store, self._manifest = shard, store, manifest
+    def __init__(self, store: Path, shard: Shard, manifest: Manifest, basis_sha256: str | None = None):
+        """`basis_sha256`: of the basis that its records are encoded with, if they are with any."""
+        self.shard, self._store, self._manifest, self._basis_sha256 = shard, store, manifest, basis_sha256
         path = shard.path(store)
         path.parent.mkdir(parents=True, exist_ok=True)
         self._record_bytes = manifest.recorded.record_bytes
@@ -104,7 +106,7 @@ class ShardWriter:
             with locked(self._store):
                 if not is_written(self._store, self.shard):
                     make_room(self._store, self.shard)
-                    sidecar = sidecar_content(self._manifest, self.shard, self._digest.hexdigest())
+                    sidecar = sidecar_content(self._manifest, self.shard, self._digest.hexdigest(), self._basis_sha256)
                     write_bytes_atomically(self._new.path.with_suffix(".json"), sidecar)
                     self._new.publish()
         self._new.discard()

@@ -166,7 +166,7 @@ def fidelity(dense: Path, store: Path, temperature: int, count: int = 4096) -> d
 
     def log_softmax(of: StoreReader, at: int) -> torch.Tensor:
         records = torch.from_numpy(of.rows(ids, 0))
-        return F.log_softmax(teacher_logits(of.codec, records, KDConfig(temperature=at)) / at, dim=1)
+        return F.log_softmax(teacher_logits(of.codecs, records, KDConfig(temperature=at)) / at, dim=1)
 
     result: dict[str, float | None] = {"bytes": reader.codec.record_bytes}
     result["top8_mass"] = log_softmax(exact, temperature).exp().topk(8, dim=1).values.sum(1).mean().item()

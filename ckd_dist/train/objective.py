@@ -30,8 +30,8 @@ class DistillationLoss:
     """The labels' cross entropy and the distillation loss, weighted as `config.kd` says."""
 
     config: DistillConfig
-    codec: Codec
-    """Of the teacher's records."""
+    codecs: Sequence[Sequence[Codec]]
+    """For each epoch, those of the records of this student's checkpoints."""
     columns: Sequence[Sequence[int]]
     """For each epoch, the columns of `batch.teacher_records` that hold this student's checkpoints."""
     weights: list[float]
@@ -44,7 +44,7 @@ class DistillationLoss:
         config, kd = self.config, self.config.kd
         records = torch.stack([batch.teacher_records[:, column] for column in self.columns[epoch]], dim=1)
         ours, teacher, predictions = compared_logits(
-            self.codec, records, kd, logits, weights=self.weights, combine=config.teacher.combine
+            self.codecs[epoch], records, kd, logits, weights=self.weights, combine=config.teacher.combine
         )
         values = losses.distillation(logits, teacher, batch.labels, kd, config.label_smoothing, batch.mixed, ours)
         if batch.labelled:

@@ -127,7 +127,8 @@ def set_up(
             losses.append(LabelLoss(each.label_smoothing))
             continue
         own = [[shared.index(c) for c in wanted] for shared, wanted in zip(columns, plan.checkpoints, strict=True)]
-        losses.append(DistillationLoss(each, records.codec, own, plan.weights))
+        codecs = [[records.codecs[c] for c in wanted] for wanted in plan.checkpoints]
+        losses.append(DistillationLoss(each, codecs, own, plan.weights))
     views, seed, recipe = config.data.views, config.data.view_seed, None
     if isinstance(records, StoreReader):
         views, seed, recipe = views or records.views, records.manifest.view_seed, records.recipe

@@ -164,6 +164,11 @@ class OnlineTeacher:
         """Of the records."""
         return Dense(self.metadata["num_classes"])
 
+    @property
+    def codecs(self) -> list[Dense]:
+        """Of the records of each checkpoint."""
+        return [self.codec] * len(self.networks)
+
     def match(self, info: DatasetInfo, option: str, how: MapClasses | None) -> DatasetInfo:
         """The images with the teacher's classes, see `classes.match`."""
         return classes.match_model(info, option, self.metadata, self.path, how)

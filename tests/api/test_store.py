@@ -87,7 +87,7 @@ def test_every_codecs_loss_is_that_of_distill(store, fashion, tmp_path, codec, l
     )  # fmt: skip
     records = opened.records(IDS, 1)
     batch = Batch(images=torch.empty(0), labels=labels, ids=torch.tensor(IDS), teacher_records=records)
-    values = DistillationLoss(config, opened.reader.codec, [[0]], [1.0])(student, batch, 0)
+    values = DistillationLoss(config, [opened.reader.codecs], [[0]], [1.0])(student, batch, 0)
     torch.testing.assert_close(found, values["loss"], rtol=0, atol=0)
     gradients = [torch.autograd.grad(each.sum(), student)[0] for each in (found, values["loss"])]
     torch.testing.assert_close(*gradients, rtol=0, atol=0)

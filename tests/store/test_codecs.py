@@ -25,7 +25,7 @@ def case(n=64, classes=100, seed=0):
 
 
 def decoded(codec, logits, labels, draws, kd, student=None):
-    return targets.teacher_logits(codec, codec.encode(logits, labels, draws)[:, None], kd, student)
+    return targets.teacher_logits([codec], codec.encode(logits, labels, draws)[:, None], kd, student)
 
 
 def array(codec, records):
@@ -127,7 +127,7 @@ def test_topk_compares_the_rest_as_one_class(kind, temperature):
     top = TopK(50, 6).encode(logits, labels, draws)
     classes = torch.from_numpy(array(TopK(50, 6), top)["classes"].astype(np.int64))
     # The mass of the rest at other temperatures than 1 is the codec's own estimate, tested below.
-    estimate = targets.teacher_logits(TopK(50, 6), top[:, None], kd).double()
+    estimate = targets.teacher_logits([TopK(50, 6)], top[:, None], kd).double()
     scale = 1.0 if kind == "kd" else teacher.std(1, keepdim=True)
     p = (estimate / temperature).softmax(1)
     exact = (teacher / scale / temperature).softmax(1)
@@ -236,12 +236,13 @@ def test_an_ensemble_averages_logits_or_probabilities_by_weight():
     weights = [0.5, 0.3, 0.2]
     records = torch.stack([Dense(100).encode(member) for member in members], dim=1)
     kd = KDConfig(temperature=4.0)
-    mean = targets.teacher_logits(Dense(100), records, kd, weights=weights)
+    dense = [Dense(100)] * records.shape[1]
+    mean = targets.teacher_logits(dense, records, kd, weights=weights)
     torch.testing.assert_close(mean, sum(w * m for w, m in zip(weights, members, strict=True)))
-    target = targets.teacher_logits(Dense(100), records, kd, weights=weights, combine="probabilities")
+    target = targets.teacher_logits(dense, records, kd, weights=weights, combine="probabilities")
     expected = sum(w * (m / 4).softmax(1) for w, m in zip(weights, members, strict=True))
     torch.testing.assert_close((target / 4).softmax(1), expected)
-    standardized = targets.teacher_logits(Dense(100), records, KDConfig(loss="standardized"), weights=weights)
+    standardized = targets.teacher_logits(dense, records, KDConfig(loss="standardized"), weights=weights)
     torch.testing.assert_close(standardized, losses.standardize(mean))
 
 

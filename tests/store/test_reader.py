@@ -60,7 +60,7 @@ def test_an_ensemble_is_the_mean_of_its_members_and_the_default_is_the_last(stor
         (KDConfig(), "logits", (single[1] + single[3]) / 2),
         (KDConfig(loss="mse"), "logits", (single[1] + single[3]) / 2),
     ):
-        mean = targets.teacher_logits(Dense(10), both, kd, combine=combine)
+        mean = targets.teacher_logits([Dense(10)] * 2, both, kd, combine=combine)
         np.testing.assert_array_equal(mean, expected)
     np.testing.assert_array_equal(rows(store, fashion, [], ids, 1), single[3])
     np.testing.assert_array_equal(single[2][1], np.load(next(store.glob("epoch_0002/view_0001/*1200.npy")))[200])

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 
 from ckd_dist.core.errors import require
@@ -23,7 +25,7 @@ def require_supported(codec: Codec, kd: KDConfig, combine: str | None) -> None:
 
 
 def teacher_logits(
-    codec: Codec,
+    codecs: Sequence[Codec],
     records: torch.Tensor,
     kd: KDConfig,
     student: torch.Tensor | None = None,
@@ -31,17 +33,19 @@ def teacher_logits(
     weights: list[float] | None = None,
     combine: str = "logits",
 ) -> torch.Tensor:
-    """The teacher's logits for `losses.distillation` with the same `kd`: records uint8 [n, checkpoints, bytes] ->
-    float32 [n, classes]. Checkpoints are averaged as `losses.ensemble_logits` does it, by `weights` and `combine`. What
-    a sparse codec does not know is filled in from `student`, logits [n, classes], or evenly."""
-    members = [records[:, m] for m in range(records.shape[1])]
+    """The teacher's logits for `losses.distillation` with the same `kd`: records uint8 [n, checkpoints, bytes], each
+    by its own of the `codecs` -> float32 [n, classes]. Checkpoints are averaged as `losses.ensemble_logits`
+    does it, by `weights` and `combine`. What a sparse codec does not know is filled in from `student`, logits
+    [n, classes], or evenly."""
+    members = list(zip(codecs, records.unbind(dim=1), strict=True))
     standardized = kd.loss == "standardized"
     if standardized and len(members) == 1:
         # The softmax of (z - mean) / std at T is that of z at T * std; a shift changes nothing.
-        std = codec.std(members[0])[:, None] + losses.STANDARDIZE_EPS
+        ((codec, member),) = members
+        std = codec.std(member)[:, None] + losses.STANDARDIZE_EPS
         shape = None if student is None else losses.standardize(student) * std
-        return codec.decode(members[0], kd.temperature * std, shape) / std
-    logits = [codec.decode(member, kd.temperature, student) for member in members]
+        return codec.decode(member, kd.temperature * std, shape) / std
+    logits = [codec.decode(member, kd.temperature, student) for codec, member in members]
     if len(logits) == 1:
         return logits[0]
     average = losses.ensemble_logits(logits, weights, combine, kd.temperature)
@@ -49,7 +53,7 @@ def teacher_logits(
 
 
 def compared_logits(
-    codec: Codec,
+    codecs: Sequence[Codec],
     records: torch.Tensor,
     kd: KDConfig,
     student: torch.Tensor,
@@ -66,8 +70,9 @@ def compared_logits(
     """
 
     def teacher(filled_from: torch.Tensor | None = None) -> torch.Tensor:
-        return teacher_logits(codec, records, kd, filled_from, weights=weights, combine=combine)
+        return teacher_logits(codecs, records, kd, filled_from, weights=weights, combine=combine)
 
+    codec = codecs[0]
     if not isinstance(codec, SparseCodec):
         logits = teacher()
         return student, logits, logits.argmax(dim=1)
