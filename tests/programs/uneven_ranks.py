@@ -27,5 +27,5 @@ with dist.process_group():
     set_timeout(timedelta(seconds=1), td.group.WORLD)
     check.shard_fault = lambda *_: list(slowly()) and None
     assert check.faults(store, manifest, [name]) == []
-    recorder = SimpleNamespace(manifest=manifest, load=lambda _: {}, write=slowly)
+    recorder = SimpleNamespace(manifest=manifest, fit=lambda *_: None, load=lambda _: {}, write=slowly)
     recording.write_work(store, recorder, [([name], [[shard] for shard in manifest.shards(name, 0)])])

@@ -249,11 +249,31 @@ def test_an_ensemble_averages_logits_or_probabilities_by_weight():
 @pytest.mark.parametrize(
     ("codec", "kd", "combine", "expected"),
     [
-        (TopK(10, 4), KDConfig(loss="mse"), None, r"mse needs the logits of all 10 classes, and 4.*codec dense can"),
-        (TopK(10, 4), KDConfig(loss="dist"), None, "dist needs the logits of all 10 classes.*codec dense can"),
-        (TopK(10, 4), KDConfig(loss="standardized"), "logits", "all checkpoints together.*codec dense can"),
-        (Sampled(10, 4), KDConfig(loss="dkd", temperature=1), None, "dkd needs logits.*codec dense or topk can"),
-        (Sampled(10, 4), KDConfig(temperature=4), None, r"4.*drawn at 1\.0.*codec dense or topk can"),
+        (
+            TopK(10, 4),
+            KDConfig(loss="mse"),
+            None,
+            r"mse needs the logits of all 10 classes, and 4.*codec dense or transform can",
+        ),
+        (
+            TopK(10, 4),
+            KDConfig(loss="dist"),
+            None,
+            "dist needs the logits of all 10 classes.*codec dense or transform can",
+        ),
+        (
+            TopK(10, 4),
+            KDConfig(loss="standardized"),
+            "logits",
+            "all checkpoints together.*codec dense or transform can",
+        ),
+        (
+            Sampled(10, 4),
+            KDConfig(loss="dkd", temperature=1),
+            None,
+            "dkd needs logits.*codec dense or transform or topk can",
+        ),
+        (Sampled(10, 4), KDConfig(temperature=4), None, r"4.*drawn at 1\.0.*codec dense or transform or topk can"),
         (Sampled(10, 4), KDConfig(temperature=1), "logits", "give --teacher.combine probabilities"),
         (Dense(10), KDConfig(loss="mse"), "probabilities", "combine probabilities gives none"),
     ],

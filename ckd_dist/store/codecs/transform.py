@@ -5,7 +5,7 @@ record is, byte by byte:
 
     1              gain: how far the record is from the mean of all, of 256 logarithmic steps
     groups         product quantisation: each byte is one of 256 points of a group of principal axes
-    2 * repairs    the largest logits put right: 10 bits class and 6 bits error (uint16, little-endian)
+    2 * repairs    logits put right where that tells most: 10 bits class and 6 bits error (uint16, little-endian)
     3 * repairs    of more than 1024 classes: 16 bits class and 8 bits error
 
 Axes are shared out among groups by reverse water-filling: a group has as many as that gives eight bits together, one or
@@ -52,6 +52,7 @@ class Transform(Codec):
     def from_options(cls, config: CodecConfig, num_classes: int) -> Transform:
         """See `Codec`; raises `UserError` for too few bytes."""
         size = config.bytes or 54
+        require(num_classes <= 1 << 16, f"codec transform names classes by 16 bits, and there are {num_classes}")
         repairs = min(4 if size >= 28 else 2 if size >= 12 else 0, num_classes)
         found = cls(num_classes, size, repairs)
         require(found.groups >= 1, f"bytes is {size}: --codec transform needs 2 at least")
@@ -283,7 +284,7 @@ class FittedTransform(Transform):
     def encode(self, logits: torch.Tensor, labels: torch.Tensor, draws: torch.Tensor | None = None) -> torch.Tensor:
         """Logits float32 [n, classes] -> records uint8 [n, bytes]; labels and draws do not matter.
 
-        Projection and choice of points are in float64: what another shape of batch would round otherwise is a tie in
+        All is chosen in float64: what another shape of batch, or another machine, would round otherwise is a tie in
         1e12.
         """
         basis = self.basis.on(logits.device)
@@ -297,10 +298,11 @@ class FittedTransform(Transform):
         record = torch.stack([gain, *chosen], dim=1).to(torch.uint8)
         if not self.repairs:
             return record
-        where = logits.argsort(dim=1, descending=True, stable=True)[:, : self.repairs]
+        error = logits - self._transformed(record, torch.float64)
+        # Where the divergence loses most: the largest logits, unless the points have these right.
+        where = (logits.softmax(dim=1) * error.abs()).argsort(dim=1, descending=True, stable=True)[:, : self.repairs]
         most = 31 if self.repair_bytes == 2 else 127
-        error = (logits - self._transformed(record)).gather(1, where)
-        steps = (error / STEP).round().clamp(-most, most).long() + most + 1
+        steps = (error.gather(1, where) / STEP).round().clamp(-most, most).long() + most + 1
         packed = where | steps << 8 * self.repair_bytes - (6 if self.repair_bytes == 2 else 8)
         parts = [packed >> 8 * each & 255 for each in range(self.repair_bytes)]
         return torch.cat([record, torch.stack(parts, dim=2).flatten(1).to(torch.uint8)], dim=1)
@@ -310,7 +312,7 @@ class FittedTransform(Transform):
     ) -> torch.Tensor:
         """Records uint8 [n, bytes] -> logits float32 [n, classes], of mean near 0, whatever the temperature and the
         student."""
-        logits = self._transformed(records)
+        logits = self._transformed(records, torch.float32)
         if self.repairs:
             parts = records[:, 1 + self.groups :].long().unflatten(1, (self.repairs, self.repair_bytes)).unbind(dim=2)
             packed = sum(part << 8 * each for each, part in enumerate(parts))
@@ -319,10 +321,11 @@ class FittedTransform(Transform):
             logits.scatter_add_(1, packed & (1 << bits) - 1, ((packed >> bits) - most - 1) * STEP)
         return logits
 
-    def _transformed(self, records: torch.Tensor) -> torch.Tensor:
-        """What gain and groups say, float32 [n, classes]."""
+    def _transformed(self, records: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+        """What gain and groups say, [n, classes]."""
         basis = self.basis.on(records.device)
         rows = records[:, 1 : self.groups + 1].long() + basis.offsets
         coefficients = basis.points.flatten(0, 1)[rows].flatten(1)[:, basis.columns]
         gain = _gains(records.device)[records[:, 0].long()]
-        return torch.addmm(basis.centre, coefficients * gain[:, None], basis.axes)
+        centre, axes = basis.centre.to(dtype), basis.axes.to(dtype)
+        return torch.addmm(centre, (coefficients * gain[:, None]).to(dtype), axes)
