@@ -11,6 +11,8 @@
   python -m ckd_dist.store convert STORE NEW --codec topk --k 8 --data.train X.beton
                                              write a dense store once more with another codec, without the teacher
 
+  python -m ckd_dist.store compare STORE     what codecs of other sizes would keep of a dense store, to choose one
+
 plan, verify, repair and convert also run under torchrun. --json prints for machines.
 """
 
@@ -28,7 +30,7 @@ from ckd_dist.core.process import run_process
 from ckd_dist.data.options import LoaderConfig
 from ckd_dist.store.options import CodecConfig, PlanConfig
 
-COMMANDS = ("plan", "info", "verify", "repair", "convert")
+COMMANDS = ("plan", "info", "verify", "repair", "convert", "compare")
 
 
 def main(words: list[str] | None = None) -> int:
@@ -42,6 +44,8 @@ def main(words: list[str] | None = None) -> int:
         return info(options.store, options.json)
     if options.command == "verify":
         return verify(options)
+    if options.command == "compare":
+        return compare(options)
     return repair(options) if options.command == "repair" else convert(options)
 
 
@@ -55,7 +59,11 @@ def _parse(words: list[str]) -> argparse.Namespace:
     added = {name: commands.add_parser(name, allow_abbrev=False) for name in COMMANDS[1:]}
     for command in added.values():
         command.add_argument("store", type=Path, metavar="STORE")
-    for name in ("info", "verify"):
+    added["compare"].add_argument(
+        "--bytes", type=int, nargs="+", default=[16, 28, 54], metavar="N", help="sizes of transform (16 28 54)"
+    )
+    added["compare"].add_argument("--checkpoint", type=_epoch, metavar="EPOCH", help="of which checkpoint (the last)")
+    for name in ("info", "verify", "compare"):
         added[name].add_argument("--json", action="store_true", help="print JSON")
     added["convert"].add_argument("new", type=Path, metavar="NEW", help="folder of the new store")
     for name in ("verify", "repair", "convert"):
@@ -233,6 +241,34 @@ def convert(options: argparse.Namespace) -> int:
     with dist.process_group():
         convert(options.store, options.new, options.train, wanted)
     return 0
+
+
+def compare(options: argparse.Namespace) -> int:
+    """Show codecs beside each other."""
+    from rich.console import Console
+    from rich.table import Table
+
+    from ckd_dist.store.compare import TEMPERATURES, compare
+
+    require(all(2 <= size <= 4096 for size in options.bytes), f"bytes is {options.bytes}: give 2 to 4096 each")
+    found = compare(options.store, options.checkpoint, options.bytes)
+    if options.json:
+        print(json.dumps([asdict(each) for each in found], indent=2))
+        return 0
+    table = Table(title="share of the teacher's divergence that is lost, on images that no basis was fitted to")
+    for column in ("codec", "bytes", *(f"T = {each}" for each in TEMPERATURES), "top-1 kept"):
+        table.add_column(column, justify="left" if column == "codec" else "right")
+    table.add_column("losses")
+    for each in found:
+        lost = (f"{100 * share:.2f} %" for share in each.lost.values())
+        losses = "all" if len(each.losses) == 6 else ", ".join(each.losses)
+        table.add_row(each.codec["name"], f"{each.bytes:,}", *lost, f"{100 * each.top1:.1f} %", losses)
+    Console(highlight=False, width=120).print(table)
+    return 0
+
+
+def _epoch(word: str) -> int | str:
+    return int(word) if word.isdecimal() else word
 
 
 if __name__ == "__main__":

@@ -244,3 +244,28 @@ def test_an_ensemble_decodes_each_checkpoint_by_its_own_basis(transformed, store
     for ours, truth in zip(found, dense, strict=True):
         truth = centred(truth).float()
         assert ((ours - truth).norm(dim=1) / truth.norm(dim=1)).mean() < 0.1
+
+
+def test_codecs_are_compared_on_a_stores_own_records(store, transformed, capsys):
+    capsys.readouterr()
+    assert store_here("compare", store, "--bytes", 4, 8, "--json") == 0
+    dense, small, large, topk = json.loads(capsys.readouterr().out)
+    assert [each["codec"]["name"] for each in (dense, small, large, topk)] == [
+        "dense",
+        "transform",
+        "transform",
+        "topk",
+    ]
+    assert [each["bytes"] for each in (dense, small, large)] == [20, 4, 8]
+    for temperature in ("1", "4"):
+        assert dense["lost"][temperature] < large["lost"][temperature] < small["lost"][temperature] < 0.3
+    assert large["top1"] > 0.9 and "mse" in large["losses"] and "mse" not in topk["losses"]
+    assert store_here("compare", store, "--checkpoint", 1) == 0
+    assert "all" in capsys.readouterr().out
+    for words, expected in (
+        ([transformed], "has codec transform: name a dense store"),
+        ([store, "--checkpoint", 9], "checkpoint: no checkpoint of epoch 9"),
+        ([store, "--bytes", 1], "give 2 to 4096"),
+    ):
+        with pytest.raises(UserError, match=expected):
+            store_here("compare", *words)

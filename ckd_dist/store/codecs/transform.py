@@ -50,13 +50,14 @@ class Transform(Codec):
 
     @classmethod
     def from_options(cls, config: CodecConfig, num_classes: int) -> Transform:
-        """See `Codec`; raises `UserError` for too few bytes."""
-        size = config.bytes or 54
+        """See `Codec`; raises `UserError` for more than 65536 classes."""
         require(num_classes <= 1 << 16, f"codec transform names classes by 16 bits, and there are {num_classes}")
-        repairs = min(4 if size >= 28 else 2 if size >= 12 else 0, num_classes)
-        found = cls(num_classes, size, repairs)
-        require(found.groups >= 1, f"bytes is {size}: --codec transform needs 2 at least")
-        return found
+        return cls.of_size(num_classes, config.bytes or 54)
+
+    @classmethod
+    def of_size(cls, num_classes: int, size: int) -> Transform:
+        """Of so many bytes a record, with as many repairs as serve low temperatures without harm to high ones."""
+        return cls(num_classes, size, min(4 if size >= 28 else 2 if size >= 12 else 0, num_classes))
 
     @classmethod
     def suited_to(cls, num_classes: int, temperature: float) -> Transform:
@@ -280,6 +281,10 @@ class FittedTransform(Transform):
     """With the basis of a checkpoint."""
 
     basis: Basis = field(kw_only=True, compare=False)
+
+    def to_dict(self) -> dict:
+        """See `Codec`; the basis has a file of its own."""
+        return Transform(self.num_classes, self.bytes, self.repairs).to_dict()
 
     def encode(self, logits: torch.Tensor, labels: torch.Tensor, draws: torch.Tensor | None = None) -> torch.Tensor:
         """Logits float32 [n, classes] -> records uint8 [n, bytes]; labels and draws do not matter.

@@ -1,0 +1,94 @@
+"""What each codec would keep of a dense store's logits, measured on records of its own."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import get_args
+
+import numpy as np
+import torch
+
+from ckd_dist.core import checkpoint as checkpoints
+from ckd_dist.core.errors import require
+from ckd_dist.nn.options import KDConfig, LossName
+from ckd_dist.store import bases
+from ckd_dist.store.codecs import Dense, TopK, Transform, transform
+from ckd_dist.store.codecs.base import Codec
+from ckd_dist.store.manifest import Manifest
+from ckd_dist.store.reader import StoreReader
+
+TEMPERATURES = (1, 2, 4, 8)
+LOSSES: tuple[LossName, ...] = get_args(LossName)
+TESTED = 5000
+"""Records that codecs are judged by, at most; a basis is fitted to others."""
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """What a codec keeps."""
+
+    codec: dict
+    bytes: int
+    """Of a record."""
+    lost: dict[int, float]
+    """Temperature -> the mean KL(teacher || what the codec gives of it), as a share of that of knowing nothing but the
+    mean of all logits."""
+    top1: float
+    """Share of the images whose most probable class stays."""
+    losses: list[LossName]
+    """That can be computed from it."""
+
+
+def compare(store: Path, checkpoint: int | str | None, sizes: list[int]) -> list[Comparison]:
+    """Codecs beside each other for one checkpoint (default: the last) of a dense store: dense, transform of these sizes
+    in bytes, and topk of as many bytes as the largest. (Of sampled no single record says much: its mean does.) Images
+    that codecs are judged by are not those that a basis is fitted to. Raises `UserError` for a store that is not dense,
+    or too small."""
+    manifest = Manifest.load(store, "STORE")
+    require(manifest.codec["name"] == "dense", f"STORE: {store} has codec {manifest.codec['name']}: name a dense store")
+    (name,) = checkpoints.choose(manifest.members, [checkpoint] if checkpoint else [], "checkpoint")
+    reader = StoreReader(str(store), [name])
+    reader.check_shards(1)
+    count = manifest.dataset["count"]
+    require(count >= 512, f"STORE: {store} is of {count} images, too few to tell: give 512 at least")
+    tested = np.sort(np.random.RandomState(manifest.view_seed).permutation(count)[: min(TESTED, count // 2)])
+
+    def logits(ids: np.ndarray, view: int) -> torch.Tensor:
+        return reader.codec.decode(torch.from_numpy(reader.rows(ids, view)[:, 0]), 1.0)
+
+    truth = transform.centred(logits(tested, 0))
+    sampled = bases.sample(manifest, manifest.members[name])
+    fitting = torch.cat([logits(np.setdiff1d(ids, tested), view) for ids, view in sampled])
+    classes = manifest.dataset["num_classes"]
+    found = [_judged(Dense(classes), truth, fitting)]
+    for size in sizes:
+        codec = Transform.of_size(classes, size)
+        found.append(_judged(codec.fitted(transform.fit(codec, fitting, manifest.view_seed)), truth, fitting))
+    k = min(max(2, (max(sizes) - 12) // 4), classes)
+    return [*found, _judged(TopK(classes, k), truth, fitting)]
+
+
+def _judged(codec: Codec, truth: torch.Tensor, fitting: torch.Tensor) -> Comparison:
+    """What a codec keeps of logits `truth`, float64 [n, classes]; `fitting` are others, of which the mean is known."""
+    labels = truth.argmax(dim=1)
+    records = codec.encode(truth.float(), labels)
+    nothing = transform.centred(fitting).mean(dim=0).expand_as(truth)
+    lost = {}
+    for temperature in TEMPERATURES:
+        kept = codec.decode(records, float(temperature))
+        lost[temperature] = _divergence(truth, kept, temperature) / _divergence(truth, nothing, temperature)
+    kept = codec.decode(records, 1.0)
+    return Comparison(
+        codec=codec.to_dict(),
+        bytes=codec.record_bytes,
+        lost=lost,
+        top1=(kept.argmax(dim=1) == labels).double().mean().item(),
+        losses=[loss for loss in LOSSES if codec.unsupported(KDConfig(loss=loss, temperature=1.0), None) is None],
+    )
+
+
+def _divergence(truth: torch.Tensor, found: torch.Tensor, temperature: float) -> float:
+    """Mean KL(softmax(truth / T) || softmax(found / T)), in nats."""
+    p, q = ((each.double() / temperature).log_softmax(dim=1) for each in (truth, found))
+    return (p.exp() * (p - q)).sum(dim=1).mean().item()
