@@ -19,7 +19,7 @@ PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", *s
 CONFIGURED = {**COMMANDS, "ckd_dist.store plan": PlanConfig}
 """Command -> its options, where these are a class."""
 PARSED = [
-    *(f"ckd_dist.store {name}" for name in ("info", "verify", "repair", "convert", "compare")),
+    *(f"ckd_dist.store {name}" for name in ("info", "verify", "repair", "convert", "compare", "pack", "unpack")),
     "ckd_dist.report", "ckd_dist.lineage", "ckd_dist.bench", "data_prep.write_beton",
 ]  # fmt: skip
 """Commands whose options only their help tells."""

@@ -4,14 +4,17 @@
                                              pays; OPTIONS are those of ckd_dist.cache_logits
   python -m ckd_dist.store info STORE        what a store holds, and what is missing
   python -m ckd_dist.store verify STORE      compare every shard with its checksum; exit status 1 names the bad ones.
-                                             With --teacher.run and --data.train, also compute a random sample of
-                                             records anew and compare
+                                             With --data.train, see whether these are its images; with
+                                             --teacher.run too, compute a random sample of records anew and compare
   python -m ckd_dist.store repair STORE --teacher.run RUN --data.train X.beton
                                              compute anew what is missing or bad, and nothing else
   python -m ckd_dist.store convert STORE NEW --codec topk --k 8 --data.train X.beton
                                              write a dense store once more with another codec, without the teacher
 
   python -m ckd_dist.store compare STORE     what codecs of other sizes would keep of a dense store, to choose one
+
+  python -m ckd_dist.store pack STORE FILE   checkpoints and views in one file to share, with a card
+  python -m ckd_dist.store unpack FILE STORE make a store of such a file
 
 plan, verify, repair and convert also run under torchrun. --json prints for machines.
 """
@@ -30,7 +33,7 @@ from ckd_dist.core.process import run_process
 from ckd_dist.data.options import LoaderConfig
 from ckd_dist.store.options import CodecConfig, PlanConfig
 
-COMMANDS = ("plan", "info", "verify", "repair", "convert", "compare")
+COMMANDS = ("plan", "info", "verify", "repair", "convert", "compare", "pack", "unpack")
 
 
 def main(words: list[str] | None = None) -> int:
@@ -44,9 +47,8 @@ def main(words: list[str] | None = None) -> int:
         return info(options.store, options.json)
     if options.command == "verify":
         return verify(options)
-    if options.command == "compare":
-        return compare(options)
-    return repair(options) if options.command == "repair" else convert(options)
+    run = {"repair": repair, "convert": convert, "compare": compare, "pack": pack, "unpack": unpack}
+    return run[options.command](options)
 
 
 def _parse(words: list[str]) -> argparse.Namespace:
@@ -57,8 +59,15 @@ def _parse(words: list[str]) -> argparse.Namespace:
     )
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND", prog=parser.prog)
     added = {name: commands.add_parser(name, allow_abbrev=False) for name in COMMANDS[1:]}
+    added["unpack"].add_argument("file", type=Path, metavar="FILE", help="of store pack")
     for command in added.values():
         command.add_argument("store", type=Path, metavar="STORE")
+    added["pack"].add_argument("file", type=Path, metavar="FILE", help="the new file, a tar")
+    added["pack"].add_argument("--licence", required=True, help="on what terms others may use it, for the card")
+    added["pack"].add_argument(
+        "--checkpoints", type=_epoch, nargs="+", default=[], metavar="EPOCH", help="which of them (all)"
+    )
+    added["pack"].add_argument("--views", type=int, metavar="N", help="the first N views (all)")
     added["compare"].add_argument(
         "--bytes", type=int, nargs="+", default=[16, 28, 54], metavar="N", help="sizes of transform (16 28 54)"
     )
@@ -189,17 +198,22 @@ def verify(options: argparse.Namespace) -> int:
     from ckd_dist.data.beton import open_beton
     from ckd_dist.store.check import faults
     from ckd_dist.store.manifest import Manifest
+    from ckd_dist.store.reader import as_cached
+    from ckd_dist.store.recording import image_digests
     from ckd_dist.store.verify import TOLERANCE, recompute
 
-    require(bool(options.run) == bool(options.train), "--teacher.run and --data.train go together: give both or none")
+    require(not options.run or bool(options.train), "--teacher.run needs the images: give --data.train too")
     manifest = Manifest.load(options.store, "STORE")
     total = sum(len(manifest.checkpoint_shards(name)) for name in manifest.checkpoints)
     result: dict = {"shards": total}
     with dist.process_group() as device:
         bad = [fault for _, fault in faults(options.store, manifest)]
         result["bad"] = bad
+        if options.train and not bad:
+            images = as_cached(open_beton(options.train, "data.train"), manifest, "STORE", options.store)
+            note = manifest.decoding_note(image_digests(manifest, images))
+            result["images"] = note or f"{options.train} is what it is of"
         if options.run and not bad:
-            images = open_beton(options.train, "data.train")
             loader = LoaderConfig(batch_size=options.batch_size)
             members = manifest.members_of(options.name)
             off = recompute(options.store, images, options.run, members, loader, device, options.records, options.model)
@@ -212,6 +226,8 @@ def verify(options: argparse.Namespace) -> int:
         print(json.dumps(result, indent=2))
     else:
         print(*bad, f"{options.store}: {total - len(bad)} of {total} shards are good", sep="\n")
+        if "images" in result:
+            print(result["images"])
         if "off" in result:
             lines = [f"{where}: deviates by {deviation:.3g}" for where, deviation in result["off"]]
             good = result["recomputed"] - len(lines)
@@ -264,6 +280,30 @@ def compare(options: argparse.Namespace) -> int:
         losses = "all" if len(each.losses) == 6 else ", ".join(each.losses)
         table.add_row(each.codec["name"], f"{each.bytes:,}", *lost, f"{100 * each.top1:.1f} %", losses)
     Console(highlight=False, width=120).print(table)
+    return 0
+
+
+def pack(options: argparse.Namespace) -> int:
+    """Write one file of a store."""
+    from ckd_dist.core import dist
+    from ckd_dist.store.archive import pack
+    from ckd_dist.store.size import format_bytes
+
+    with dist.process_group():
+        pack(options.store, options.file, options.checkpoints, options.views, options.licence)
+    print(f"{options.file}: {format_bytes(options.file.stat().st_size)}; its README.md says what it is")
+    return 0
+
+
+def unpack(options: argparse.Namespace) -> int:
+    """Make a store of one file."""
+    from ckd_dist.core import dist
+    from ckd_dist.store.archive import unpack
+
+    with dist.process_group():
+        manifest = unpack(options.file, options.store)
+    names, data = ", ".join(map(str, manifest.members)), manifest.dataset
+    print(f"{options.store}: checkpoints {names} on {data['count']:,} images of {data['name']}, all as packed")
     return 0
 
 

@@ -165,7 +165,7 @@ def test_another_run_or_other_images_cannot_verify_or_repair_a_store(copy, store
     ("words", "expected"),
     [
         (["verify", "STORE/epoch_0001"], "error: STORE: .* is not a logit store"),
-        (["verify", "STORE", "--teacher.run", "x"], "--teacher.run and --data.train go together"),
+        (["verify", "STORE", "--teacher.run", "x"], "--teacher.run needs the images: give --data.train too"),
         (["repair", "STORE"], "the following arguments are required: --teacher.run, --data.train"),
         (["convert", "STORE", "NEW", "--codec", "topk", "--data.train", "X"], "k goes with --codec topk"),
         (["delete", "STORE"], "invalid choice: 'delete'"),
