@@ -24,6 +24,8 @@ from ckd_dist.nn import forward, losses, models, probe
 from ckd_dist.store.codecs.base import Codec
 from ckd_dist.store.codecs.dense import Dense
 from ckd_dist.store.codecs.topk import TopK
+from ckd_dist.store.codecs.transform import Transform
+from ckd_dist.store.codecs.transform import fit as fit_basis
 from ckd_dist.train import loop
 from ckd_dist.train.learner import Learner, Loss
 from ckd_dist.train.objective import DistillationLoss
@@ -191,7 +193,9 @@ def measure_distillation(folder: Path, device: torch.device) -> list[Row]:
     logits = torch.randn(batch_size, CLASSES, device=device)
     losses_: dict[str, tuple[Loss, Batch]] = {"label": (plain_loss, batch)}
     draws = torch.rand(batch_size, dtype=torch.float64, device=device)
-    for codec in (Dense(CLASSES), TopK(CLASSES, 8)):
+    packed = Transform(CLASSES)
+    fitted = packed.fitted(fit_basis(packed, torch.randn(2000, 64) @ torch.randn(64, CLASSES) / 4, 0))
+    for codec in (Dense(CLASSES), fitted, TopK(CLASSES, 8)):
         records = codec.encode(3 * logits, batch.labels, draws)[:, None].clone()
         losses_[f"records, {codec.name}"] = (_distillation_loss(codec), replace(batch, teacher_records=records))
 

@@ -28,7 +28,7 @@ class Plan:
     """What a caching takes on disk."""
 
     bytes: int
-    """Length of all files of the complete store, exact."""
+    """Length of all files of the complete store, exact but for the bases of codec transform."""
     files: int
     largest_shard_bytes: int
     missing_bytes: int

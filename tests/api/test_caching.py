@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import pickle
 
 import pytest
 import torch
@@ -75,6 +76,21 @@ def test_what_is_missing_is_written_and_models_stay_as_they_were(views, tmp_path
     grown = contents(tmp_path / "store")
     assert len(grown) == len(before) + 8
     assert all(grown[name] == before[name] for name in before if name != "manifest.json")
+
+
+def test_a_codec_is_fitted_to_any_models(views, tmp_path):
+    torch.manual_seed(0)
+    models = {1: Network(), 2: Network()}
+    dense = fill(models, views, tmp_path / "dense")
+    codec = ckd_dist.CodecConfig(codec="transform", bytes=8)
+    store = fill(models, views, tmp_path / "store", codec=codec)
+    exact = dense.logits(range(301), 0)
+    exact = exact - exact.mean(dim=2, keepdim=True)  # what a softmax sees
+    assert (store.logits(range(301), 0) - exact).norm() < 0.1 * exact.norm()
+    found = pickle.loads(pickle.dumps(store))
+    labels, student = torch.zeros(301, dtype=torch.int64), torch.randn(301, 10)
+    losses = [each.loss(student, range(301), 0, labels, temperature=4) for each in (found, dense)]
+    torch.testing.assert_close(*losses, rtol=0.1, atol=0.02)
 
 
 def test_sparse_codecs_and_stores_of_any_images(tmp_path):

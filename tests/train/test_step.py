@@ -12,12 +12,15 @@ from ckd_dist.bench.step import CLASSES, learner, memory_batch, plain_loss
 from ckd_dist.core.options import load_config
 from ckd_dist.data.batch import Mixed
 from ckd_dist.nn import forward, models
-from ckd_dist.store.codecs import Dense, Sampled, TopK
+from ckd_dist.store.codecs import Dense, Sampled, TopK, Transform
+from ckd_dist.store.codecs.transform import fit
 from ckd_dist.train.objective import DistillationLoss
 from ckd_dist.train.options import DistillConfig
 from ckd_dist.train.records import OnlineRecords
 
 DENSE, TOPK, SAMPLED = Dense(CLASSES), TopK(CLASSES, 8), Sampled(CLASSES, 8, 4.0)
+TRANSFORM = Transform(CLASSES, 20, 2)
+TRANSFORM = TRANSFORM.fitted(fit(TRANSFORM, torch.randn(600, 20) @ torch.randn(20, CLASSES), 0))
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 aten = torch.ops.aten
 
@@ -62,9 +65,11 @@ def encoded(codec, logits, labels):
 CASES = [
     *((DENSE, loss, 1) for loss in ("kd", "soft_target", "mse", "dkd", "dist", "standardized")),
     *((TOPK, loss, 1) for loss in ("kd", "soft_target", "dkd", "standardized")),
+    *((TRANSFORM, loss, 1) for loss in ("kd", "mse", "standardized")),
     (SAMPLED, "kd", 1),
     (DENSE, "kd", 2),
     (TOPK, "kd", 2),
+    (TRANSFORM, "kd", 2),
     (None, "kd", 0),
 ]
 
@@ -81,7 +86,7 @@ def test_a_train_step_does_not_wait(codec, loss, members, mixed, tmp_path):
         teacher = ["--teacher.store=-", f"--teacher.checkpoints={[*range(members)]}", f"--kd.loss={loss}"]
         words = ["--data.train=-", "--model.name=resnet8", "--run_dir=-", "--epochs=1000", "--kd.temperature=4"]
         config, columns = load_config(DistillConfig, [*words, *teacher]), [[*range(members)]] * 1000
-        function = DistillationLoss(config, codec, columns, weights=[1 / members] * members)
+        function = DistillationLoss(config, [[codec] * members] * 1000, columns, weights=[1 / members] * members)
     options = ["--optim.clip_grad_norm=1", "--optim.name=adamw"] if mixed else []
     one = learner(tmp_path / "run", "resnet8", function, DEVICE, 16, *options)
     one.train_step(batch)  # the first sets up what is kept
@@ -89,10 +94,11 @@ def test_a_train_step_does_not_wait(codec, loss, members, mixed, tmp_path):
         one.train_step(batch)
 
 
-@pytest.mark.parametrize("codec", [DENSE, TOPK, SAMPLED], ids=lambda codec: codec.name)
+@pytest.mark.parametrize("codec", [DENSE, TRANSFORM, TOPK, SAMPLED], ids=lambda codec: codec.name)
 def test_a_teachers_pass_does_not_wait(codec):
     batch = memory_batch(16, 8, DEVICE)
     model = forward.to_device(models.build_model("resnet8", CLASSES), DEVICE)
+    encoded(codec, memory_batch(2, 8, DEVICE).images.new_ones(2, CLASSES), batch.labels[:2])  # sets up what is kept
     with no_waiting(DEVICE):
         encoded(codec, forward.forward_logits(model, batch.images, "bfloat16"), batch.labels)
         OnlineRecords([model, model], DENSE, "bfloat16")(batch.images)

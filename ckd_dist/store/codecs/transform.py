@@ -159,6 +159,11 @@ class Basis:
         """Row of `points`, all groups one below the other, where each group begins: int64 [groups]."""
         return 256 * torch.arange(len(self.points), device=self.points.device)
 
+    @cached_property
+    def gains(self) -> torch.Tensor:
+        """`_gains` on the device."""
+        return _gains(self.points.device)
+
     def on(self, device: torch.device) -> Basis:
         """On a device, moved there once."""
         if device == self.centre.device:
@@ -216,7 +221,7 @@ def fit(codec: Transform, logits: torch.Tensor, seed: int) -> Basis:
     used = int(edges[-1])
     coefficients = (sample - centre) @ axes[:used].T
     deviations = coefficients.std(dim=0).clamp(min=1e-6)
-    coefficients = coefficients / _gain(coefficients, deviations)[1]
+    coefficients = coefficients / _gains(logits.device)[_gain_code(coefficients, deviations)][:, None].double()
     width = int(edges.diff().max())
     points = torch.zeros(codec.groups, 256, width, dtype=torch.float64, device=logits.device)
     generator = torch.Generator().manual_seed(seed)
@@ -260,15 +265,14 @@ def _nearest(x: torch.Tensor, points: torch.Tensor) -> torch.Tensor:
     return (points.pow(2).sum(dim=1) - 2 * x @ points.T).argmin(dim=1)
 
 
-def _gain(coefficients: torch.Tensor, deviations: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """(code int64 [n], gain [n, 1]): the root mean square of coefficients over their deviations, rounded."""
+def _gain_code(coefficients: torch.Tensor, deviations: torch.Tensor) -> torch.Tensor:
+    """The root mean square of coefficients over their deviations, rounded to one of `_gains`: int64 [n]."""
     size = (coefficients / deviations).pow(2).mean(dim=1).sqrt().clamp(GAIN_LOW, GAIN_HIGH)
-    code = ((size / GAIN_LOW).log() / math.log(GAIN_HIGH / GAIN_LOW) * 255).round().long()
-    return code, _gains(code.device)[code][:, None].to(coefficients.dtype)
+    return ((size / GAIN_LOW).log() / math.log(GAIN_HIGH / GAIN_LOW) * 255).round().long()
 
 
 def _gains(device: torch.device) -> torch.Tensor:
-    """What each code stands for, float32 [256]."""
+    """What each code of a gain stands for, float32 [256]."""
     steps = torch.arange(256, dtype=torch.float64) / 255
     return (GAIN_LOW * (GAIN_HIGH / GAIN_LOW) ** steps).float().to(device)
 
@@ -295,8 +299,8 @@ class FittedTransform(Transform):
         basis = self.basis.on(logits.device)
         logits = centred(rounded(logits))
         coefficients = (logits - basis.centre) @ basis.axes.double().T
-        gain, scale = _gain(coefficients, basis.deviations.double())
-        coefficients = coefficients / scale
+        gain = _gain_code(coefficients, basis.deviations.double())
+        coefficients = coefficients / basis.gains[gain][:, None].double()
         chosen = [
             _nearest(coefficients[:, a:b], basis.points[g, :, : b - a].double()) for g, (a, b) in enumerate(basis.spans)
         ]
@@ -331,6 +335,6 @@ class FittedTransform(Transform):
         basis = self.basis.on(records.device)
         rows = records[:, 1 : self.groups + 1].long() + basis.offsets
         coefficients = basis.points.flatten(0, 1)[rows].flatten(1)[:, basis.columns]
-        gain = _gains(records.device)[records[:, 0].long()]
+        gain = basis.gains[records[:, 0].long()]
         centre, axes = basis.centre.to(dtype), basis.axes.to(dtype)
         return torch.addmm(centre, (coefficients * gain[:, None]).to(dtype), axes)
