@@ -26,7 +26,7 @@ test: setup testbed  ## set up, then every test that this machine can run
 soak: setup  ## set up, then kill a caching 60 times at random moments, 7 minutes
 	@.venv/bin/python -m pytest -m slow -k 60_times tests/store/test_interruptions.py $(ARGS)
 
-codecs: setup  ## set up, then make the documentation's table of codecs, 80 minutes on two cores
+codecs: setup  ## set up, then make the documentation's table of codecs, 2 hours on two cores
 	@.venv/bin/python -m ckd_dist.studies.codecs $(ARGS)
 
 study: setup  ## set up, then the study of the documentation and its report, 100 minutes on two cores
