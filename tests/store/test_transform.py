@@ -153,6 +153,19 @@ def test_it_is_verified_and_grows(transformed, changed, fashion, teacher, capsys
     assert store_here("verify", changed, "--teacher.run", teacher, "--data.train", fashion["train"]) == 0
 
 
+@pytest.mark.parametrize("left", ["nothing", "no sidecar yet", "the basis"])
+def test_a_caching_goes_on_from_wherever_a_kill_left_the_basis(changed, transformed, fashion, teacher, left):
+    folder = changed / "epoch_0003"
+    for view in folder.glob("view_*"):
+        shutil.rmtree(view)
+    if left != "the basis":
+        (folder / "basis.json").unlink()
+    if left == "nothing":
+        (folder / "basis.npz").unlink()
+    cache_here(*cache_options(fashion, teacher, changed, *CODEC))
+    assert contents(changed) == contents(transformed)
+
+
 def damage_cut(path: Path) -> None:
     path.write_bytes(path.read_bytes()[:-50])
 
