@@ -7,10 +7,10 @@ checksum is in the sidecar of every shard, and what learns from a store depends 
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -21,23 +21,12 @@ from ckd_dist.core.files import file_sha256, write_bytes_atomically
 from ckd_dist.store.codecs import transform
 from ckd_dist.store.codecs.base import Codec
 from ckd_dist.store.manifest import BasisSidecar, Manifest, basis_path, read_basis_sidecar
-from ckd_dist.store.writer import locked
+from ckd_dist.store.writer import locked, remove_with_sidecar
 
 RUN = 16
 """Samples that are drawn together for a fit."""
 Logits = Callable[[np.ndarray, int], Iterator[torch.Tensor]]
 """(sample ids [n], view) -> a checkpoint's logits, float32 [m, classes], batch after batch."""
-
-
-def checksum(store: Path, manifest: Manifest, checkpoint: str) -> str | None:
-    """sha256 of a checkpoint's basis, by its sidecar; None where the codec has none. Raises `UserError` where the basis
-    is missing or damaged."""
-    if not manifest.recorded.is_fitted:
-        return None
-    wrong = fault(store, manifest, checkpoint)
-    if wrong:
-        raise UserError(f"store: {wrong}: run python -m ckd_dist.store repair")
-    return read_basis_sidecar(store, checkpoint).sha256
 
 
 def fault(store: Path, manifest: Manifest, checkpoint: str) -> str | None:
@@ -66,24 +55,32 @@ def fault(store: Path, manifest: Manifest, checkpoint: str) -> str | None:
 def remove_bad(store: Path, manifest: Manifest, checkpoint: str) -> None:
     """Remove the basis of a checkpoint, unless nothing is wrong with it."""
     if fault(store, manifest, checkpoint):
-        for file in (basis_path(store, checkpoint), basis_path(store, checkpoint).with_suffix(".json")):
-            if file.is_dir() and not file.is_symlink():
-                shutil.rmtree(file)
-            else:
-                file.unlink(missing_ok=True)
+        remove_with_sidecar(basis_path(store, checkpoint))
 
 
-def codecs(store: Path, manifest: Manifest, checkpoints: Iterable[str]) -> list[Codec]:
-    """The codec of each checkpoint's records, with its basis if it has one; raises `UserError` where that is missing or
-    damaged."""
+class Encoding(NamedTuple):
+    """How a checkpoint's records are encoded."""
+
+    codec: Codec
+    """With its basis, if it has one."""
+    basis_sha256: str | None
+    """Of the file of that basis."""
+
+
+def encodings(store: Path, manifest: Manifest, checkpoints: Iterable[str]) -> dict[str, Encoding]:
+    """The encoding of each checkpoint, by name; raises `UserError` where a basis is missing or damaged."""
+    return {name: _encoding(store, manifest, name) for name in checkpoints}
+
+
+def _encoding(store: Path, manifest: Manifest, checkpoint: str) -> Encoding:
     codec = manifest.recorded
     if not isinstance(codec, transform.Transform):
-        return [codec for _ in checkpoints]
-    found: list[Codec] = []
-    for name in checkpoints:
-        checksum(store, manifest, name)
-        found.append(codec.fitted(transform.Basis.from_content(basis_path(store, name).read_bytes(), codec)))
-    return found
+        return Encoding(codec, None)
+    wrong = fault(store, manifest, checkpoint)
+    if wrong:
+        raise UserError(f"store: {wrong}: run python -m ckd_dist.store repair")
+    basis = transform.Basis.from_content(basis_path(store, checkpoint).read_bytes(), codec)
+    return Encoding(codec.fitted(basis), read_basis_sidecar(store, checkpoint).sha256)
 
 
 def fit_missing(

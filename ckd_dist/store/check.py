@@ -13,7 +13,7 @@ from ckd_dist.core import dist
 from ckd_dist.core.console import ProgressDisplay
 from ckd_dist.core.files import file_sha256, parse_json
 from ckd_dist.store import bases
-from ckd_dist.store.manifest import Manifest, Shard, Sidecar
+from ckd_dist.store.manifest import Manifest, Shard, Sidecar, read_basis_sidecar
 
 
 def records_begin(file: BinaryIO, manifest: Manifest, shard: Shard) -> int:
@@ -71,11 +71,12 @@ def faults(
     mine = range(dist.rank(), len(shards), dist.world_size())
     found: dict[int, str] = {}
     wrong = {name: bases.fault(store, manifest, name) for name in dict.fromkeys(shard.checkpoint for shard in shards)}
-    checksums = {name: None if wrong[name] else bases.checksum(store, manifest, name) for name in wrong}
+    good = [name for name in wrong if manifest.recorded.is_fitted and not wrong[name]]
+    checksums = {name: read_basis_sidecar(store, name).sha256 for name in good}
     with dist.uneven_work(), ProgressDisplay(len(mine), unit="shards") as progress:
         for done, index in enumerate(mine, start=1):
             name = shards[index].checkpoint
-            if fault := wrong[name] or shard_fault(store, manifest, shards[index], checksums[name]):
+            if fault := wrong[name] or shard_fault(store, manifest, shards[index], checksums.get(name)):
                 found[index] = fault
             progress.update(done, f"checking {store}")
     everyones = {index: fault for each in dist.gather_objects(found) for index, fault in each.items()}

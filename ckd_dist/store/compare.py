@@ -8,6 +8,7 @@ from typing import get_args
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 
 from ckd_dist.core import checkpoint as checkpoints
 from ckd_dist.core.errors import require
@@ -53,31 +54,29 @@ def compare(store: Path, checkpoint: int | str | None, sizes: list[int]) -> list
     count = manifest.dataset["count"]
     require(count >= 512, f"STORE: {store} is of {count} images, too few to tell: give 512 at least")
     tested = np.sort(np.random.RandomState(manifest.view_seed).permutation(count)[: min(TESTED, count // 2)])
-
-    def logits(ids: np.ndarray, view: int) -> torch.Tensor:
-        return reader.codec.decode(torch.from_numpy(reader.rows(ids, view)[:, 0]), 1.0)
-
-    truth = transform.centred(logits(tested, 0))
+    truth = transform.centred(reader.logits(tested, 0))
     sampled = bases.sample(manifest, manifest.members[name])
-    fitting = torch.cat([logits(np.setdiff1d(ids, tested), view) for ids, view in sampled])
+    fitting = torch.cat([reader.logits(np.setdiff1d(ids, tested), view) for ids, view in sampled])
+    mean = transform.centred(fitting).mean(dim=0).expand_as(truth)
+    nothing = {temperature: _divergence(truth, mean, temperature) for temperature in TEMPERATURES}
     classes = manifest.dataset["num_classes"]
-    found = [_judged(Dense(classes), truth, fitting)]
+    codecs: list[Codec] = [Dense(classes)]
     for size in sizes:
         codec = Transform.of_size(classes, size)
-        found.append(_judged(codec.fitted(transform.fit(codec, fitting, manifest.view_seed)), truth, fitting))
-    k = min(max(2, (max(sizes) - 12) // 4), classes)
-    return [*found, _judged(TopK(classes, k), truth, fitting)]
+        codecs.append(codec.fitted(transform.fit(codec, fitting, manifest.view_seed)))
+    codecs.append(TopK(classes, min(max(2, (max(sizes) - 12) // 4), classes)))
+    return [_judged(codec, truth, nothing) for codec in codecs]
 
 
-def _judged(codec: Codec, truth: torch.Tensor, fitting: torch.Tensor) -> Comparison:
-    """What a codec keeps of logits `truth`, float64 [n, classes]; `fitting` are others, of which the mean is known."""
+def _judged(codec: Codec, truth: torch.Tensor, nothing: dict[int, float]) -> Comparison:
+    """What a codec keeps of logits `truth`, float64 [n, classes]; `nothing`: at each temperature the divergence from
+    them of who knows but the mean of others."""
     labels = truth.argmax(dim=1)
     records = codec.encode(truth.float(), labels)
-    nothing = transform.centred(fitting).mean(dim=0).expand_as(truth)
-    lost = {}
-    for temperature in TEMPERATURES:
-        kept = codec.decode(records, float(temperature))
-        lost[temperature] = _divergence(truth, kept, temperature) / _divergence(truth, nothing, temperature)
+    lost = {
+        temperature: _divergence(truth, codec.decode(records, float(temperature)), temperature) / nothing[temperature]
+        for temperature in TEMPERATURES
+    }
     kept = codec.decode(records, 1.0)
     return Comparison(
         codec=codec.to_dict(),
@@ -91,4 +90,4 @@ def _judged(codec: Codec, truth: torch.Tensor, fitting: torch.Tensor) -> Compari
 def _divergence(truth: torch.Tensor, found: torch.Tensor, temperature: float) -> float:
     """Mean KL(softmax(truth / T) || softmax(found / T)), in nats."""
     p, q = ((each.double() / temperature).log_softmax(dim=1) for each in (truth, found))
-    return (p.exp() * (p - q)).sum(dim=1).mean().item()
+    return F.kl_div(q, p, reduction="batchmean", log_target=True).item()

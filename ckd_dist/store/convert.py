@@ -53,22 +53,19 @@ def convert(store: Path, new_store: Path, train_images: str, wanted: Manifest) -
     mine = missing[dist.rank() :: dist.world_size()]
 
     def logits_of(name: str) -> bases.Logits:
-        return lambda ids, view: iter([dense(ids, view, name)])
-
-    def dense(ids: np.ndarray, view: int, name: str) -> torch.Tensor:
-        rows = reader.rows(ids, view, [members.index(name)])[:, 0]
-        return reader.codec.decode(torch.from_numpy(rows), 1.0)
+        return lambda ids, view: iter([reader.logits(ids, view, members.index(name))])
 
     names = list(dict.fromkeys(shard.checkpoint for shard in missing))
     bases.fit_missing(new_store, manifest, names, logits_of)
-    codecs = dict(zip(names, bases.codecs(new_store, manifest, names), strict=True))
+    encodings = bases.encodings(new_store, manifest, names)
     done = 0
     with dist.uneven_work(), ProgressDisplay(sum(shard.count for shard in mine), unit="records") as progress:
         for shard in mine:
-            codec, checksum = codecs[shard.checkpoint], bases.checksum(new_store, manifest, shard.checkpoint)
-            with ShardWriter(new_store, shard, manifest, checksum) as writer:
+            codec, basis_sha256 = encodings[shard.checkpoint]
+            with ShardWriter(new_store, shard, manifest, basis_sha256) as writer:
                 for ids in np.array_split(np.arange(shard.first, shard.last + 1), -(-shard.count // 1024)):
-                    logits, own = dense(ids, shard.view, shard.checkpoint), None if labels is None else labels[ids]
+                    logits = reader.logits(ids, shard.view, members.index(shard.checkpoint))
+                    own = None if labels is None else labels[ids]
                     writer.append(encode(codec, manifest, shard, ids, logits, own).numpy())
                     done += len(ids)
                     progress.update(done, "converting")

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 import numpy as np
+import torch
 from numba import types
 
 from ckd_dist.core import checkpoint
@@ -103,7 +104,8 @@ class StoreReader:
         self._members = [available[name] for name in self.checkpoints]
         self.codec = self.manifest.recorded
         """Of the records; where it is fitted to checkpoints, each has its own of `codecs`."""
-        self.codecs = bases.codecs(self.store, self.manifest, self._members)
+        encodings = bases.encodings(self.store, self.manifest, self._members)
+        self.codecs = [encodings[name].codec for name in self._members]
         self._record_bytes = self.codec.record_bytes
         size = self._record_bytes * self.manifest.dataset["count"] * self.views * len(self._members)
         self._outgrows_memory = size > os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 2
@@ -140,6 +142,11 @@ class StoreReader:
             _gather(mapped[name, view][1], self.manifest.shard_size, ids, out[:, m])
         self._mapped = mapped
         return out
+
+    def logits(self, ids: np.ndarray, view: int, member: int = 0) -> torch.Tensor:
+        """What the records of one of the checkpoints tell of its logits, at T = 1 where that matters: float32 [n,
+        classes]; see `rows`."""
+        return self.codecs[member].decode(torch.from_numpy(self.rows(ids, view, [member])[:, 0]), 1.0)
 
     def _map(self, shards: list[Shard]) -> tuple[list[_MappedFile], np.ndarray]:
         """The shards in memory, and where the records of each begin there, uint64 [shards]."""

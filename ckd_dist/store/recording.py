@@ -141,13 +141,12 @@ class Recorder:
         self, store: Path, teachers: dict[str, nn.Module], ranges: list[list[Shard]]
     ) -> Generator[int, None, None]:
         """Write shards, those of a range in one pass over its images; yields the number of records after each batch."""
-        codecs = dict(zip(teachers, bases.codecs(store, self.manifest, teachers), strict=True))
-        checksums = {name: bases.checksum(store, self.manifest, name) for name in teachers}
+        encodings = bases.encodings(store, self.manifest, teachers)
         with ExitStack() as opened, BackgroundWriter(self.device) as disk:
             for shards in ranges:
                 writers = {
                     shard.checkpoint: opened.enter_context(
-                        ShardWriter(store, shard, self.manifest, checksums[shard.checkpoint])
+                        ShardWriter(store, shard, self.manifest, encodings[shard.checkpoint].basis_sha256)
                     )
                     for shard in shards
                 }
@@ -157,7 +156,7 @@ class Recorder:
                     for name, logits in batch_logits.items():
                         shard, ids = writers[name].shard, batch.ids.numpy()
                         labels = batch.labels if batch.labelled else None
-                        records = encode(codecs[name], self.manifest, shard, ids, logits, labels)
+                        records = encode(encodings[name].codec, self.manifest, shard, ids, logits, labels)
                         disk.append(writers[name], records, logits)
                     yield len(batch.ids) * len(batch_logits)
                 for writer in writers.values():

@@ -44,6 +44,11 @@ def make_room(store: Path, shard: Shard) -> None:
     for folder in reversed(path.parents[: len(path.relative_to(store).parents) - 1]):
         if not folder.is_dir():
             folder.unlink(missing_ok=True)
+    remove_with_sidecar(path)
+
+
+def remove_with_sidecar(path: Path) -> None:
+    """Remove a file and the .json of its name, or whatever stands in their place."""
     for each in (path, path.with_suffix(".json")):
         if each.is_dir() and not each.is_symlink():
             shutil.rmtree(each)

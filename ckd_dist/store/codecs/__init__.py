@@ -8,7 +8,8 @@ A record is a fixed number of bytes for an image, a view and a checkpoint. Shard
     transform bytes               all logits, by gain, points on a checkpoint's principal axes, and repairs
     sampled   4 * k bytes         k classes drawn from the teacher's softmax: an unbiased sparse target
 
-A new codec is one new file here, with a subclass of `base.Codec` or `sparse.SparseCodec`, and one line of `CODECS`.
+A new codec is one new file here, with a subclass of `base.Codec`, `full.FullCodec` or `sparse.SparseCodec`, and one
+line of `CODECS`.
 (`--codec` offers the names, and has the options, of `ckd_dist.store.options.CodecConfig`, which is read without torch.)
 """
 

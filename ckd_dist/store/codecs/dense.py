@@ -8,14 +8,13 @@ from typing import ClassVar, Literal
 import numpy as np
 import torch
 
-from ckd_dist.nn.options import KDConfig
-from ckd_dist.store.codecs.base import Codec
+from ckd_dist.store.codecs.full import FullCodec
 from ckd_dist.store.codecs.packing import to_bytes
 from ckd_dist.store.options import CodecConfig
 
 
 @dataclass(frozen=True)
-class Dense(Codec):
+class Dense(FullCodec):
     """All logits: for every loss."""
 
     name: ClassVar[str] = "dense"
@@ -47,16 +46,6 @@ class Dense(Codec):
     ) -> torch.Tensor:
         """Records uint8 [n, bytes] -> logits float32 [n, classes], whatever the temperature and the student."""
         return records.contiguous().view(getattr(torch, self.dtype)).float()
-
-    def std(self, records: torch.Tensor) -> torch.Tensor:
-        """Standard deviation of the logits over all classes, float32 [n]."""
-        return self.decode(records, 1.0).std(dim=1)
-
-    def unsupported(self, kd: KDConfig, combine: str | None) -> str | None:
-        """See `Codec`: mse and standardized do not take the mean of probabilities."""
-        if combine == "probabilities" and kd.loss in ("mse", "standardized"):
-            return f"kd.loss {kd.loss} needs logits, and teacher.combine probabilities gives none"
-        return None
 
     def deviation(self, records: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
         """See `Codec`: the largest difference of a logit, in standard deviations of that image's logits, [n]."""

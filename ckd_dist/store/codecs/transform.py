@@ -25,8 +25,7 @@ import numpy as np
 import torch
 
 from ckd_dist.core.errors import require
-from ckd_dist.nn.options import KDConfig
-from ckd_dist.store.codecs.base import Codec
+from ckd_dist.store.codecs.full import FullCodec
 from ckd_dist.store.options import CodecConfig
 
 STEP = 0.2
@@ -39,7 +38,7 @@ SAMPLE = 10_000
 
 
 @dataclass(frozen=True)
-class Transform(Codec):
+class Transform(FullCodec):
     """All logits by gain, groups of axes and repairs: for every loss. Encoding and decoding want a `fitted` one."""
 
     name: ClassVar[str] = "transform"
@@ -70,6 +69,16 @@ class Transform(Codec):
         return 2 if self.num_classes <= 1024 else 3
 
     @property
+    def class_bits(self) -> int:
+        """Of a repair, those that name the class; the others tell the error."""
+        return 10 if self.repair_bytes == 2 else 16
+
+    @property
+    def most_steps(self) -> int:
+        """That a repair adds or takes away."""
+        return 2 ** (8 * self.repair_bytes - self.class_bits - 1) - 1
+
+    @property
     def groups(self) -> int:
         """Bytes of a record that name points."""
         return self.bytes - 1 - self.repair_bytes * self.repairs
@@ -91,16 +100,6 @@ class Transform(Codec):
     ) -> torch.Tensor:
         """See `Codec`."""
         raise NotImplementedError("a basis is needed: see `fitted`")
-
-    def std(self, records: torch.Tensor) -> torch.Tensor:
-        """Standard deviation of the logits over all classes, float32 [n]."""
-        return self.decode(records, 1.0).std(dim=1)
-
-    def unsupported(self, kd: KDConfig, combine: str | None) -> str | None:
-        """See `Codec`: mse and standardized do not take the mean of probabilities."""
-        if combine == "probabilities" and kd.loss in ("mse", "standardized"):
-            return f"kd.loss {kd.loss} needs logits, and teacher.combine probabilities gives none"
-        return None
 
     def deviation(self, records: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
         """See `Codec`: by how much more the records miss the logits than the best record of these does, [n], as a share
@@ -310,9 +309,9 @@ class FittedTransform(Transform):
         error = logits - self._transformed(record, torch.float64)
         # Where the divergence loses most: the largest logits, unless the points have these right.
         where = (logits.softmax(dim=1) * error.abs()).argsort(dim=1, descending=True, stable=True)[:, : self.repairs]
-        most = 31 if self.repair_bytes == 2 else 127
+        most = self.most_steps
         steps = (error.gather(1, where) / STEP).round().clamp(-most, most).long() + most + 1
-        packed = where | steps << 8 * self.repair_bytes - (6 if self.repair_bytes == 2 else 8)
+        packed = where | steps << self.class_bits
         parts = [packed >> 8 * each & 255 for each in range(self.repair_bytes)]
         return torch.cat([record, torch.stack(parts, dim=2).flatten(1).to(torch.uint8)], dim=1)
 
@@ -325,9 +324,9 @@ class FittedTransform(Transform):
         if self.repairs:
             parts = records[:, 1 + self.groups :].long().unflatten(1, (self.repairs, self.repair_bytes)).unbind(dim=2)
             packed = sum(part << 8 * each for each, part in enumerate(parts))
-            bits, most = (10, 31) if self.repair_bytes == 2 else (16, 127)
             assert isinstance(packed, torch.Tensor)
-            logits.scatter_add_(1, packed & (1 << bits) - 1, ((packed >> bits) - most - 1) * STEP)
+            steps = (packed >> self.class_bits) - self.most_steps - 1
+            logits.scatter_add_(1, packed & (1 << self.class_bits) - 1, steps * STEP)
         return logits
 
     def _transformed(self, records: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
