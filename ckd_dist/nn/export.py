@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ckd_dist.core.errors import UserError, require
+from ckd_dist.core.errors import UserError, first_line, require
 from ckd_dist.nn.forward import logits_of
 from ckd_dist.nn.probe import unprepare
 
@@ -58,7 +58,7 @@ def export(model: nn.Module, metadata: Mapping[str, Any], format: str, what: str
     except UserError:
         raise
     except Exception as error:  # an exporter, or the network in its hands, may object in any way
-        why = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+        why = first_line(error)
         raise UserError(f"format: {what} has no form as {format} ({why}): choose another --format") from None
     difference = (found - expected).abs().max().item()
     require(

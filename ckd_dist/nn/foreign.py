@@ -6,6 +6,7 @@ those of saved options, a stand-in that keeps nothing takes their place, and any
 
 from __future__ import annotations
 
+import importlib
 import json
 import re
 import tempfile
@@ -17,7 +18,7 @@ from typing import Any
 
 import torch
 
-from ckd_dist.core.errors import UserError, require
+from ckd_dist.core.errors import UserError, first_line, require
 from ckd_dist.core.files import require_regular
 
 
@@ -185,18 +186,27 @@ def _read_pretrained(path: Path, option: str) -> dict[str, Any]:
     """The weights in a folder of save_pretrained, and the epoch where it is of the Trainer: only the library knows by
     which names they go in the network, which may be others than in the file."""
     try:
-        from transformers import AutoModelForImageClassification
+        importlib.import_module("transformers")
     except ModuleNotFoundError:
         raise UserError(f"{option}: transformers is not installed: pip install 'ckd_dist[hf]'") from None
     try:
-        model = AutoModelForImageClassification.from_pretrained(path, local_files_only=True, trust_remote_code=False)
+        weights = pretrained(path)
         state = path / "trainer_state.json"
         told = json.loads(state.read_text(encoding="utf-8")).get("epoch") if state.is_file() else None
     except Exception as error:  # transformers raises many kinds: for another task, weights that are gone, ...
-        why = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+        why = first_line(error)
         raise UserError(f"{option}: {path} holds no image classifier of transformers ({why})") from None
     epoch = {"epoch": round(told)} if isinstance(told, (int, float)) and told == round(told) else {}
-    return {"model": model.state_dict(), **epoch}
+    return {"model": weights, **epoch}
+
+
+def pretrained(folder: str | Path) -> dict[str, torch.Tensor]:
+    """The weights of an image classifier in a folder of transformers, as its network names them; raises whatever the
+    library does."""
+    from transformers import AutoModelForImageClassification
+
+    load = AutoModelForImageClassification.from_pretrained
+    return load(folder, local_files_only=True, trust_remote_code=False).state_dict()
 
 
 def _read_folder(path: Path, option: str, trust: bool) -> Any:

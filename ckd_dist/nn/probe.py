@@ -169,23 +169,26 @@ def _image(model: nn.Module, image_size: int) -> torch.Tensor:
     return torch.zeros(1, 3, image_size, image_size, device=next(model.parameters()).device)
 
 
+def float32_modules(model: nn.Module) -> dict[str, nn.Module]:
+    """The modules that `prepare` had compute in float32, by name."""
+    return {name: module for name, module in model.named_modules() if hasattr(type(module), "_prepared_of")}
+
+
 @cache
 def _in_float32(kind: type[nn.Module]) -> type[nn.Module]:
-    """The class of a module that makes logits."""
+    """The class of a module that makes logits, which is of the `kind`."""
 
     def forward(self: nn.Module, *inputs: torch.Tensor) -> torch.Tensor:
         with torch.autocast(inputs[0].device.type, enabled=False):
             return kind.forward(self, *(each.float() for each in inputs))
 
-    if kind.__name__.startswith("Float32"):
+    if hasattr(kind, "_prepared_of"):
         return kind
-    return type(f"Float32{kind.__name__}", (kind,), {"forward": forward})
+    return type(f"Float32{kind.__name__}", (kind,), {"forward": forward, "_prepared_of": kind})
 
 
 def unprepare(model: nn.Module) -> nn.Module:
     """The model without what `prepare` did to it for autocast: other programs are to run it."""
-    for module in model.modules():
-        kind = type(module)
-        if kind.__name__ == f"Float32{kind.__bases__[0].__name__}":
-            module.__class__ = kind.__bases__[0]
+    for module in float32_modules(model).values():
+        module.__class__ = type(module)._prepared_of  # type: ignore[attr-defined]
     return model

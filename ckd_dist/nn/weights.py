@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from ckd_dist.core import checkpoint, dist, identity
-from ckd_dist.core.errors import UserError, require
+from ckd_dist.core.errors import UserError, first_line, require
 from ckd_dist.core.files import content_sha256, file_sha256
 from ckd_dist.core.identity import Input
 from ckd_dist.nn import fitting, foreign
@@ -112,11 +112,7 @@ def _published(name: str, given: str) -> Weights:
             tag = name.removeprefix("timm/") + ("" if given == "DEFAULT" else f".{given}")
             return timm.create_model(tag, pretrained=True).state_dict()
         if name.startswith("hf/"):
-            import transformers
-
-            folder = name.removeprefix("hf/")
-            load = transformers.AutoModelForImageClassification.from_pretrained
-            return load(folder, local_files_only=True, trust_remote_code=False).state_dict()
+            return foreign.pretrained(name.removeprefix("hf/"))
         from torchvision.models import get_model_weights
 
         known = get_model_weights(name)
@@ -126,7 +122,7 @@ def _published(name: str, given: str) -> Weights:
     except UserError:
         raise
     except Exception as error:  # no such weights, no network, no room
-        why = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+        why = first_line(error)
         raise UserError(
             f"{OPTION}: no file {given}, and published weights of that name for {name} could not be had ({why}): "
             "name a file, or get a network"

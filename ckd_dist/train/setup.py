@@ -113,7 +113,7 @@ def build_models(runs: Sequence[Run], info: DatasetInfo, device: torch.device) -
         model = models.build_model(options.name, info.num_classes, options.options).to(device)
         probe.prepare(model, options.name, info.num_classes, size, "data.image_size")
         if options.weights:
-            for note in weights.load_initial(model, options, probe.logit_modules(model, size)):
+            for note in weights.load_initial(model, options, list(probe.float32_modules(model))):
                 say(f"{options.weights}: {note}")
         networks.append(model)
     least = config.data.batch_size // dist.world_size()
