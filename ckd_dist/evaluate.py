@@ -26,7 +26,7 @@ def main(config: EvaluateConfig) -> None:
     with dist.process_group() as device:
         model, metadata = models.load_model(config.checkpoint, "checkpoint", config.model)
         info = open_beton(config.data.val, "data.val", verify=config.data.verify)
-        classes.require_labels(info, "data.val", "what a model makes of them is compared with these")
+        classes.require_labels(info, "data.val")
         info = classes.match_model(info, "data.val", metadata, config.checkpoint, config.data.map_classes)
         loader = BetonLoader.for_evaluation(info, config.data, metadata, device)
         probe.require_fits(model, metadata["model"], info.num_classes, loader.image_size, "data.image_size")

@@ -12,7 +12,7 @@ from torch.utils.data import Dataset, Sampler
 
 from ckd_dist.core import dist
 from ckd_dist.core.errors import require
-from ckd_dist.data.order import shuffled_ids, train_ids
+from ckd_dist.data.order import digested_ids, shuffled_ids, train_ids
 from ckd_dist.data.pixels import pixels
 from ckd_dist.data.recipe import ViewRecipe
 from ckd_dist.data.views.draws import stream_key
@@ -89,21 +89,26 @@ class Views(Dataset):
             UserError: the image is none.
         """
         view, sample = (int(each) for each in index)
-        image, label = self._view(view, sample, self.size)
-        item = {"label": label, "id": sample, "view": view}
-        if self.recipe.mixes:
-            partner, weight, box = draw_mix(self.seed, view, sample, len(self), self._values)
-            other, other_label = self._view(view, int(partner), self.size)
-            blend(image, other, weight, box)
-            item.update(other_label=other_label, weight=np.float32(weight))
+        image, labels = self._view(view, sample, self.size)
         shown = torch.from_numpy(image).permute(2, 0, 1)
         if self.transform is not None:
             with torch.random.fork_rng(devices=[]):
                 torch.manual_seed(int(stream_key(self.seed, view, sample)) % 2**63)
                 shown = self.transform(shown)
-        return {"image": shown.contiguous(), **item}
+        return {"image": shown.contiguous(), **labels, "id": sample, "view": view}
 
-    def _view(self, view: int, sample: int, size: int) -> tuple[np.ndarray, int]:
+    def _view(self, view: int, sample: int, size: int) -> tuple[np.ndarray, dict[str, Any]]:
+        """Before the transform: uint8 [size, size, 3], and the entries of an item that tell its labels."""
+        image, label = self._unmixed(view, sample, size)
+        labels: dict[str, Any] = {"label": label}
+        if self.recipe.mixes:
+            partner, weight, box = draw_mix(self.seed, view, sample, len(self), self._values)
+            other, other_label = self._unmixed(view, int(partner), size)
+            blend(image, other, weight, box)
+            labels.update(other_label=other_label, weight=np.float32(weight))
+        return image, labels
+
+    def _unmixed(self, view: int, sample: int, size: int) -> tuple[np.ndarray, int]:
         """Not mixed: uint8 [size, size, 3], and the label."""
         image, label = self.images[sample]
         name = f"images: image {sample}"
@@ -116,11 +121,8 @@ class Views(Dataset):
         is no part of it. `size` defaults to that of these views.
         """
         found = {}
-        for sample in np.unique(np.linspace(0, len(self) - 1, 4).astype(np.int64)).tolist():
+        for sample in digested_ids(len(self)).tolist():
             image, _ = self._view(0, sample, size or self.size)
-            if self.recipe.mixes:
-                partner, weight, box = draw_mix(self.seed, 0, sample, len(self), self._values)
-                blend(image, self._view(0, int(partner), size or self.size)[0], weight, box)
             found[str(sample)] = hashlib.sha256(image.tobytes()).hexdigest()
         return found
 

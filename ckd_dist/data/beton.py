@@ -42,7 +42,7 @@ def open_images(data: LoaderConfig, *names: str) -> dict[str, DatasetInfo]:
         for before, other in found.items():
             _require_disjoint(before, other, option, info)
         if option != "data.train":
-            classes.require_labels(info, option, "what a model makes of them is compared with these")
+            classes.require_labels(info, option)
         first = next((each for each in found.values() if each.labelled), info)
         if first is not info:
             info = classes.match(info, option, first.classes, first.num_classes, str(first.path), data.map_classes)

@@ -53,7 +53,9 @@ def match_model(
     return match(info, option, metadata.get("classes", []), metadata["num_classes"], reference, how)
 
 
-def require_labels(info: DatasetInfo, option: str, why: str) -> None:
+def require_labels(
+    info: DatasetInfo, option: str, why: str = "what a model makes of them is compared with these"
+) -> None:
     """Raise `UserError` where the images of `info`, given as `option`, have no labels, and say what needs them."""
     require(
         info.labelled,

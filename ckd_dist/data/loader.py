@@ -17,7 +17,7 @@ from ckd_dist.data.batch import Batch, Mixed, Rows
 from ckd_dist.data.dataset import DatasetInfo, eval_recipe
 from ckd_dist.data.ffcv_repairs import Epoch, Loader, OrderOption, PipelineSpec, Reader, ToTensor
 from ckd_dist.data.options import LoaderConfig, TrainDataConfig
-from ckd_dist.data.order import quasi_random_ids, shuffled_ids
+from ckd_dist.data.order import digested_ids, quasi_random_ids, shuffled_ids
 from ckd_dist.data.recipe import ViewRecipe
 from ckd_dist.data.views.decoder import LabelDecoder, SampleIdDecoder, ViewDecoder
 from ckd_dist.data.views.mixing import partners
@@ -62,7 +62,7 @@ def decode_view(
 def image_digests(info: DatasetInfo, recipe: ViewRecipe, seed: int, image_size: int) -> dict[str, str]:
     """Sample id -> sha256 of its first view, uint8 [size, size, 3], for a few samples: they differ between JPEG and
     resize libraries."""
-    ids = np.unique(np.linspace(0, info.count - 1, 4).astype(np.int64))
+    ids = digested_ids(info.count)
     images = decode_view(info, recipe, seed, 0, ids, image_size)
     return {str(i): hashlib.sha256(image.tobytes()).hexdigest() for i, image in zip(ids, images, strict=True)}
 

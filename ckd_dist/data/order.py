@@ -8,6 +8,11 @@ from ckd_dist.core import dist
 from ckd_dist.core.errors import require
 
 
+def digested_ids(count: int) -> np.ndarray:
+    """A few sample ids, spread over all of `count`, int64: those whose views a store keeps the hashes of."""
+    return np.unique(np.linspace(0, count - 1, 4).astype(np.int64))
+
+
 def shuffled_ids(count: int, seed: int, epoch: int) -> np.ndarray:
     """The order of an epoch: a permutation of all sample ids, int64 [count], the same on every rank."""
     return np.random.default_rng([seed, epoch]).permutation(count)

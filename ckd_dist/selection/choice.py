@@ -61,10 +61,7 @@ def estimate(
         colour_sum += pixels.mean((2, 3)).sum(0)
         labels.append(batch.labels.cpu())
         for e, epoch in enumerate(epochs):
-            features, batch_logits = forward.forward_features(
-                trajectory.models[epoch], trajectory.layer.name, batch.images, config.amp
-            )
-            features = trajectory.layer.to_map(features)
+            features, batch_logits = trajectory.features(epoch, batch.images, config.amp)
             logits[epoch].append(batch_logits.cpu())
             with forward.autocast(device, config.amp):
                 both = probes[epoch](features, pixels, batch.labels)

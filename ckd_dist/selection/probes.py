@@ -48,6 +48,11 @@ class Trajectory:
         """The images in [0, 1], float [n, 3, size, size]."""
         return (batch.images * self.std + self.mean).clamp(0, 1)
 
+    def features(self, epoch: int, images: torch.Tensor, amp: str) -> tuple[torch.Tensor, torch.Tensor]:
+        """(F, a map in the type of `amp`; logits in float32) of a checkpoint."""
+        output, logits = forward.forward_features(self.models[epoch], self.layer.name, images, amp)
+        return self.layer.to_map(output), logits
+
 
 def load_trajectory(config: SelectConfig, device: torch.device) -> Trajectory:
     """The checkpoints that the options name; raises `UserError` for an unknown layer."""
@@ -148,9 +153,8 @@ class ProbeTraining:
         self._colour_sum += pixels.mean((2, 3)).sum(0)
         for group in self._optimizer.param_groups:
             group["lr"] = config.probe.lr * 0.5 * (1 + math.cos(math.pi * self.step / config.probe.steps))
-        for epoch, model in trajectory.models.items():
-            features, _ = forward.forward_features(model, trajectory.layer.name, batch.images, config.amp)
-            features = trajectory.layer.to_map(features)
+        for epoch in trajectory.models:
+            features, _ = trajectory.features(epoch, batch.images, config.amp)
             with forward.autocast(pixels.device, config.amp):
                 # Made outside inference mode: autograd may save the copy.
                 reconstruction, cross_entropy = self.probes[epoch](features.clone(), pixels, batch.labels)

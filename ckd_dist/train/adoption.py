@@ -91,7 +91,7 @@ def adopt(config: AdoptConfig, device: torch.device) -> None:
 def describe(config: AdoptConfig, device: torch.device) -> Setting:
     """The network and the held-out images; raises `UserError` where these do not go together."""
     info = open_beton(config.data.val, "data.val", verify=config.data.verify)
-    classes.require_labels(info, "data.val", "what a model makes of them is compared with these")
+    classes.require_labels(info, "data.val")
     names = class_names(config.classes) if config.classes else list(info.classes)
     num_classes = len(names) or info.num_classes
     info = classes.match(info, "data.val", names, num_classes, config.classes or "it", config.data.map_classes)

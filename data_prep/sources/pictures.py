@@ -3,7 +3,7 @@
 import os
 import warnings
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import cache
 from typing import IO
 
@@ -76,14 +76,25 @@ def kinds(left_out: Counter[str], most: int = 8) -> str:
     return ", ".join([f"{count:,} {kind}" for kind, count in named] + [f"{others:,} of other kinds"] * bool(others))
 
 
+def unwanted_folder(name: str) -> str | None:
+    """What kind of folder is left out; None: one that may hold images."""
+    if name.startswith("."):
+        return "hidden"
+    return "system folders" if name.lower() in SYSTEM_FOLDERS else None
+
+
+def unwanted_below(folders: Iterable[str]) -> str | None:
+    """What kind of file is left out that lies below folders of these names; None: one that may be an image."""
+    found = {unwanted_folder(name) for name in folders}
+    return next((kind for kind in ("hidden", "system folders") if kind in found), None)
+
+
 def wanted_folders(folders: list[str], left_out: Counter[str]) -> list[str]:
     """The names of folders that may hold images, sorted; the others are counted in `left_out`."""
     kept = []
     for name in sorted(folders, key=os.fsencode):
-        if name.startswith("."):
-            left_out["hidden"] += 1
-        elif name.lower() in SYSTEM_FOLDERS:
-            left_out["system folders"] += 1
+        if kind := unwanted_folder(name):
+            left_out[kind] += 1
         else:
             kept.append(name)
     return kept

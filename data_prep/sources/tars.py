@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from data_prep.errors import InputError
-from data_prep.sources.pictures import SYSTEM_FOLDERS, left_out_as
+from data_prep.sources.pictures import left_out_as, unwanted_below
 
 LARGE = 10**9  # bytes of a tar file whose headers take a while
 
@@ -106,9 +106,6 @@ def only_images(path: Path, members: Iterator[Member], left_out: Counter[str]) -
 
 def _kind(path: Path, member: Member) -> str | None:
     """What is left out, as of files in folders; None: an image."""
-    folders = member.name.split("/")[:-1]
-    if any(name.startswith(".") for name in folders):
-        return "hidden"
-    if any(name.lower() in SYSTEM_FOLDERS for name in folders):
-        return "system folders"
-    return left_out_as(member.name, lambda: io.BytesIO(read_at(str(path), member.start, member.size)))
+    return unwanted_below(member.name.split("/")[:-1]) or left_out_as(
+        member.name, lambda: io.BytesIO(read_at(str(path), member.start, member.size))
+    )

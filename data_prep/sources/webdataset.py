@@ -11,7 +11,7 @@ import numpy as np
 from data_prep.errors import InputError
 from data_prep.sources.encoded import FileSource
 from data_prep.sources.listed import Listed, listed_images
-from data_prep.sources.pictures import SYSTEM_FOLDERS, is_image
+from data_prep.sources.pictures import is_image, unwanted_below
 from data_prep.sources.tars import Member, Members, index, read_at
 
 
@@ -58,11 +58,8 @@ def _samples(shard: Path, left_out: Counter[str]) -> dict[str, dict[str, Member]
     samples: dict[str, dict[str, Member]] = {}
     for member in index(shard):
         folder, name = os.path.split(member.name)
-        folders = folder.split("/")
-        if any(each.startswith(".") for each in (*folders, name)):
-            left_out["hidden"] += 1
-        elif any(each.lower() in SYSTEM_FOLDERS for each in folders):
-            left_out["system folders"] += 1
+        if kind := "hidden" if name.startswith(".") else unwanted_below(folder.split("/")):
+            left_out[kind] += 1
         else:
             stem, _, suffix = name.partition(".")
             samples.setdefault(os.path.join(folder, stem), {})[suffix.lower()] = member
