@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
+from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
@@ -106,6 +107,13 @@ def local_rank() -> int:
 def local_world_size() -> int:
     """Number of processes on this node."""
     return int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+
+
+def node_ranks() -> list[int]:
+    """Ranks of the processes on this one's node that see each other (not those of another container), in order.
+    Collective."""
+    own = (Path("/proc/sys/kernel/random/boot_id").read_text(encoding="utf-8"), os.readlink("/proc/self/ns/pid"))
+    return [rank for rank, other in enumerate(gather_objects(own)) if other == own]
 
 
 def cores_per_rank() -> int:

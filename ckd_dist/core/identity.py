@@ -26,6 +26,7 @@ FREE = (
     "data.workers",
     "data.os_cache",
     "data.verify",
+    "teacher.read_ahead",
     "trust",
     "save_last_every",
     "log_every",

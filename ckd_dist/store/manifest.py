@@ -19,9 +19,9 @@ from ckd_dist.data.recipe import ViewRecipe
 from ckd_dist.store.codecs import factory
 from ckd_dist.store.codecs.base import Codec
 
-FORMAT = 4
-"""Of manifest.json. Formats 2 and 3 are read too: they tell neither classes nor paths, and format 2 has one number of
-views for all checkpoints."""
+FORMAT = 5
+"""Of manifest.json. Formats 2 to 4 are read too: their shards have checksums by sha256; 2 and 3 tell neither classes
+nor paths, and format 2 has one number of views for all checkpoints."""
 
 
 @dataclass(frozen=True)
@@ -55,7 +55,10 @@ class Sidecar:
     view: int
     first: int
     last: int
-    sha256: str
+    xxh3_128: str | None = None
+    """The checksum, as all shards are given it."""
+    sha256: str | None = None
+    """The checksum of a shard that an older version wrote."""
     basis_sha256: str | None = None
     """Of the checkpoint's basis, where the codec has one: see `bases`."""
 
@@ -174,8 +177,8 @@ class Manifest:
         """The shards of all checkpoints and views."""
         return [shard for name in self.checkpoints for shard in self.checkpoint_shards(name)]
 
-    def sidecar(self, shard: Shard, sha256: str, basis_sha256: str | None) -> Sidecar:
-        """What stands beside a shard whose file has the checksum `sha256`, and its checkpoint's basis the other."""
+    def sidecar(self, shard: Shard, basis_sha256: str | None, xxh3_128: str | None = None) -> Sidecar:
+        """What stands beside a shard whose file has the checksum `xxh3_128`, and its checkpoint's basis the other."""
         return Sidecar(
             identity=self.identity_hash,
             weights_sha256=self.checkpoints[shard.checkpoint]["weights_sha256"],
@@ -183,7 +186,7 @@ class Manifest:
             view=shard.view,
             first=shard.first,
             last=shard.last,
-            sha256=sha256,
+            xxh3_128=xxh3_128,
             basis_sha256=basis_sha256,
         )
 
@@ -229,7 +232,7 @@ class Manifest:
         require(path.exists(), f"{option}: {store} is not a logit store: it has no manifest.json (see cache_logits)")
         values = read_json(path, dict, option, "put back the one that the store was written with")
         found = values.get("format")
-        require(found in (2, 3, FORMAT), f"{option}: {path} has format {found}, this version reads 2 to {FORMAT}")
+        require(found in (2, 3, 4, FORMAT), f"{option}: {path} has format {found}, this version reads 2 to {FORMAT}")
         checksum = values.pop("checksum", None)
         require(checksum == _checksum(values), f"{option}: {path} does not match its checksum: it was changed")
         del values["format"]
@@ -237,7 +240,7 @@ class Manifest:
             if found == 2:
                 views = values.pop("views")
                 values["checkpoints"] = {k: {**v, "views": views} for k, v in values["checkpoints"].items()}
-            if found != FORMAT:
+            if found in (2, 3):
                 values.update(classes=[], paths={})
             parse_json(json.dumps(values), _Schema)
             manifest = cls(**values)

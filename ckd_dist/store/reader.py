@@ -2,26 +2,24 @@
 
 from __future__ import annotations
 
-import ctypes
-import mmap
-import os
-import weakref
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
 import torch
 from numba import types
 
-from ckd_dist.core import checkpoint
-from ckd_dist.core.errors import UserError, require
+from ckd_dist.core import checkpoint, memory
+from ckd_dist.core.errors import require
 from ckd_dist.data.dataset import DatasetInfo
 from ckd_dist.data.jit import compiled
 from ckd_dist.data.recipe import ViewRecipe
 from ckd_dist.store import bases
-from ckd_dist.store.check import faults, records_begin
+from ckd_dist.store.check import faults, shard_fault
 from ckd_dist.store.manifest import Manifest, Shard
+from ckd_dist.store.records import HeldView, MappedView, Records, View
 
 _memcpy: Any = types.ExternalFunction("memcpy", types.uintp(types.uintp, types.uintp, types.uintp))
 
@@ -59,30 +57,12 @@ def as_cached(info: DatasetInfo, manifest: Manifest, option: str, store: Path) -
     return info
 
 
-_libc = ctypes.CDLL(None, use_errno=True)
-_libc.mmap.restype = ctypes.c_void_p
-_libc.mmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int, ctypes.c_int, ctypes.c_int, ctypes.c_long]
-_libc.munmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t]
-_libc.madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
-
-
-class _MappedFile:
-    """A file in memory, read-only, from `address` on, for as long as this object lives. Python's own mmap keeps a file
-    descriptor for each, and a process may have 1024 of them."""
-
-    def __init__(self, file: BinaryIO, *, random: bool):
-        """`random`: parts of it will be read in random order, and what lies beside them is not worth reading ahead."""
-        size = os.fstat(file.fileno()).st_size
-        self.address = _libc.mmap(None, size, mmap.PROT_READ, mmap.MAP_SHARED, file.fileno(), 0)
-        if self.address == ctypes.c_void_p(-1).value:
-            raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()), file.name)
-        weakref.finalize(self, _libc.munmap, self.address, size).atexit = False
-        if random:
-            _libc.madvise(self.address, size, mmap.MADV_RANDOM)
-
-
 class StoreReader:
-    """The records of some of a store's checkpoints."""
+    """The records of some of a store's checkpoints.
+
+    No record is given out of a shard that was not compared with its checksum: that is done when its view is first read,
+    unless `check_shards`, or `ahead.ReadAhead`, did it before.
+    """
 
     def __init__(
         self,
@@ -91,7 +71,7 @@ class StoreReader:
         info: DatasetInfo | None = None,
     ):
         """Open `store`, if given for the images of `info`; `checkpoints` as users call them (`Manifest.members`),
-        default: the last. Shards are not looked at before `check_shards` or `rows`.
+        default: the last. Shards are not looked at yet.
 
         Raises `UserError` for a store of other images, or a checkpoint that it lacks.
         """
@@ -106,14 +86,18 @@ class StoreReader:
         """Of the records; where it is fitted to checkpoints, each has its own of `codecs`."""
         encodings = bases.encodings(self.store, self.manifest, self._members)
         self.codecs = [encodings[name].codec for name in self._members]
+        self._basis_sha256 = {name: encodings[name].basis_sha256 for name in self._members}
         self._record_bytes = self.codec.record_bytes
         size = self._record_bytes * self.manifest.dataset["count"] * self.views * len(self._members)
-        self._outgrows_memory = size > os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 2
-        self._mapped: dict[tuple[str, int], tuple[list[_MappedFile], np.ndarray]] = {}
+        self.outgrows_memory = size > memory.limit() / 2
+        """Whether the system cannot be expected to keep what it has read."""
+        self._checked: set[View] = set()
+        self._mapped: dict[View, Records] = {}
+        self._held: dict[View, HeldView] = {}
 
     def __getstate__(self) -> dict:
         """Without what is in this process's memory."""
-        return {**vars(self), "_mapped": {}}
+        return {**vars(self), "_mapped": {}, "_held": {}}
 
     @property
     def views(self) -> int:
@@ -127,20 +111,21 @@ class StoreReader:
 
     def rows(self, ids: np.ndarray, view: int, members: list[int] | None = None) -> np.ndarray:
         """Records of samples `ids` [n] under `view`, uint8 [n, members, bytes]; `members` counts among
-        `self.checkpoints`, and defaults to all of them."""
+        `self.checkpoints`, and defaults to all of them. Raises `UserError` where a shard is missing or bad, of which
+        all of a view's are compared with their checksums when the first of its records is asked for."""
         names = [self._members[m] for m in members] if members else self._members
         ids = ids.astype(np.int64)
         count = self.manifest.dataset["count"]
         if not ((ids >= 0) & (ids < count)).all():  # from here on, nothing else looks
             raise IndexError(f"sample ids from {ids.min()} to {ids.max()}, the store has 0 to {count - 1}")
         # What is mapped of other views is not needed again soon. A new dict each time: threads may call this at once.
-        mapped = {key: each for key, each in self._mapped.items() if key[1] == view}
+        mapped = {**{key: each for key, each in self._mapped.items() if key[1] == view}, **self._held}
         out = np.empty((len(ids), len(names), self._record_bytes), dtype=np.uint8)
         for m, name in enumerate(names):
             if (name, view) not in mapped:
-                mapped[name, view] = self._map(self.manifest.shards(name, view))
-            _gather(mapped[name, view][1], self.manifest.shard_size, ids, out[:, m])
-        self._mapped = mapped
+                mapped[name, view] = self._map(name, view)
+            _gather(mapped[name, view].addresses, self.manifest.shard_size, ids, out[:, m])
+        self._mapped = {key: each for key, each in mapped.items() if key not in self._held}
         return out
 
     def logits(self, ids: np.ndarray, view: int, member: int = 0) -> torch.Tensor:
@@ -148,23 +133,44 @@ class StoreReader:
         classes]; see `rows`."""
         return self.codecs[member].decode(torch.from_numpy(self.rows(ids, view, [member])[:, 0]), 1.0)
 
-    def _map(self, shards: list[Shard]) -> tuple[list[_MappedFile], np.ndarray]:
-        """The shards in memory, and where the records of each begin there, uint64 [shards]."""
-        files, addresses = [], []
-        for shard in shards:
-            path = shard.path(self.store)
-            with open(path, "rb") as file:
-                try:
-                    offset = records_begin(file, self.manifest, shard)
-                except ValueError as error:
-                    raise UserError(f"teacher.store: {path} is no shard of this store ({error})") from None
-                files.append(_MappedFile(file, random=self._outgrows_memory))
-            addresses.append(files[-1].address + offset)
-        return files, np.array(addresses, dtype=np.uint64)
+    def _map(self, name: str, view: int) -> Records:
+        shards = self.manifest.shards(name, view)
+        content = (name, view) not in self._checked
+        self.require_no([fault for shard in shards if (fault := self.fault(shard, content=content))])
+        self._checked.add((name, view))
+        return MappedView(self.store, self.manifest, shards, random=self.outgrows_memory)
 
-    def check_shards(self, views: int | None = None) -> None:
-        """Compare every shard of the first `views` (default: of all) with its checksum; collective: ranks share the
-        work. Raises `UserError`, on every rank, for one that is missing or does not match."""
-        found = faults(self.store, self.manifest, self._members, views)
+    # -------------------------------------------------------------------------------------- checks
+
+    def views_of(self, members: list[int], view: int) -> set[View]:
+        """What is read where records of `members`, counted among `self.checkpoints`, are under `view`."""
+        return {(self._members[m], view) for m in members}
+
+    def fault(self, shard: Shard, *, content: bool = True, into: np.ndarray | None = None) -> str | None:
+        """See `check.shard_fault`."""
+        basis_sha256 = self._basis_sha256[shard.checkpoint]
+        return shard_fault(self.store, self.manifest, shard, basis_sha256, content=content, into=into)
+
+    def check_shards(self, views: int | None = None, *, content: bool = True) -> None:
+        """Look at every shard of the first `views` (default: of all), and compare all of it with its checksum unless
+        the `content` can wait until it is read; collective: ranks share the work. Raises `UserError`, on every rank,
+        for one that is missing or does not match."""
+        self.require_no(
+            [fault for _, fault in faults(self.store, self.manifest, self._members, views, content=content)]
+        )
+        if content:
+            self._checked |= {(name, view) for name in self._members for view in range(views or self.views)}
+
+    def require_no(self, found: list[str]) -> None:
+        """Raise `UserError` where shards have faults."""
         more = f" (and {len(found) - 1} more)" if len(found) > 1 else ""
-        require(not found, f"teacher.store: {found and found[0][1]}{more}: run python -m ckd_dist.store repair")
+        require(not found, f"teacher.store: {found and found[0]}{more}: run python -m ckd_dist.store repair")
+
+    def take(self, views: Mapping[View, HeldView | None]) -> None:
+        """Views that were checked, and those that are in memory."""
+        self._checked |= views.keys()
+        self._held |= {key: held for key, held in views.items() if held}
+
+    def release(self, but: set[View]) -> None:
+        """Forget what is in memory of other views than these."""
+        self._held = {key: held for key, held in self._held.items() if key in but}

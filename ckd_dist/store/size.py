@@ -18,7 +18,7 @@ def shard_size(manifest: Manifest, shard: Shard) -> int:
 def size_of(manifest: Manifest, shards: list[Shard]) -> int:
     """Bytes of shards and their sidecars; those of bases, some megabytes a checkpoint, are not known beforehand."""
     basis = 64 * "0" if manifest.recorded.is_fitted else None
-    sidecars = sum(len(sidecar_content(manifest, shard, 64 * "0", basis)) for shard in shards)
+    sidecars = sum(len(sidecar_content(manifest, shard, 32 * "0", basis)) for shard in shards)
     return sidecars + sum(shard_size(manifest, shard) for shard in shards)
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import io
 import json
 import shutil
@@ -12,6 +11,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
+import xxhash
 
 from ckd_dist.core.files import NewFile, errors_name, lock, remove_leftovers, write_bytes_atomically
 from ckd_dist.store.manifest import Manifest, Shard
@@ -65,9 +65,9 @@ def array_header(manifest: Manifest, shard: Shard) -> bytes:
     return header.getvalue()
 
 
-def sidecar_content(manifest: Manifest, shard: Shard, sha256: str, basis_sha256: str | None) -> bytes:
-    """The .json beside a shard whose content has the checksum `sha256`, and its checkpoint's basis the other."""
-    values = asdict(manifest.sidecar(shard, sha256, basis_sha256))
+def sidecar_content(manifest: Manifest, shard: Shard, xxh3_128: str, basis_sha256: str | None) -> bytes:
+    """The .json beside a shard whose content has the checksum `xxh3_128`, and its checkpoint's basis the other."""
+    values = asdict(manifest.sidecar(shard, basis_sha256, xxh3_128))
     return (json.dumps({key: each for key, each in values.items() if each is not None}, indent=2) + "\n").encode()
 
 
@@ -83,7 +83,7 @@ class ShardWriter:
         path = shard.path(store)
         path.parent.mkdir(parents=True, exist_ok=True)
         self._record_bytes = manifest.recorded.record_bytes
-        self._digest = hashlib.sha256()
+        self._digest = xxhash.xxh3_128()
         self._written = 0
         self._new = NewFile(path)
         self._write(array_header(manifest, shard))

@@ -98,7 +98,7 @@ def compare(folder: Path, task: Task) -> dict:
     run_module(f"{task.dataset}: dense logits", "ckd_dist.cache_logits", "--data.train", train, *cache)
     stores = {"dense float16": dense}
     for name, options in {name: options for each in task.codecs.values() for name, options in each.items()}.items():
-        stores[name] = folder / "stores" / _slug(name)
+        stores[name] = folder / "stores" / slug(name)
         convert = ["ckd_dist.store", "convert", dense, stores[name], "--data.train", train, *options]
         run_module(f"{task.dataset}: {name}", *convert)
 
@@ -111,7 +111,7 @@ def compare(folder: Path, task: Task) -> dict:
             for name in ("dense float16", *each):
                 runs[temperature, name, seed] = [*student, *loss, "--teacher.store", stores[name], "--seed", seed]
     for (temperature, name, seed), words in runs.items():
-        words += ["--run_dir", folder / "students" / _slug(f"{name}, at {temperature}, seed {seed}")]
+        words += ["--run_dir", folder / "students" / slug(f"{name}, at {temperature}, seed {seed}")]
     top1 = train_students(task.dataset, runs)
     rows: list[dict] = [{"codec": "no teacher", "top1": [top1[0, "no teacher", seed] for seed in SEEDS]}]
     for temperature, each in task.codecs.items():
@@ -124,18 +124,20 @@ def compare(folder: Path, task: Task) -> dict:
     return {"dataset": task.dataset, "classes": classes, "images": task.images, "teacher_top1": last, "rows": rows}
 
 
-def _slug(name: str) -> str:
+def slug(name: str) -> str:
+    """The name of a folder."""
     return name.replace(",", "").replace(" ", "_")
 
 
 def train_students(title: str, runs: dict) -> dict:
-    """Train students, as many at a time as there are cores (up to 4), and return the accuracy of each."""
+    """Train students, as many at a time as there are cores (up to 4), and return the accuracy of each, None where none
+    was measured."""
     cores = len(os.sched_getaffinity(0))
     at_once = min(4, cores)
     environment = {**os.environ, "OMP_NUM_THREADS": str(cores // at_once)}
     console.rule(f"[bold]{title}: {len(runs)} students, {at_once} at a time", align="left")
 
-    def train(words: list[object]) -> float:
+    def train(words: list[object]) -> float | None:
         done = subprocess.run(
             [sys.executable, "-m", *map(str, words)],
             env=environment,
@@ -146,8 +148,8 @@ def train_students(title: str, runs: dict) -> dict:
         )
         if done.returncode:
             raise RuntimeError(f"{words[-1]}: {done.stderr.strip()}")
-        top1 = json.loads((Path(str(words[-1])) / "summary.json").read_text(encoding="utf-8"))["top1"]
-        console.print(f"{words[-1]}: top-1 {top1:.2f} %", soft_wrap=True)
+        top1 = json.loads((Path(str(words[-1])) / "summary.json").read_text(encoding="utf-8")).get("top1")
+        console.print(f"{words[-1]}: " + ("trained" if top1 is None else f"top-1 {top1:.2f} %"), soft_wrap=True)
         return top1
 
     with ThreadPoolExecutor(at_once) as pool:

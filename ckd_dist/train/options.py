@@ -30,9 +30,12 @@ class TeacherConfig:
     temperature, or one after another, each for its share of the student's epochs."""
     weights: list[float] = field(default_factory=list)
     """Weight of each checkpoint in the mean, or its share of the epochs; default: equal."""
+    read_ahead: float | None = None
+    """GB of memory on each node for the records of the store that an epoch and the next one need, read in large pieces
+    before their turn; default: 0, none, where the store fits in half of the memory, else a quarter of the memory."""
 
     def __post_init__(self) -> None:
-        require_ranges(self, "teacher.", weights=(1e-6, 1_000_000))
+        require_ranges(self, "teacher.", weights=(1e-6, 1_000_000), read_ahead=(0, 1_000_000))
         require(
             self.store is None or self.run is None,
             "teacher.store and teacher.run are both given: choose cached logits or the online teacher",

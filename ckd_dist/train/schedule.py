@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from ckd_dist.core.console import say
 from ckd_dist.core.errors import require
+from ckd_dist.store.ahead import ReadAhead
 from ckd_dist.store.reader import StoreReader
 from ckd_dist.train.options import TeacherConfig
 from ckd_dist.train.records import EpochInputs, StoredRecords
@@ -65,12 +67,25 @@ class EpochSchedule:
     teacher: StoreReader | OnlineTeacher | None = None
     checkpoints: list[list[int]] = field(default_factory=list)
     """For each epoch, positions among the teacher's checkpoints: the columns of its records."""
+    read_ahead: int | None = None
+    """See `store.ahead.ReadAhead`."""
 
     def inputs(self, epoch: int) -> EpochInputs:
-        """What epoch `epoch`, counted from 0, trains on."""
-        view = self.first_view + epoch % self.views
+        """What epoch `epoch`, counted from 0, trains on; collective. Raises `UserError` where records that it needs are
+        damaged."""
+        view = self._view(epoch)
         if self.teacher is None or not self.checkpoints[epoch]:
             return EpochInputs(view)
         if isinstance(self.teacher, StoreReader):
+            self._ahead.begin(epoch)
             return EpochInputs(view, rows=StoredRecords(self.teacher, self.checkpoints[epoch]))
         return EpochInputs(view, teacher=self.teacher.records(self.checkpoints[epoch]))
+
+    def _view(self, epoch: int) -> int:
+        return self.first_view + epoch % self.views
+
+    @cached_property
+    def _ahead(self) -> ReadAhead:
+        assert isinstance(self.teacher, StoreReader)
+        needs = [self.teacher.views_of(columns, self._view(e)) for e, columns in enumerate(self.checkpoints)]
+        return ReadAhead(self.teacher, needs, self.read_ahead)

@@ -134,5 +134,11 @@ def set_up(
         views, seed, recipe = views or records.views, records.manifest.view_seed, records.recipe
     if views and views < config.epochs:
         say(f"{views} views for {config.epochs} epochs: epoch {views + 1} sees the first view again, and so on")
-    schedule = EpochSchedule(views or config.epochs, teacher=records, checkpoints=columns)
+    budget = config.teacher.read_ahead
+    schedule = EpochSchedule(
+        views or config.epochs,
+        teacher=records,
+        checkpoints=columns,
+        read_ahead=None if budget is None else int(1e9 * budget),
+    )
     return Distillation(losses, schedule, train_recipe(config.data, info, recipe), seed or 0)

@@ -115,7 +115,7 @@ class CachedTeacher:
             f"data.views is {views}, {self.path} holds {reader.views} views of epoch {fewest}: cache more or ask for "
             "less",
         )
-        reader.check_shards(views or reader.views)
+        reader.check_shards(views or reader.views, content=False)
         _say_teacher(configs, "cached logits")
         _warn_of_a_cut_softmax(configs, reader, info.count)
         if note := dist.on_main(lambda: manifest.decoding_note(recording.image_digests(manifest, info))):

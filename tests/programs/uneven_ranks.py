@@ -25,7 +25,7 @@ def slowly(*_):
 with dist.process_group():
     set_timeout = getattr(td, "set_timeout", td.distributed_c10d._set_pg_timeout)  # as older ones call it
     set_timeout(timedelta(seconds=1), td.group.WORLD)
-    check.shard_fault = lambda *_: list(slowly()) and None
+    check.shard_fault = lambda *_, **__: list(slowly()) and None
     assert check.faults(store, manifest, [name]) == []
     recorder = SimpleNamespace(manifest=manifest, fit=lambda *_: None, load=lambda _: {}, write=slowly)
     recording.write_work(store, recorder, [([name], [[shard] for shard in manifest.shards(name, 0)])])

@@ -4,13 +4,13 @@ it reaches a student; what does no harm is not."""
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import json
 import os
 import shutil
 
 import numpy as np
 import pytest
+import xxhash
 
 from ckd_dist.core.errors import UserError
 from ckd_dist.core.options import flatten
@@ -19,6 +19,7 @@ from ckd_dist.store import manifest as manifests
 from ckd_dist.store.manifest import Manifest, Shard
 from ckd_dist.store.reader import StoreReader
 from ckd_dist.store.writer import ShardWriter
+from tests.helpers.stores import damage_at
 
 SHARD = Shard("epoch_0003", 1, 250, 499)
 NAME = r"epoch_0003/view_0001/samples_00000250-00000499"
@@ -31,10 +32,11 @@ def read(store, fashion, split="train", **changes):
     return reader.rows(np.arange(info.count), 1)
 
 
-def flip_bit(path, position):
-    content = bytearray(path.read_bytes())
-    content[position] ^= 1
-    path.write_bytes(content)
+def read_unchecked(store, fashion):
+    """As a training does: contents are looked at when they are read."""
+    reader = StoreReader(str(store), [1, 2, 3], dataset.read_info(fashion["train"], ""))
+    reader.rows(np.arange(1201), 0)
+    return reader.rows(np.arange(1201), 1)
 
 
 def transplant(store, **changes):
@@ -65,7 +67,7 @@ def save_as(path, values, **options):
 
 
 def with_digest(path):
-    return lambda found: {**found, "sha256": hashlib.sha256(path.read_bytes()).hexdigest()}
+    return lambda found: {**found, "xxh3_128": xxhash.xxh3_128_hexdigest(path.read_bytes())}
 
 
 def save_with_checksum(path, values):
@@ -96,15 +98,17 @@ def replace_by_dangling_link(path):
 
 
 CHECKSUM = "does not match its checksum"
+HEADER = r"is no shard of this store \(it does not begin as a \.npy file does\)"
+HOLDS = r"is no shard of this store \(it holds"
 SHARDS = {
     # name: (what to do with the store and the .npy file, what the message says)
-    "bit of a logit": (lambda s, p: flip_bit(p, -1), CHECKSUM),
-    "bit of the header": (lambda s, p: flip_bit(p, 30), CHECKSUM),
-    "bit of the magic": (lambda s, p: flip_bit(p, 0), CHECKSUM),
-    "one byte short": (lambda s, p: os.truncate(p, p.stat().st_size - 1), CHECKSUM),
-    "one record short": (lambda s, p: os.truncate(p, p.stat().st_size - 20), CHECKSUM),
-    "empty": (lambda s, p: os.truncate(p, 0), CHECKSUM),
-    "one byte longer": (lambda s, p: p.write_bytes(p.read_bytes() + b"\0"), CHECKSUM),
+    "bit of a logit": (lambda s, p: damage_at(p, -1), CHECKSUM),
+    "bit of the header": (lambda s, p: damage_at(p, 30), HEADER),
+    "bit of the magic": (lambda s, p: damage_at(p, 0), HEADER),
+    "one byte short": (lambda s, p: os.truncate(p, p.stat().st_size - 1), "it has 5,127 bytes of 5,128"),
+    "one record short": (lambda s, p: os.truncate(p, p.stat().st_size - 20), "it has 5,108 bytes of 5,128"),
+    "empty": (lambda s, p: os.truncate(p, 0), HEADER),
+    "one byte longer": (lambda s, p: p.write_bytes(p.read_bytes() + b"\0"), "it has 5,129 bytes of 5,128"),
     "missing": (lambda s, p: p.unlink(), r"\.npy is missing"),
     "a dangling link": (lambda s, p: replace_by_dangling_link(p), r"\.npy is missing"),
     "a folder": (lambda s, p: replace_by_folder(p), r"\.npy is not a regular file"),
@@ -144,10 +148,10 @@ SHARDS = {
     "no array, with a good checksum": (
         lambda s, p: (p.write_bytes(b"x" * 5128), sidecar(with_digest(p))(s, p)), "is no shard of this store"),
     "one byte longer, with a good checksum": (
-        lambda s, p: (p.write_bytes(p.read_bytes() + b"x"), sidecar(with_digest(p))(s, p)), "it has 5129 bytes"),
-    "as float32": (lambda s, p: save_as(p, np.load(p).astype(np.float32)), CHECKSUM),
-    "in another order": (lambda s, p: save_as(p, np.asfortranarray(np.load(p))), CHECKSUM),
-    "as a pickle": (lambda s, p: save_as(p, np.load(p).astype(object), allow_pickle=True), CHECKSUM),
+        lambda s, p: (p.write_bytes(p.read_bytes() + b"x"), sidecar(with_digest(p))(s, p)), "it has 5,129 bytes of 5,1"),
+    "as float32": (lambda s, p: save_as(p, np.load(p).astype(np.float32)), HOLDS),
+    "in another order": (lambda s, p: save_as(p, np.asfortranarray(np.load(p))), HOLDS),
+    "as a pickle": (lambda s, p: save_as(p, np.load(p).astype(object), allow_pickle=True), HOLDS),
 }  # fmt: skip
 
 
@@ -172,7 +176,7 @@ SIDECARS = {
     "JSON of the next shard": (
         lambda s, p: shutil.copy(p.with_name("samples_00000500-00000749.json"), p.with_suffix(".json")),
         "has first 500, the manifest says 250"),
-    "bit of the JSON's checksum": (lambda s, p: flip_bit(p.with_suffix(".json"), -6), CHECKSUM),
+    "bit of the JSON's checksum": (lambda s, p: damage_at(p.with_suffix(".json"), -6), CHECKSUM),
     **{
         f"JSON's {key} {str(value)[:6]}": (
             sidecar(lambda values, key=key, value=value: {**values, key: value}), expected)
@@ -186,15 +190,17 @@ SIDECARS = {
             ("last", 499.0, r"\.json is damaged \(last: Input should be a valid integer"),
             ("last", 10**40, "has last 1000"),
             ("last", True, r"\.json is damaged \(last: Input should be a valid integer"),
-            ("sha256", "0" * 64, CHECKSUM),
-            ("sha256", None, r"\.json is damaged \(sha256: Input should be a valid string"),
+            ("xxh3_128", "0" * 32, CHECKSUM),
+            ("xxh3_128", None, r"\.json is damaged \(it has 0 checksums"),
+            ("xxh3_128", 7, r"\.json is damaged \(xxh3_128: Input should be a valid string"),
+            ("sha256", "0" * 64, r"\.json is damaged \(it has 2 checksums"),
             ("author", "me", r"\.json is damaged \(author: Unexpected"),
         )
     },
     **{
         f"JSON without {key}": (
             sidecar(lambda values, key=key: {k: v for k, v in values.items() if k != key}), f"{key}: Field required")
-        for key in ("identity", "weights_sha256", "checkpoint", "view", "first", "last", "sha256")
+        for key in ("identity", "weights_sha256", "checkpoint", "view", "first", "last")
     },
 }  # fmt: skip
 
@@ -203,14 +209,15 @@ def manifest(store):
     return Manifest.load(store, "")
 
 
+@pytest.mark.parametrize("when", [read, read_unchecked], ids=["checked", "first read"])
 @pytest.mark.parametrize("kind", [*SHARDS, *SIDECARS])
-def test_a_damaged_shard_is_refused_by_name(copy, fashion, kind):
+def test_a_damaged_shard_is_refused_by_name(copy, fashion, kind, when):
     damage, expected = {**SHARDS, **SIDECARS}[kind]
     damage(copy, SHARD.path(copy))
     name = f"({NAME}|epoch_0002/view_0001|epoch_0003/view_0000)" if "swapped" in kind else NAME
     name = "epoch_0003/view_0001/samples_00000000" if kind == "its folder a file" else name
     with pytest.raises(UserError, match=rf"teacher\.store: .*{name}.*{expected}.*: run .*ckd_dist\.store repair"):
-        read(copy, fashion)
+        when(copy, fashion)
 
 
 def edit(store, change):
@@ -259,7 +266,7 @@ def test_an_edited_manifest_is_refused(copy, fashion, field):
     values = json.loads(path.read_text())
     assign(values, field, other_value(flatten(values)[field]))
     path.write_text(json.dumps(values))
-    expected = "has format 5, this version reads 2 to 4" if field == "format" else CHECKSUM
+    expected = "has format 6, this version reads 2 to 5" if field == "format" else CHECKSUM
     with pytest.raises(UserError, match=rf"teacher\.store: .*manifest\.json {expected}"):
         read(copy, fashion)
 
@@ -322,9 +329,9 @@ def test_an_edited_manifest_is_refused(copy, fashion, field):
         (lambda m: m["checkpoints"].pop("epoch_0002") and None, r"no checkpoint of epoch 2; there are 1, 3"),
         (lambda m: {k: v for k, v in m.items() if k != "recipe"}, r"manifest\.json is damaged"),
         (lambda m: assign(m, "licence", "MIT"), r"manifest\.json is damaged"),
-        (lambda m: assign(m, "format", 5), "has format 5, this version reads 2 to 4"),
+        (lambda m: assign(m, "format", 6), "has format 6, this version reads 2 to 5"),
         (lambda m: assign(m, "format", 2), "is damaged"),
-        (lambda m: assign(m, "format", 1), "has format 1, this version reads 2 to 4"),
+        (lambda m: assign(m, "format", 1), "has format 1, this version reads 2 to 5"),
     ],
 )
 def test_a_forged_manifest_is_refused(copy, fashion, change, expected):
@@ -345,7 +352,7 @@ def test_a_forged_manifest_is_refused(copy, fashion, change, expected):
         (lambda path: path.write_text('{"format": 1' + 5000 * "0" + "}"), "is damaged|has format"),
         (replace_by_folder, "is not a regular file"),
         (replace_by_fifo, "is not a regular file"),
-        (lambda path: flip_bit(path, path.read_text().index("sha256:") + 10), CHECKSUM),
+        (lambda path: damage_at(path, path.read_text().index("sha256:") + 10), CHECKSUM),
     ],
     ids=["missing", "empty", "cut short", "not text", "a list", "nested deeply", "huge", "a folder", "a FIFO", "bit"],
 )
