@@ -10,7 +10,8 @@ estimated. RUN_DIR (default runs/bench) gets bench.json, and keeps images and te
   step      the train step on data in memory against a bare loop
   teaching  the same with cached records and with online teachers
   epochs    plain training, from the store (dense, top-k), online teachers, small and large
-  store     caching against the bare forward pass, 1 and 4 checkpoints; reading; what `store plan` foretells
+  store     caching against the bare forward pass, 1 and 4 checkpoints; reading, of a store larger than memory too
+            (as root); codecs; what `store plan` foretells
   students  four side by side against four commands
   scaling   1 and 2 processes on the CPU, or 1 to 8 GPUs
 

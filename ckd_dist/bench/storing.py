@@ -12,25 +12,26 @@ from itertools import count as count_up
 from pathlib import Path
 
 import numpy as np
+import torch
 
+from ckd_dist.bench import cold
 from ckd_dist.bench.loader import photographs
 from ckd_dist.bench.measure import Row, in_turn
+from ckd_dist.bench.random_store import write_random_store
 from ckd_dist.bench.training import Setup, output
 from ckd_dist.core.options import load_config
 from ckd_dist.data.batch import Batch
 from ckd_dist.data.dataset import DatasetInfo
-from ckd_dist.data.recipe import ViewRecipe
 from ckd_dist.nn import forward
 from ckd_dist.store import recording
 from ckd_dist.store.check import faults
-from ckd_dist.store.codecs.dense import Dense
-from ckd_dist.store.creation import open_store
+from ckd_dist.store.codecs import Dense, TopK, factory, transform
+from ckd_dist.store.codecs.base import Codec
 from ckd_dist.store.describe import describe
 from ckd_dist.store.manifest import Manifest
-from ckd_dist.store.options import CacheConfig
+from ckd_dist.store.options import CacheConfig, CodecConfig
 from ckd_dist.store.reader import StoreReader
 from ckd_dist.store.size import format_bytes, store_size
-from ckd_dist.store.writer import ShardWriter
 from ckd_dist.studies.commands import run_module
 
 IMAGENET = 1_281_167
@@ -110,36 +111,15 @@ def measure_reading(
     """Write, verify and read a dense store of `count` records of random logits; reading, in random order from the page
     cache, in turn with numpy's own `take` of the same rows of an array in memory. Every row read is compared."""
     shutil.rmtree(path, ignore_errors=True)
-    manifest = Manifest(
-        dataset={"name": "random", "content_hash": "none", "count": count, "num_classes": classes},
-        recipe=ViewRecipe(kind="random_resized_crop").to_dict(),
-        view_seed=0,
-        forward={"image_size": 224, "mean": [0.0] * 3, "std": [1.0] * 3, "amp": "off"},
-        codec=Dense(classes).to_dict(),
-        shard_size=65536,
-        checkpoints={"epoch_0001": {"epoch": 1, "model": "none", "weights_sha256": "none", "views": 1}},
-        images={},
-    )
-    open_store(path, manifest)
-    rng = np.random.default_rng(0)
-    every = np.empty((count, classes), dtype=np.float16)
-    block = rng.normal(size=(batch_size, classes)).astype(np.float16)
-    for first in range(0, count, batch_size):  # the same numbers in every block, but for a sample's own in front
-        every[first : first + batch_size] = block[: count - first]
-    every[:, 0], every[:, 1] = np.arange(count) % 2048, np.arange(count) // 2048
-
     started = time.perf_counter()
-    for shard in manifest.shards("epoch_0001", 0):
-        writer = ShardWriter(path, shard, manifest)
-        for first in range(shard.first, shard.last + 1, batch_size):
-            writer.append(every[first : min(first + batch_size, shard.last + 1)].view(np.uint8))
-        writer.commit()
+    every = write_random_store(path, count, classes)
     written = time.perf_counter() - started
+    manifest = Manifest.load(path, "RUN_DIR")
     started = time.perf_counter()
     assert faults(path, manifest) == []
     verified = time.perf_counter() - started
 
-    reader = StoreReader(str(path), [])
+    reader, rng = StoreReader(str(path), []), np.random.default_rng(0)
     order = [rng.integers(0, count, batch_size) for _ in range(batches)]
     for ids in order:
         assert (reader.rows(ids, 0)[:, 0].view(np.float16) == every.take(ids, axis=0)).all()
@@ -161,8 +141,37 @@ def measure_reading(
     found = in_turn(case, "records/s", works, rounds=15, warm_up=3, limits=limits)
     shutil.rmtree(path)
     rates = {"writing": count / written, "verifying": count / verified}
-    disk = "disk, and sha256 on one core"
+    disk = "disk, and xxh3 on one core"
     return [*found, *(Row(case, what, "records/s", [rate], limit=disk) for what, rate in rates.items())]
+
+
+def measure_decoding(classes: int = 1000, count: int = 8192) -> list[Row]:
+    """Encoding and decoding records on one core, in turn; logits of a few dozen directions and noise."""
+    rng, threads = torch.Generator().manual_seed(0), torch.get_num_threads()
+    shape = torch.randn(64, classes, generator=rng) * torch.linspace(2, 0.2, 64)[:, None]
+    logits = torch.randn(count, 64, generator=rng) @ shape + 0.1 * torch.randn(count, classes, generator=rng)
+    codecs: dict[str, Codec] = {"dense": Dense(classes), "topk, k 8": TopK(classes, 8)}
+    for config in (CodecConfig(codec="transform", bytes=size) for size in (54, 28, 16)):
+        codec = factory.from_config(config, classes)
+        assert isinstance(codec, transform.Transform)
+        codecs[f"transform, {config.bytes} bytes"] = codec.fitted(transform.fit(codec, logits, 0))
+    labels = logits.argmax(dim=1)
+
+    def encode(codec: Codec) -> float:
+        return len(codec.encode(logits, labels))
+
+    def decode(codec: Codec, records: torch.Tensor) -> float:
+        for part in records.split(256):
+            codec.decode(part, 1.0)
+        return count
+
+    case = f"codecs, {classes} classes, one core, batches of 256"
+    torch.set_num_threads(1)
+    encoding = {f"encoding {name}": partial(encode, codec) for name, codec in codecs.items()}
+    decoding = {f"decoding {name}": partial(decode, c, c.encode(logits, labels)) for name, c in codecs.items()}
+    rows = [*in_turn(case, "records/s", encoding, rounds=5), *in_turn(case, "records/s", decoding, rounds=15)]
+    torch.set_num_threads(threads)
+    return rows
 
 
 def measure_plan(setup: Setup, tries: int = 3) -> list[Row]:
@@ -194,5 +203,7 @@ def measure(setup: Setup) -> list[Row]:
         *measure_caching(setup, setup.info, setup.models.teachers[0], setup.models.image_size),
         *measure_caching(setup, photographs(setup.folder, "jpg"), model, size),
         *measure_reading(setup.folder / "scratch" / "imagenet_store", IMAGENET),
+        *cold.measure(setup.folder),
+        *measure_decoding(),
         *measure_plan(setup),
     ]

@@ -148,7 +148,7 @@ SHARDS = {
     "no array, with a good checksum": (
         lambda s, p: (p.write_bytes(b"x" * 5128), sidecar(with_digest(p))(s, p)), "is no shard of this store"),
     "one byte longer, with a good checksum": (
-        lambda s, p: (p.write_bytes(p.read_bytes() + b"x"), sidecar(with_digest(p))(s, p)), "it has 5,129 bytes of 5,1"),
+        lambda s, p: (p.write_bytes(p.read_bytes() + b"x"), sidecar(with_digest(p))(s, p)), "has 5,129 bytes of 5,1"),
     "as float32": (lambda s, p: save_as(p, np.load(p).astype(np.float32)), HOLDS),
     "in another order": (lambda s, p: save_as(p, np.asfortranarray(np.load(p))), HOLDS),
     "as a pickle": (lambda s, p: save_as(p, np.load(p).astype(object), allow_pickle=True), HOLDS),
