@@ -26,12 +26,16 @@ import json
 import sys
 from dataclasses import asdict
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from ckd_dist.core.errors import require
 from ckd_dist.core.options import Parser, flag_words, load_config, option_words
 from ckd_dist.core.process import run_process
 from ckd_dist.data.options import LoaderConfig
 from ckd_dist.store.options import CodecConfig, PlanConfig
+
+if TYPE_CHECKING:
+    from ckd_dist.store.compare import Comparison
 
 COMMANDS = ("plan", "info", "verify", "repair", "convert", "compare", "pack", "unpack")
 
@@ -132,13 +136,18 @@ def plan(config: PlanConfig) -> int:
     }
     if isinstance(found, TimedPlan):
         rows |= {
-            "time": f"{format_seconds(found.seconds)} ({found.seconds:.1f} s) on {world} processes like this one",
+            "time": f"{format_seconds(found.seconds)} ({found.seconds:.1f} s) on {world} process{'es' * (world > 1)}",
             "one teacher, online": f"{1e6 * found.teacher_seconds_an_image:,.0f} µs an image; a student of "
             f"{config.views} epochs waits {format_seconds(found.online_seconds)} for it",
             "caching pays": f"from {found.students} student{'s' * (found.students > 1)} on, each taught by one "
             "checkpoint",
         }
+        if found.enough_seconds and not found.choices:
+            rows["codecs"] = f"to see what they would keep of these logits, --trial_seconds {found.enough_seconds}"
     _print_table(config.store, rows)
+    if isinstance(found, TimedPlan) and found.choices:
+        sizes = [format_bytes(each.store_bytes) for each in found.choices]
+        _print_codecs([each.keeps for each in found.choices], sizes)
     return 0 if fits else 1
 
 
@@ -261,26 +270,36 @@ def convert(options: argparse.Namespace) -> int:
 
 def compare(options: argparse.Namespace) -> int:
     """Show codecs beside each other."""
-    from rich.console import Console
-    from rich.table import Table
-
-    from ckd_dist.store.compare import TEMPERATURES, compare
+    from ckd_dist.store.compare import compare
 
     require(all(2 <= size <= 4096 for size in options.bytes), f"bytes is {options.bytes}: give 2 to 4096 each")
     found = compare(options.store, options.checkpoint, options.bytes)
     if options.json:
         print(json.dumps([asdict(each) for each in found], indent=2))
         return 0
+    _print_codecs(found)
+    return 0
+
+
+def _print_codecs(found: list[Comparison], stores: list[str] | None = None) -> None:
+    """Codecs beside each other, with the size of the `stores` that they would make."""
+    from rich.console import Console
+    from rich.table import Table
+
+    from ckd_dist.store.compare import TEMPERATURES
+
     table = Table(title="share of the teacher's divergence that is lost, on images that no basis was fitted to")
-    for column in ("codec", "bytes", *(f"T = {each}" for each in TEMPERATURES), "top-1 kept"):
+    for column in ("codec", "bytes", *(["store"] if stores else []), *(f"T = {t}" for t in TEMPERATURES), "top-1 kept"):
         table.add_column(column, justify="left" if column == "codec" else "right")
     table.add_column("losses")
-    for each in found:
+    fitted_to = max(each.fitted_to or 0 for each in found)
+    table.caption = f"bases of transform fitted to {fitted_to:,} records; of a store, to 10,000 where there are as many"
+    for number, each in enumerate(found):
         lost = (f"{100 * share:.2f} %" for share in each.lost.values())
         losses = "all" if len(each.losses) == 6 else ", ".join(each.losses)
-        table.add_row(each.codec["name"], f"{each.bytes:,}", *lost, f"{100 * each.top1:.1f} %", losses)
+        sizes = [f"{each.bytes:,}", *(stores[number : number + 1] if stores else [])]
+        table.add_row(each.codec["name"], *sizes, *lost, f"{100 * each.top1:.1f} %", losses)
     Console(highlight=False, width=120).print(table)
-    return 0
 
 
 def pack(options: argparse.Namespace) -> int:

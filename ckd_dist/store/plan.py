@@ -16,11 +16,18 @@ from torch import nn
 
 from ckd_dist.core import dist
 from ckd_dist.nn.forward import forward_logits
+from ckd_dist.store import compare
+from ckd_dist.store.codecs import transform
+from ckd_dist.store.compare import Comparison
 from ckd_dist.store.creation import merged
 from ckd_dist.store.describe import describe
+from ckd_dist.store.manifest import Manifest
 from ckd_dist.store.options import PlanConfig
 from ckd_dist.store.recording import Recorder, count_records, missing_work
 from ckd_dist.store.size import shard_size, space, store_size
+
+DENSE_PAYS = 32
+"""Classes up to which a dense record is about as small as any."""
 
 
 @dataclass(frozen=True)
@@ -40,6 +47,15 @@ class Plan:
 
 
 @dataclass(frozen=True)
+class Choice:
+    """A codec that the store might have."""
+
+    store_bytes: int
+    """Length of all files of the complete store."""
+    keeps: Comparison
+
+
+@dataclass(frozen=True)
 class TimedPlan(Plan):
     """And in time, from a short trial of it."""
 
@@ -51,6 +67,10 @@ class TimedPlan(Plan):
     """What one checkpoint's forward passes add to a student of as many epochs as there are views."""
     students: int
     """From so many students on, each with a teacher of one checkpoint, caching takes less time than online teachers."""
+    choices: list[Choice]
+    """For more classes than a dense record pays for, if the trial gave records enough: what codecs would keep."""
+    enough_seconds: int | None
+    """Of the trial, for some thousand records to compare codecs by; None where a dense record is the smallest."""
 
 
 def plan(config: PlanConfig, device: torch.device) -> Plan:
@@ -86,6 +106,7 @@ def plan(config: PlanConfig, device: torch.device) -> Plan:
     first, rate, forward = (max(each) for each in zip(*dist.gather_objects((first, rate, forward)), strict=True))
     slowest = max(sum(count_records(ranges[k::world]) for _, ranges in work) for k in range(world))
     seconds = first + slowest * rate if work else 0.0
+    choices = dist.on_main(lambda: _choices(config, recorder, dict([teachers.popitem()])))
     online = forward * config.views * manifest.dataset["count"] / world
     return TimedPlan(
         **asdict(sizes),
@@ -93,7 +114,33 @@ def plan(config: PlanConfig, device: torch.device) -> Plan:
         teacher_seconds_an_image=forward,
         online_seconds=online,
         students=max(1, math.ceil(seconds / online)),
+        choices=choices,
+        enough_seconds=math.ceil(4 * compare.FEWEST * forward) if _worth_comparing(manifest) else None,
     )
+
+
+def _worth_comparing(manifest: Manifest) -> bool:
+    return manifest.dataset["num_classes"] > DENSE_PAYS and manifest.dataset["count"] >= compare.FEWEST
+
+
+def _choices(config: PlanConfig, recorder: Recorder, teacher: dict[str, nn.Module]) -> list[Choice]:
+    """Codecs beside each other, on answers of one checkpoint to random images: as many as `trial_seconds` give."""
+    manifest, parts, started = recorder.manifest, [], time.perf_counter()
+    if not _worth_comparing(manifest):
+        return []
+    most = min(compare.TESTED + transform.SAMPLE, manifest.dataset["count"])
+    ids = np.random.RandomState(manifest.view_seed).permutation(manifest.dataset["count"])[:most]
+    for _, logits in recorder.logits(teacher, ids, 0):
+        parts += [each.cpu() for each in logits.values()]
+        if time.perf_counter() - started > config.trial_seconds:
+            break
+    every = torch.cat(parts)
+    if len(every) < compare.FEWEST:
+        return []
+    tested, fitting = every.tensor_split([min(compare.TESTED, len(every) // 3)])
+    sizes = sorted({*compare.SIZES, *([config.bytes] if config.bytes else [])})
+    found = compare.compare_logits(tested, fitting, sizes, manifest.view_seed)
+    return [Choice(store_size(replace(manifest, codec=each.codec))[0], each) for each in found]
 
 
 def _trial(batches: Iterator[int], trial_seconds: float) -> tuple[float, float]:

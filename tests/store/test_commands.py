@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 
 from ckd_dist.core.errors import UserError
+from ckd_dist.store import plan
 from ckd_dist.store.manifest import Manifest
 from ckd_dist.store.size import store_size
 from ckd_dist.store.writer import ShardWriter, make_room
@@ -60,6 +61,23 @@ def test_what_does_not_fit_on_the_disk_is_refused_before_it_is_begun(fashion, te
     assert store_here("plan", *words) == 1
     assert "it does not fit" in capsys.readouterr().out
     assert list(tmp_path.iterdir()) == []
+
+
+def test_plan_shows_what_codecs_would_keep(fashion, teacher, tmp_path, monkeypatch, capsys):
+    words = cache_options(fashion, teacher, tmp_path / "planned", "--views", 1)
+    assert store_here("plan", *words, "--json") == 0
+    assert json.loads(capsys.readouterr().out)["choices"] == []  # ten classes: dense is the smallest
+    monkeypatch.setattr(plan, "DENSE_PAYS", 5)
+    assert store_here("plan", *words, "--json", "--trial_seconds", 20, "--codec", "transform", "--bytes", 6) == 0
+    choices = json.loads(capsys.readouterr().out)["choices"]
+    sizes = [(each["keeps"]["codec"]["name"], each["keeps"]["bytes"]) for each in choices]
+    assert sizes == [("dense", 20), *(("transform", size) for size in (6, 16, 28, 54)), ("topk", 52)]
+    lost = {each["keeps"]["bytes"]: each["keeps"]["lost"]["4"] for each in choices}
+    assert 1 > lost[6] > lost[16] > max(lost[20], lost[28], lost[54]) >= 0  # ten classes: nothing is left to lose
+    assert all(each["store_bytes"] > 3 * 1201 * each["keeps"]["bytes"] for each in choices)
+    assert store_here("plan", *words, "--trial_seconds", 1e-6) == 0
+    assert "to see what they would keep of these logits, --trial_seconds" in " ".join(capsys.readouterr().out.split())
+    assert not any(tmp_path.iterdir())
 
 
 def test_info_tells_what_is_there(copy, topk, capsys):
