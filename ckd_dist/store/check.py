@@ -87,7 +87,8 @@ def _no_array(file: FileIO, manifest: Manifest, shard: Shard) -> str | None:
 def _checksum(file: FileIO, kind: str, into: np.ndarray | None) -> str:
     """Of a file's content, read from its beginning in large pieces: into memory of its length, or anywhere."""
     digest, done = CHECKSUMS[kind](), 0
-    scratch = memoryview(bytearray(0 if into is not None else PIECE))
+    size = min(PIECE, os.fstat(file.fileno()).st_size)
+    scratch = memoryview(bytearray(size if into is None else 0))
     file.seek(0)
     while True:
         piece = scratch if into is None else into.data[done : done + PIECE]
