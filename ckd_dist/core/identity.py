@@ -222,7 +222,7 @@ def require_same(folder: Path, origin: Origin) -> bool:
 
 def _depends_on_epochs(options: dict[str, Any]) -> str | None:
     """What makes the first epochs of a training depend on how many there are in all, if anything does."""
-    if options["optim.schedule"] in ("cosine", "linear"):
+    if options["optim.schedule"] in ("cosine", "linear", "trapezoid"):
         return f"optim.schedule {options['optim.schedule']}"
     if options["data.start_image_size"] is not None:
         return "data.start_image_size"

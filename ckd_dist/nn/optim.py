@@ -48,8 +48,8 @@ def image_size(epoch: int, *, start: int | None, final: int, epochs: int) -> int
 def learning_rate(step: int, config: OptimConfig, *, steps_per_epoch: int, epochs: int) -> float:
     """Learning rate of optimiser step `step`, counted from 0 over the whole run.
 
-    Warm-up rises linearly to `config.lr`; cosine and linear then fall to 0 at the last step's end; step and multistep
-    count epochs from the start of the run.
+    Warm-up rises linearly to `config.lr`; cosine and linear then fall to 0 at the last step's end, trapezoid in the
+    last fifth of all steps; step and multistep count epochs from the start of the run.
     """
     warmup = config.warmup_epochs * steps_per_epoch
     if step + 1 <= warmup:
@@ -61,6 +61,8 @@ def learning_rate(step: int, config: OptimConfig, *, steps_per_epoch: int, epoch
         return config.lr * 0.5 * (1 + math.cos(math.pi * progress))
     if config.schedule == "linear":
         return config.lr * (1 - progress)
+    if config.schedule == "trapezoid":  # after arXiv 2405.18392, cooldown of a fifth
+        return config.lr * min(1.0, 5 * (1 - step / total))
     if config.schedule == "step":
         return config.lr * config.gamma ** (epoch // config.step_epochs)
     if config.schedule == "multistep":

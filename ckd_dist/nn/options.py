@@ -44,8 +44,8 @@ class OptimConfig:
     """L2 penalty (sgd) or decoupled decay (adamw)."""
     decay_norm_and_bias: bool = True
     """Apply weight decay to biases and normalisation weights too; ImageNet recipes set false."""
-    schedule: Literal["cosine", "linear", "step", "multistep", "constant"] = "cosine"
-    """Shape of the learning rate after warm-up."""
+    schedule: Literal["cosine", "linear", "trapezoid", "step", "multistep", "constant"] = "cosine"
+    """Shape of the learning rate after warm-up; trapezoid: constant, and over the last fifth linearly down to 0."""
     warmup_epochs: float = 0.0
     """Linear rise from 0 to lr over so many epochs."""
     step_epochs: int = 60

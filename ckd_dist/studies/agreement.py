@@ -4,9 +4,10 @@ labels.
   python -m ckd_dist.studies.agreement TRAIN.beton HELD_OUT.beton TEACHER_RUN [RUN_DIR] [--teacher.model NAME]
 
 The last checkpoint of TEACHER_RUN is cached densely on views of the training images and converted to every codec;
-resnet8 students at 64 px, of three seeds, learn from each. On the held-out images: the share on which a student's most
-probable class is the teacher's, and the mean KL(teacher || student) at T = 1. Run again, what is complete is not
-repeated. Writes agreement.json and agreement.md into RUN_DIR (default runs/agreement).
+resnet8 students at 64 px, of three seeds, learn from each. Of the held-out images, and of the training images as they
+are evaluated, a view that no student saw: the share on which a student's most probable class is the teacher's, and the
+mean KL(teacher || student) at T = 1. Run again, what is complete is not repeated. Writes agreement.json and
+agreement.md into RUN_DIR (default runs/agreement).
 """
 
 from __future__ import annotations
@@ -59,21 +60,29 @@ def main() -> None:
         for seed in SEEDS
     }
     train_students("agreement", runs)
-    found = agreement(options.held_out, options.teacher, options.model, {key: words[-1] for key, words in runs.items()})
-    rows = [
-        {"temperature": temperature, "codec": name, "students": [found[temperature, name, seed] for seed in SEEDS]}
-        for temperature in TEMPERATURES
-        for name in stores
-    ]
+    folders = {key: Path(str(words[-1])) for key, words in runs.items()}
+    rows: list[dict] = []
+    for of in ("held_out", "train"):
+        found = agreement(getattr(options, of), options.teacher, options.model, folders)
+        rows += [
+            {
+                "of": of,
+                "temperature": temperature,
+                "codec": name,
+                "students": [found[temperature, name, s] for s in SEEDS],
+            }
+            for temperature in TEMPERATURES
+            for name in stores
+        ]
     (folder / "agreement.json").write_text(json.dumps(rows, indent=2) + "\n", encoding="utf-8")
     table = "\n".join(markdown(rows))
     (folder / "agreement.md").write_text(table + "\n", encoding="utf-8")
     console.print(table)
 
 
-def agreement(held_out: Path, teacher: Path, code: str | None, students: dict) -> dict:
-    """For each of the `students`, by their run folders: percent of the held-out images on which its most probable class
-    is the teacher's, and the mean KL(teacher || student) at T = 1 in nats. Each network sees them as it is
+def agreement(path: Path, teacher: Path, code: str | None, students: dict[tuple, Path]) -> dict[tuple, dict]:
+    """For each of the `students`, by their run folders: percent of the images in `path` on which its most probable
+    class is the teacher's, and the mean KL(teacher || student) at T = 1 in nats. Each network sees them as it is
     evaluated."""
     import numpy as np
     import torch
@@ -85,7 +94,7 @@ def agreement(held_out: Path, teacher: Path, code: str | None, students: dict) -
     from ckd_dist.data.options import LoaderConfig
     from ckd_dist.nn import forward, models
 
-    cpu, images = torch.device("cpu"), open_beton(held_out, "HELD_OUT")
+    cpu, images = torch.device("cpu"), open_beton(path, "images")
 
     def log_softmax(run: Path, code: str | None) -> torch.Tensor:
         epoch, file = max(checkpoint.trajectory(str(run), "TEACHER_RUN").items())
@@ -104,11 +113,13 @@ def agreement(held_out: Path, teacher: Path, code: str | None, students: dict) -
 
 
 def markdown(rows: list[dict]) -> list[str]:
-    """The table; differences from dense of the same T are paired by seed."""
-    lines = ["| T | codec | agrees with the teacher, % | minus dense | KL | minus dense |", "|---|---|---|---|---|---|"]
+    """The table; differences from dense of the same images and T are paired by seed."""
+    head = ["images", "T", "codec", "agrees with the teacher, %", "minus dense", "KL", "minus dense"]
+    lines = [f"| {' | '.join(head)} |", f"|{'---|' * len(head)}"]
     for row in rows:
-        base = next(each for each in rows if each["temperature"] == row["temperature"])["students"]
-        cells = [str(row["temperature"]), row["codec"]]
+        same = [each for each in rows if each["of"] == row["of"] and each["temperature"] == row["temperature"]]
+        base = same[0]["students"]
+        cells = [row["of"], str(row["temperature"]), row["codec"]]
         for key in ("agrees", "kl"):
             values = [each[key] for each in row["students"]]
             minus = [value - other[key] for value, other in zip(values, base, strict=True)]

@@ -32,6 +32,13 @@ def test_linear_with_warmup_is_a_triangle():
     assert values[20:] == pytest.approx([1 - s / 80 for s in range(80)])
 
 
+def test_trapezoid_is_constant_and_falls_in_the_last_fifth():
+    values = rates(schedule="trapezoid", warmup_epochs=1)
+    assert values[:10] == pytest.approx([(s + 1) / 10 for s in range(10)])
+    assert values[10:81] == pytest.approx([1.0] * 71)
+    assert values[80:] == pytest.approx([(100 - s) / 20 for s in range(80, 100)])
+
+
 @pytest.mark.parametrize("warmup_epochs", [0.04, 0.1, 0.15, 0.3, 1.99])
 def test_no_warm_up_overshoots_the_peak(warmup_epochs):
     for schedule in ("cosine", "constant"):
