@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from ckd_dist.core import results
 from ckd_dist.core.identity import read_lineage
+from ckd_dist.search.held_out import load_students
 from ckd_dist.search.trials import Search, Trial
 
 if TYPE_CHECKING:
@@ -52,21 +53,16 @@ def is_of(table: list[dict], rows: list[dict]) -> bool:
 
 def test(search: Search, rows: list[dict], device: torch.device) -> None:
     """Add the test figures of the chosen students to their rows; collective."""
-    from ckd_dist.core import checkpoint
     from ckd_dist.data.loader import BetonLoader
-    from ckd_dist.nn import forward, models
     from ckd_dist.train import evaluation
 
     config, info = search.config, search.images["data.test"]
     chosen = [(trial, row) for trial, row in zip(search.trials, rows, strict=True) if row["chosen"]]
     loader = None
     for start in range(0, len(chosen), config.students_at_once):
-        group, networks = chosen[start : start + config.students_at_once], {}
-        for trial, _ in group:
-            path = checkpoint.checkpoint_path(trial.config.run_dir, trial.config.epochs)
-            name = trial.config.model.name
-            model, metadata = models.load_model(path, "run_dir", name if models.is_code(name) else None)
-            networks[str(path)] = forward.to_device(model, device)
+        group = chosen[start : start + config.students_at_once]
+        found, metadata = load_students([trial for trial, _ in group], device)
+        networks = {trial.name: network for (trial, _), network in zip(group, found, strict=True)}
         if loader is None:
             as_evaluated = replace(config.data, image_size=None)  # at the size that figures on data.val are of
             loader = BetonLoader.for_evaluation(info, as_evaluated, metadata, device)

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import json
 import sys
+from functools import lru_cache
 from pathlib import Path
 
 from ckd_dist.core.options import Parser
@@ -96,13 +97,19 @@ def agreement(path: Path, teacher: Path, code: str | None, students: dict[tuple,
 
     cpu, images = torch.device("cpu"), open_beton(path, "images")
 
+    @lru_cache(maxsize=2)  # one of the teacher, one that all students share
+    def batches(**metadata: object) -> list[torch.Tensor]:
+        loader = BetonLoader.for_evaluation(images, LoaderConfig(), metadata, cpu)
+        return [each.images for each in loader.batches(np.arange(images.count))]
+
     def log_softmax(run: Path, code: str | None) -> torch.Tensor:
         epoch, file = max(checkpoint.trajectory(str(run), "TEACHER_RUN").items())
         model, metadata = models.load_model(file, f"epoch {epoch}", code)
-        loader = BetonLoader.for_evaluation(images, LoaderConfig(), metadata, cpu)
         network = forward.to_device(model, cpu)
-        batches = loader.batches(np.arange(images.count))
-        return torch.cat([forward.forward_logits(network, each.images, "off") for each in batches]).log_softmax(dim=1)
+        known = ("image_size", "val_image_size", "augment", "crop_share")
+        shown = {key: metadata[key] for key in known if key in metadata}
+        shown |= {key: tuple(metadata[key]) for key in ("mean", "std")}
+        return torch.cat([forward.forward_logits(network, each, "off") for each in batches(**shown)]).log_softmax(dim=1)
 
     truth, found = log_softmax(teacher, code), {}
     for key, run in students.items():

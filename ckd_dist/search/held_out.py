@@ -1,0 +1,102 @@
+"""What students answer to every held-out image: what a race compares them by."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from ckd_dist.core import dist
+from ckd_dist.core.files import write_bytes_atomically
+from ckd_dist.search.trials import Search, Trial
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
+
+TEMPERATURES = np.geomspace(1 / 8, 8, 25)
+"""Of a student's softmax, among which the one that suits it best is sought: what it was taught at sets its scale, which
+says nothing of how good it is."""
+
+
+@dataclass(frozen=True)
+class Answers:
+    """Of one student, image by image."""
+
+    correct: np.ndarray
+    """Whether the most probable class is the label's, bool [images]."""
+    loss: np.ndarray
+    """Cross entropy in nats of the softmax at `temperature`, float32 [images]."""
+    temperature: float
+    """Of `TEMPERATURES`, that with the least mean cross entropy."""
+
+
+def read_answers(trial: Trial) -> Answers | None:
+    """Of a trained student; None where they are not there, or not whole."""
+    try:
+        with np.load(_path(trial), allow_pickle=False) as file:
+            if int(file["epochs"]) != trial.config.epochs:
+                return None
+            return Answers(file["correct"], file["loss"], float(file["temperature"]))
+    except (OSError, ValueError, KeyError, EOFError):
+        return None
+
+
+def write_answers(search: Search, trials: Sequence[Trial], device: torch.device) -> None:
+    """Ask those of the trained students that were not asked yet; collective: ranks share them out."""
+    missing = dist.on_main(lambda: [trial.name for trial in trials if read_answers(trial) is None])
+    mine = [trial for trial in trials if trial.name in missing][dist.rank() :: dist.world_size()]
+    at_once = search.config.students_at_once
+    with dist.uneven_work():
+        for start in range(0, len(mine), at_once):
+            _ask(search, mine[start : start + at_once], device)
+
+
+def _path(trial: Trial) -> Path:
+    return Path(trial.config.run_dir) / "held_out.npz"
+
+
+def _ask(search: Search, trials: Sequence[Trial], device: torch.device) -> None:
+    import torch
+
+    from ckd_dist.data.loader import BetonLoader
+    from ckd_dist.nn.forward import forward_logits
+
+    networks, metadata = load_students(trials, device)
+    info = search.images["data.val"]
+    as_evaluated = replace(search.config.data, image_size=None)
+    loader = BetonLoader.for_evaluation(info, as_evaluated, metadata, device)
+    temperatures = torch.tensor(TEMPERATURES, dtype=torch.float32, device=device)
+    found: list[list[tuple[torch.Tensor, torch.Tensor]]] = [[] for _ in trials]
+    for batch in loader.batches(np.arange(info.count)):
+        for own, network in zip(found, networks, strict=True):
+            logits = forward_logits(network, batch.images, search.config.amp)
+            scaled = (logits[:, None] / temperatures[:, None]).log_softmax(dim=2)  # [n, temperatures, classes]
+            losses = -scaled.gather(2, batch.labels[:, None, None].expand(-1, len(temperatures), 1))[:, :, 0]
+            own.append((logits.argmax(dim=1) == batch.labels, losses))
+    for trial, own in zip(trials, found, strict=True):
+        correct, losses = (torch.cat(each).cpu() for each in zip(*own, strict=True))
+        best = int(losses.double().mean(dim=0).argmin())
+        file = io.BytesIO()
+        answers = {"correct": correct.numpy(), "loss": losses[:, best].numpy(), "temperature": TEMPERATURES[best]}
+        np.savez(file, epochs=trial.config.epochs, **answers)
+        write_bytes_atomically(_path(trial), file.getvalue())
+
+
+def load_students(trials: Sequence[Trial], device: torch.device) -> tuple[list[nn.Module], dict]:
+    """Networks of trained students on the device, and the metadata that they share."""
+    from ckd_dist.core import checkpoint
+    from ckd_dist.nn import forward, models
+
+    networks: list[nn.Module] = []
+    metadata: dict = {}
+    for trial in trials:
+        path = checkpoint.checkpoint_path(trial.config.run_dir, trial.config.epochs)
+        name = trial.config.model.name
+        model, metadata = models.load_model(path, "run_dir", name if models.is_code(name) else None)
+        networks.append(forward.to_device(model, device))
+    return networks, metadata

@@ -1,0 +1,135 @@
+"""A race among the candidates of a search: its students trained, asked and compared until the rule ends it."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from ckd_dist.core.console import say
+from ckd_dist.nn.options import OptimConfig
+from ckd_dist.search import rule
+from ckd_dist.search.held_out import read_answers, write_answers
+from ckd_dist.search.rule import Outcome, Rung, Student
+from ckd_dist.search.trials import Search, Trial, side_by_side
+
+if TYPE_CHECKING:
+    import torch
+
+RUNGS = ((0.1, 0.5), (0.4, 0.8), (1.0, 1.0))
+"""Share of the epochs, and of the budget that may be spent by the end of that rung."""
+FULL_SEEDS = 3
+"""Of trying all, against which the budget is told."""
+DEFAULT_BUDGET = 0.15
+"""Share of trying all."""
+
+
+@dataclass(frozen=True)
+class Race:
+    """A race, with what its rule is given."""
+
+    search: Search
+    candidates: list[Trial]
+    """Each as its student of the full length and the first seed."""
+    rungs: list[Rung]
+    budget: float
+    """In students of the full length."""
+    last: list[int]
+    """Candidates of the last checkpoint alone, which the best is compared with."""
+
+
+def prepare(search: Search) -> Race:
+    """The race among the trials of a search, all of one seed."""
+    config, candidates = search.config, search.trials
+    rungs: list[Rung] = []
+    for share, spent in RUNGS:
+        epochs = max(1, round(share * config.epochs))
+        rungs = [*(each for each in rungs if each.epochs < epochs), Rung(epochs, spent)]
+    budget = config.race_budget or DEFAULT_BUDGET * FULL_SEEDS * len(candidates)
+    singles = [each for trial in candidates if len(each := trial.config.teacher.checkpoints) == 1]
+    last = max(singles, key=lambda names: _order(names[0]), default=None)
+    return Race(
+        search, candidates, rungs, budget, [k for k, t in enumerate(candidates) if t.config.teacher.checkpoints == last]
+    )
+
+
+def _order(name: int | str) -> tuple[bool, int]:
+    """Later epochs later, those of named runs before those of the unnamed one."""
+    return isinstance(name, int), int(str(name).rpartition("/")[2])
+
+
+def student_of(race: Race, student: Student) -> Trial:
+    """The run of a student: an ordinary one, of a schedule that is shortened as a whole."""
+    trial, full = race.candidates[student.candidate], race.search.config.epochs
+    config, seed = trial.config, race.search.config.seed + student.seed
+    folder = Path(config.run_dir)
+    name = folder.name.removesuffix(f"_seed_{config.seed}")
+    if student.epochs < full:
+        name += f"_epochs_{student.epochs}"
+    optim = shortened(config.optim, student.epochs / full)
+    run_dir = str(folder.with_name(f"{name}_seed_{seed}"))
+    return replace(trial, config=replace(config, epochs=student.epochs, optim=optim, seed=seed, run_dir=run_dir))
+
+
+def shortened(config: OptimConfig, share: float) -> OptimConfig:
+    """A schedule that takes this share of its time."""
+    milestones = sorted({max(1, round(share * each)) for each in config.milestones})
+    step_epochs = max(1, round(share * config.step_epochs))
+    return replace(config, warmup_epochs=share * config.warmup_epochs, step_epochs=step_epochs, milestones=milestones)
+
+
+def run(race: Race, device: torch.device, number: int, parts: int) -> Outcome:
+    """Run the race to its end, training part `number` of `parts` of the students of each round, and waiting for the
+    other parts; collective."""
+    play = rule.race(len(race.candidates), race.rungs, race.budget, race.search.config.race_error, race.last)
+    scores: rule.Scores = {}
+    looks = 0
+    while True:
+        try:
+            wanted = play.send(scores) if looks else next(play)
+        except StopIteration as end:
+            return end.value
+        looks += 1
+        trials = [student_of(race, each) for each in wanted]
+        _train(race.search, trials, device, number, parts, looks)
+        scores = {student: _score(trial) for student, trial in zip(wanted, trials, strict=True)}
+
+
+def _train(search: Search, trials: list[Trial], device: torch.device, number: int, parts: int, looks: int) -> None:
+    from ckd_dist.train import students
+
+    groups = side_by_side(trials, search.config.students_at_once, parts)[number - 1 :: parts]
+    missing = search.missing([trial for group in groups for trial in group])
+    for group in groups:
+        if left := [trial for trial in group if trial in missing]:
+            say(f"round {looks}: {', '.join(trial.name for trial in left)}")
+            students.train([trial.config for trial in left], search.student_images, device)
+    write_answers(search, [trial for group in groups for trial in group], device)
+    _wait(trials)
+
+
+def _wait(trials: Sequence[Trial]) -> None:
+    """Until other parts have done theirs."""
+    from ckd_dist.core import dist
+
+    def look() -> None:
+        said = time.monotonic()
+        while away := [trial for trial in trials if read_answers(trial) is None]:
+            time.sleep(0.5)
+            if time.monotonic() - said > 60:
+                said = time.monotonic()
+                say(f"waiting for {len(away)} students of other parts")
+
+    with dist.uneven_work():
+        if dist.rank() == 0:
+            look()
+
+
+def _score(trial: Trial) -> np.ndarray:
+    answers = read_answers(trial)
+    assert answers is not None
+    return answers.correct.astype(np.float32)

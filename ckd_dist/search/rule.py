@@ -1,0 +1,171 @@
+"""The rule of a race: which students are to be trained next, who is out, and how sure that is. Pure: it is given scores
+and gives names, so that a race which was killed comes to the same end.
+
+All candidates begin with few epochs, a whole schedule each, on the same images in the same order from the same initial
+weights. Who is behind the leader by more than the noise is out; places go to further seeds of those that remain, and
+the best of them go on to longer schedules: successive halving (Jamieson and Talwalkar, arXiv 1502.07943) with a paired
+test in the place of the half. The test: a candidate's difference from the leader, over seeds and held-out images,
+against its standard error, with Student's t at error / (candidates - 1), so that by the union bound the best candidate
+of a look is dropped with probability `error` at most; look k has 6 / (pi k)^2 of the error, and all looks together all.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Generator, Sequence
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import numpy as np
+from scipy import stats
+
+
+class Student(NamedTuple):
+    """To be trained."""
+
+    candidate: int
+    epochs: int
+    seed: int
+    """Counted from 0."""
+
+
+Scores = dict[Student, np.ndarray]
+"""What each student reached on every held-out image, float [images]: higher is better."""
+
+
+@dataclass(frozen=True)
+class Rung:
+    """A length of training."""
+
+    epochs: int
+    share: float
+    """Of the budget that may be spent up to the end of this rung."""
+
+
+@dataclass(frozen=True)
+class Drop:
+    """A candidate that is out."""
+
+    candidate: int
+    epochs: int
+    """Of the rung that it was on."""
+    seeds: int
+    behind: float
+    """The leader's mean score less its own."""
+    tested: bool
+    """Whether by the test; else there was no budget to go on with it."""
+    cost: float
+    """Of the race by then, in students of the full length."""
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """The leader against another."""
+
+    difference: float
+    """Mean score of the leader less the other's."""
+    error: float
+    """Its standard error."""
+    freedom: int
+    """Degrees of it."""
+
+    def interval(self, confidence: float) -> tuple[float, float]:
+        """That the true difference is in, by Student's t."""
+        half = float(stats.t.ppf(0.5 + confidence / 2, max(1, self.freedom))) * self.error
+        return self.difference - half, self.difference + half
+
+
+@dataclass
+class Outcome:
+    """How a race ended."""
+
+    leader: int
+    standing: list[int]
+    """Candidates that were not told apart from the leader by the test on the last rung, the leader first."""
+    epochs: int
+    seeds: int
+    """Of the last rung that was run."""
+    against: dict[int, Comparison] = field(default_factory=dict)
+    """The leader against each of the others that were on the last rung."""
+    drops: list[Drop] = field(default_factory=list)
+    cost: float = 0.0
+    """In students of the full length."""
+
+
+def compare(scores: np.ndarray, leader: int) -> dict[int, Comparison]:
+    """The row `leader` of scores [candidates, seeds, images] against each other row.
+
+    Two things are drawn at random: seeds, whose effect on a student beyond that of its candidate and of the seed itself
+    has one variance for all candidates, estimated from the residuals of all; and images, by the deviation over images
+    of the mean difference.
+    """
+    candidates, seeds, images = scores.shape
+    means = scores.mean(axis=2)
+    residuals = means - means.mean(axis=1, keepdims=True) - means.mean(axis=0, keepdims=True) + means.mean()
+    freedom = (candidates - 1) * (seeds - 1)
+    by_seed = 2 * (residuals**2).sum() / freedom / seeds if freedom else 0.0
+    found = {}
+    for other in range(candidates):
+        if other != leader:
+            difference = (scores[leader] - scores[other]).mean(axis=0)
+            by_image = difference.var(ddof=1) / images if images > 1 else 0.0
+            found[other] = Comparison(float(difference.mean()), math.sqrt(by_seed + by_image), freedom)
+    return found
+
+
+def behind(comparisons: dict[int, Comparison], error: float) -> list[int]:
+    """Who is not the best, each with a probability of `error` at most that it is all the same."""
+    found = []
+    for other, each in comparisons.items():
+        quantile = float(stats.t.ppf(1 - error / len(comparisons), max(1, each.freedom)))
+        if each.difference > quantile * each.error and each.difference > 0:
+            found.append(other)
+    return found
+
+
+def race(
+    candidates: int, rungs: Sequence[Rung], budget: float, error: float, keep: Sequence[int] = ()
+) -> Generator[list[Student], Scores, Outcome]:
+    """Yields students that are to be trained and scored, and is sent the scores of all of them; returns how it ended.
+
+    `budget`: in students of the last rung's length. `keep`: candidates that are never dropped for the budget alone, to
+    be compared with.
+    """
+    full, looks, spent = rungs[-1].epochs, 0, 0.0
+    running, scores = list(range(candidates)), Scores()
+    outcome = Outcome(running[0], running, rungs[0].epochs, 0)
+    for number, rung in enumerate(rungs):
+        price, seeds = rung.epochs / full, 0
+        most = int((budget * rung.share - spent) / (2 * price) + 1e-9)
+        if number and most < 2 and len(running) > 1:
+            break  # what there is to say was said on the rung before
+        if len(running) > max(2, most) and number:
+            running = _cut(outcome, running, max(2, most), keep, spent)
+        while len(running) > 1 or (seeds < 2 and number == len(rungs) - 1 and not outcome.cost):
+            more = 2 if seeds == 0 else 1
+            if seeds and spent + more * price * len(running) > budget * rung.share + 1e-9:
+                break
+            wanted = [Student(c, rung.epochs, s) for c in running for s in range(seeds, seeds + more)]
+            scores |= yield wanted
+            seeds, looks, spent = seeds + more, looks + 1, spent + more * price * len(running)
+            of = np.stack([[scores[Student(c, rung.epochs, s)] for s in range(seeds)] for c in running])
+            leader = int(of.mean(axis=(1, 2)).argmax())
+            found = compare(of, leader)
+            out = behind(found, error * 6 / (math.pi * looks) ** 2)
+            outcome.drops += [Drop(running[k], rung.epochs, seeds, found[k].difference, True, spent) for k in out]
+            outcome.leader, outcome.epochs, outcome.seeds, outcome.cost = running[leader], rung.epochs, seeds, spent
+            outcome.against = {running[k]: each for k, each in found.items()}
+            rest = sorted((k for k in range(len(running)) if k not in out), key=lambda k: -of[k].mean())
+            running = [running[k] for k in rest]
+            outcome.standing = running
+    return outcome
+
+
+def _cut(outcome: Outcome, running: list[int], most: int, keep: Sequence[int], spent: float) -> list[int]:
+    """The best of those that run, whose order is that of their scores, and those to keep."""
+    going_on = [*running[:most], *(c for c in running[most:] if c in keep)]
+    for candidate in running:
+        if candidate not in going_on:
+            difference = outcome.against[candidate].difference
+            outcome.drops.append(Drop(candidate, outcome.epochs, outcome.seeds, difference, False, spent))
+    return going_on
