@@ -227,7 +227,7 @@ def _store(path: Path, then: dict) -> dict[str, Any]:
 def _selection(path: Path, then: dict) -> dict[str, Any]:
     from ckd_dist.core import results
 
-    return {"weights_sha256": results.read_selection(path / "selection.json", OPTION).weights_sha256}
+    return {"weights_sha256": "+".join(results.read_choice(str(path), OPTION).values())}
 
 
 def _file(path: Path, then: dict) -> dict[str, Any]:

@@ -71,7 +71,7 @@ def run(path: str | Path, weights_sha256: Mapping[int, str]) -> Input:
 
 
 def selection(folder: str | Path, weights_sha256: str) -> Input:
-    """A run of select_teacher, by the weights of the checkpoint that it chose."""
+    """A run of select_teacher, or a race, by the weights of what it chose, joined by +."""
     return Input.of("selection", folder, {"weights_sha256": weights_sha256})
 
 

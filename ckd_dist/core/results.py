@@ -201,12 +201,28 @@ def read_selection(path: Path, option: str) -> Selection:
     return read_json(path, Selection, option, "remove it, and run ckd_dist.select_teacher again")
 
 
-def read_choice(path: str, option: str) -> tuple[int, str]:
-    """(epoch, sha256 of its weights) that a selection.json, or the folder with one, chooses."""
-    file = Path(path) / "selection.json" if Path(path).is_dir() else Path(path)
-    require(file.exists(), f"{option}: no such file: {file} (write it with ckd_dist.select_teacher)")
-    found = read_selection(file, option)
-    return found.choice, found.weights_sha256
+@dataclass(frozen=True)
+class RaceChoice:
+    """What `distill` reads of race.json."""
+
+    format: Literal[1]
+    choice: dict[str, str]
+    """Checkpoints that teach together, as users call them -> sha256 of their weights."""
+
+
+def read_choice(path: str, option: str) -> dict[str, str]:
+    """Checkpoint, as users call it -> sha256 of its weights, of the one that a selection.json chooses, or of those that
+    a race.json does; `path` is such a file, or the folder with one."""
+    folder = Path(path)
+    inside = [each for each in (folder / "selection.json", folder / "race.json") if each.exists()]
+    file = inside[0] if inside else folder
+    require(file.is_file(), f"{option}: {path} holds no selection.json of select_teacher and no race.json of search")
+    if file.name != "race.json":
+        found = read_selection(file, option)
+        return {str(found.choice): found.weights_sha256}
+    choice = read_json(file, RaceChoice, option, "remove it, and run the race again").choice
+    require(bool(choice), f"{option}: the race of {path} chose no teacher: leave {option} and the teacher out")
+    return choice
 
 
 def read_cost(path: Path, option: str) -> Cost:

@@ -12,6 +12,10 @@ looked at once, at the end, for these.
 
 run_dir holds students/, an ordinary run folder for each, and results.csv, a line for each. The same command again goes
 on where it was. As a job array: with --part 1/16, --part 2/16, ..., and, once all are done, without it.
+
+With --race it does not train all of them to the end: all settings of all teachers begin with short schedules, those
+that are behind by more than the noise are dropped, the others go on to more seeds and longer schedules. It says which
+teaches best, or which cannot be told apart, and writes race.json, which distill takes as --teacher.selection.
 """
 
 from __future__ import annotations
@@ -25,7 +29,7 @@ from ckd_dist.core.process import run_command
 from ckd_dist.search.choice import choose, is_of, show, test
 from ckd_dist.search.options import SearchConfig
 from ckd_dist.search.processes import share_out
-from ckd_dist.search.trials import prepare, side_by_side
+from ckd_dist.search.trials import Search, prepare, side_by_side
 
 
 def main(config: SearchConfig) -> None:
@@ -41,9 +45,12 @@ def main(config: SearchConfig) -> None:
         require("RANK" not in os.environ, "processes is for one plain process: leave it out under torchrun")
         require(config.part is None, "part and processes do not go together: give one of them")
         search = prepare(config)
-        if search.missing(search.trials):
+        if config.race or search.missing(search.trials):
             RunFolder(config.run_dir, search.origin)
             share_out(search.config)
+    if config.race:
+        race(config, search, number, parts)
+        return
     with dist.process_group() as device:
         search = search or prepare(config)
         groups = side_by_side(search.trials, config.students_at_once, parts)[number - 1 :: parts]
@@ -65,6 +72,23 @@ def main(config: SearchConfig) -> None:
         if dist.rank() == 0:
             show(results.read_table(table, "run_dir"))
             console.say(f"{table}: {len(search.trials)} students")
+
+
+def race(config: SearchConfig, search: Search | None, number: int, parts: int) -> None:
+    """Run a race to its end, of which this process has part `number` of `parts`; show and write how it ended."""
+    from ckd_dist.core import dist
+    from ckd_dist.core.run_folder import RunFolder
+    from ckd_dist.search import racing
+    from ckd_dist.search.verdict import report
+
+    with dist.process_group() as device:
+        search = search or prepare(config)
+        entered = racing.prepare(search)
+        if config.part is None and config.processes == 1:
+            RunFolder(config.run_dir, search.origin)
+        outcome = racing.run(entered, device, number, parts)
+        if number == 1:
+            dist.on_main(lambda: report(entered, outcome))
 
 
 if __name__ == "__main__":

@@ -67,10 +67,26 @@ class SearchConfig(DistillConfig):
     """Processes on this machine that share the students out, each with its part of the cores, or a GPU."""
     part: str | None = None
     """Train only this part of the students, such as 3/16, and choose nothing: for job arrays."""
+    race: bool = False
+    """Find the best of all settings of all teachers by a race, which drops those that are behind, instead of training
+    all to the end; its seeds are seed, seed + 1, and so on."""
+    race_budget: float | None = None
+    """What a race may cost, in students of the full length; default: 15 % of three seeds of every setting."""
+    race_error: float = 0.05
+    """Probability at most that a race drops the best by its test."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        require_ranges(self, students_at_once=(1, 10_000), processes=(1, 1024))
+        require_ranges(
+            self,
+            students_at_once=(1, 10_000),
+            processes=(1, 1024),
+            race_budget=(0.01, 1_000_000),
+            race_error=(1e-6, 0.5),
+        )
+        require(not self.race or not self.grid.seeds, "grid.seeds is not for a race, which takes as many as it needs")
+        require(not self.race or len(self.grid.models) <= 1, "grid.models: a race is for one student: run one for each")
+        require(self.race or self.race_budget is None, "race_budget goes with --race")
         require(self.teacher.store is not None, "teacher.store is missing: a search reads cached logits")
         require(self.teacher.selection is None, "teacher.selection is not for a search: name grid.teachers")
         require(not self.teacher.weights, "teacher.weights is not for a search: its ensembles have equal weights")

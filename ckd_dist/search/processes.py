@@ -25,6 +25,9 @@ def share_out(config: SearchConfig) -> None:
 
     options = ["--config", str(Path(config.run_dir) / "config.yaml"), f"--students_at_once={config.students_at_once}"]
     options += [f"--amp={config.amp}", f"--data.views={config.data.views}"]
+    if config.race:
+        options += ["--race=true", f"--race_error={config.race_error}"]
+        options += [f"--race_budget={config.race_budget}"] if config.race_budget else []
     threads = str(max(1, dist.cores_per_rank() // config.processes))
     workers, copies = [], []
     with StopRequest() as stop:

@@ -49,12 +49,17 @@ def prepare(search: Search) -> Race:
     for share, spent in RUNGS:
         epochs = max(1, round(share * config.epochs))
         rungs = [*(each for each in rungs if each.epochs < epochs), Rung(epochs, spent)]
-    budget = config.race_budget or DEFAULT_BUDGET * FULL_SEEDS * len(candidates)
+    budget = config.race_budget or DEFAULT_BUDGET * everything(candidates)
     singles = [each for trial in candidates if len(each := trial.config.teacher.checkpoints) == 1]
     last = max(singles, key=lambda names: _order(names[0]), default=None)
     return Race(
         search, candidates, rungs, budget, [k for k, t in enumerate(candidates) if t.config.teacher.checkpoints == last]
     )
+
+
+def everything(candidates: Sequence[Trial]) -> float:
+    """What it costs to try all, in students of the full length."""
+    return float(FULL_SEEDS * len(candidates))
 
 
 def _order(name: int | str) -> tuple[bool, int]:

@@ -64,10 +64,17 @@ class Comparison:
 
     difference: float
     """Mean score of the leader less the other's."""
-    error: float
-    """Its standard error."""
+    by_seed: float
+    """Its variance, of the seeds."""
+    by_image: float
+    """And of the images."""
     freedom: int
     """Degrees of it."""
+
+    @property
+    def error(self) -> float:
+        """Standard error of the difference."""
+        return math.sqrt(self.by_seed + self.by_image)
 
     def interval(self, confidence: float) -> tuple[float, float]:
         """That the true difference is in, by Student's t."""
@@ -92,24 +99,39 @@ class Outcome:
     """In students of the full length."""
 
 
-def compare(scores: np.ndarray, leader: int) -> dict[int, Comparison]:
+class Residuals(NamedTuple):
+    """What seeds do to students beyond the effect of the candidate and of the seed itself."""
+
+    squares: float
+    """Sum of them, of mean scores."""
+    freedom: int
+
+    def __add__(self, other: object) -> Residuals:
+        assert isinstance(other, Residuals)
+        return Residuals(self.squares + other.squares, self.freedom + other.freedom)
+
+
+def residuals(scores: np.ndarray) -> Residuals:
+    """Of scores [candidates, seeds, images]."""
+    means = scores.mean(axis=2)
+    left = means - means.mean(axis=1, keepdims=True) - means.mean(axis=0, keepdims=True) + means.mean()
+    return Residuals(float((left**2).sum()), (len(scores) - 1) * (scores.shape[1] - 1))
+
+
+def compare(scores: np.ndarray, leader: int, noise: Residuals) -> dict[int, Comparison]:
     """The row `leader` of scores [candidates, seeds, images] against each other row.
 
-    Two things are drawn at random: seeds, whose effect on a student beyond that of its candidate and of the seed itself
-    has one variance for all candidates, estimated from the residuals of all; and images, by the deviation over images
-    of the mean difference.
+    Two things are drawn at random: seeds, whose residual effect has one variance for all candidates, that of `noise`;
+    and images, by the deviation over images of the mean difference.
     """
     candidates, seeds, images = scores.shape
-    means = scores.mean(axis=2)
-    residuals = means - means.mean(axis=1, keepdims=True) - means.mean(axis=0, keepdims=True) + means.mean()
-    freedom = (candidates - 1) * (seeds - 1)
-    by_seed = 2 * (residuals**2).sum() / freedom / seeds if freedom else 0.0
+    by_seed = 2 * noise.squares / max(1, noise.freedom) / seeds
     found = {}
     for other in range(candidates):
         if other != leader:
             difference = (scores[leader] - scores[other]).mean(axis=0)
             by_image = difference.var(ddof=1) / images if images > 1 else 0.0
-            found[other] = Comparison(float(difference.mean()), math.sqrt(by_seed + by_image), freedom)
+            found[other] = Comparison(float(difference.mean()), by_seed, float(by_image), noise.freedom)
     return found
 
 
@@ -128,29 +150,29 @@ def race(
 ) -> Generator[list[Student], Scores, Outcome]:
     """Yields students that are to be trained and scored, and is sent the scores of all of them; returns how it ended.
 
-    `budget`: in students of the last rung's length. `keep`: candidates that are never dropped for the budget alone, to
-    be compared with.
+    `budget`: in students of the last rung's length; the first look, two seeds of every candidate on the first rung, is
+    taken in any case. `keep`: candidates that are never dropped for the budget alone, to be compared with.
     """
-    full, looks, spent = rungs[-1].epochs, 0, 0.0
-    running, scores = list(range(candidates)), Scores()
-    outcome = Outcome(running[0], running, rungs[0].epochs, 0)
+    running, scores, looks, spent = list(range(candidates)), Scores(), 0, 0.0
+    outcome = Outcome(0, running, rungs[0].epochs, 0)
+    before = Residuals(0.0, 0)  # of shorter rungs: what seeds do there is no less
     for number, rung in enumerate(rungs):
-        price, seeds = rung.epochs / full, 0
-        most = int((budget * rung.share - spent) / (2 * price) + 1e-9)
-        if number and most < 2 and len(running) > 1:
-            break  # what there is to say was said on the rung before
-        if len(running) > max(2, most) and number:
+        price = rung.epochs / rungs[-1].epochs
+        if number:
+            most = int((budget * rung.share - spent) / (2 * price) + 1e-9)
             running = _cut(outcome, running, max(2, most), keep, spent)
-        while len(running) > 1 or (seeds < 2 and number == len(rungs) - 1 and not outcome.cost):
+        limit = budget if not _goes_on(rungs, number, budget) else budget * rung.share
+        seeds, noise = 0, Residuals(0.0, 0)
+        while len(running) > 1:
             more = 2 if seeds == 0 else 1
-            if seeds and spent + more * price * len(running) > budget * rung.share + 1e-9:
+            cost = more * price * len(running)
+            if looks and spent + cost > limit + 1e-9:
                 break
-            wanted = [Student(c, rung.epochs, s) for c in running for s in range(seeds, seeds + more)]
-            scores |= yield wanted
-            seeds, looks, spent = seeds + more, looks + 1, spent + more * price * len(running)
+            scores |= yield [Student(c, rung.epochs, s) for c in running for s in range(seeds, seeds + more)]
+            seeds, looks, spent = seeds + more, looks + 1, spent + cost
             of = np.stack([[scores[Student(c, rung.epochs, s)] for s in range(seeds)] for c in running])
-            leader = int(of.mean(axis=(1, 2)).argmax())
-            found = compare(of, leader)
+            leader, noise = int(of.mean(axis=(1, 2)).argmax()), residuals(of)
+            found = compare(of, leader, before + noise)
             out = behind(found, error * 6 / (math.pi * looks) ** 2)
             outcome.drops += [Drop(running[k], rung.epochs, seeds, found[k].difference, True, spent) for k in out]
             outcome.leader, outcome.epochs, outcome.seeds, outcome.cost = running[leader], rung.epochs, seeds, spent
@@ -158,7 +180,18 @@ def race(
             rest = sorted((k for k in range(len(running)) if k not in out), key=lambda k: -of[k].mean())
             running = [running[k] for k in rest]
             outcome.standing = running
+        before = before + noise
+        if len(running) == 1 or limit == budget:
+            break
     return outcome
+
+
+def _goes_on(rungs: Sequence[Rung], number: int, budget: float) -> bool:
+    """Whether the budget is for a longer rung than this: for two seeds of two candidates there."""
+    if number + 1 == len(rungs):
+        return False
+    after, full = rungs[number + 1], rungs[-1].epochs
+    return budget * (after.share - rungs[number].share) + 1e-9 >= 4 * after.epochs / full
 
 
 def _cut(outcome: Outcome, running: list[int], most: int, keep: Sequence[int], spent: float) -> list[int]:

@@ -22,6 +22,10 @@ if TYPE_CHECKING:
     from ckd_dist.train.teachers import CachedTeacher
 
 
+HOW = ("processes", "part", "students_at_once", "race", "race_budget", "race_error")
+"""Options of a search that say nothing of its students."""
+
+
 @dataclass(frozen=True)
 class Trial:
     """One student of a search."""
@@ -200,9 +204,10 @@ def side_by_side(trials: list[Trial], at_once: int, parts: int) -> list[list[Tri
 
 
 def shared_options(config: SearchConfig) -> dict:
-    """The options that make the results what they are: not how the work is shared out."""
+    """The options that make students what they are: not how the work is shared out, nor how many of them a race
+    needs."""
     values = to_dict(config)
-    return {key: value for key, value in values.items() if key not in ("processes", "part", "students_at_once")}
+    return {key: value for key, value in values.items() if key not in HOW}
 
 
 def began_in(folder: Path) -> Path:

@@ -24,7 +24,7 @@ class TeacherConfig:
     checkpoints: list[int | str] = field(default_factory=list)
     """Epochs of the teacher's checkpoints, NAME/EPOCH for one of a run that was cached by name; default: the last."""
     selection: str | None = None
-    """Folder of select_teacher: the checkpoint that it chose is the teacher."""
+    """Folder of select_teacher, or of a race of search: what it chose is the teacher."""
     combine: Literal["logits", "probabilities", "sequence"] = "logits"
     """How several checkpoints teach: by the mean of their logits, by the mean of their softmaxes at the loss's
     temperature, or one after another, each for its share of the student's epochs."""

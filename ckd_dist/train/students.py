@@ -74,7 +74,7 @@ def teacher_inputs(
         return {}
     inputs = teacher.inputs(checkpoints)
     if requested.teacher.selection:
-        chosen = teacher.weights_sha256(checkpoints[0])
+        chosen = "+".join(map(teacher.weights_sha256, checkpoints))
         inputs["teacher.selection"] = identity.selection(requested.teacher.selection, chosen)
     return inputs
 

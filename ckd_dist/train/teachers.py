@@ -33,7 +33,7 @@ from ckd_dist.train.records import OnlineRecords
 
 
 def resolve_checkpoints(teacher: TeacherConfig) -> TeacherConfig:
-    """The options with the checkpoints that a selection, or nothing at all, stands for.
+    """The options with the checkpoints that a selection, or nothing at all, stands for: of a race there may be several.
 
     Raises `UserError` for one that is not there or, for a selection, has other weights.
     """
@@ -44,21 +44,26 @@ def resolve_checkpoints(teacher: TeacherConfig) -> TeacherConfig:
     available = manifest.members if manifest else files
     if not teacher.selection:
         return replace(teacher, checkpoints=checkpoint.choose(available, teacher.checkpoints, "teacher.checkpoints"))
-    epoch, chosen = results.read_choice(teacher.selection, "teacher.selection")
-    weights: dict[int | str, str] = {}
+    chosen = results.read_choice(teacher.selection, "teacher.selection")
+    weights: dict[str, str] = {}
     if manifest:
-        weights = {name: manifest.checkpoints[member]["weights_sha256"] for name, member in manifest.members.items()}
+        members = manifest.members.items()
+        weights = {str(name): manifest.checkpoints[member]["weights_sha256"] for name, member in members}
     else:
-        checkpoint.choose(files, [epoch], "teacher.selection")
-        model, _ = models.load_model(files[epoch], "teacher.run", teacher.model)
-        weights[epoch] = checkpoint.weights_sha256(model.state_dict())
-    found = [name for name, weights_sha256 in weights.items() if weights_sha256 == chosen]
-    require(
-        bool(found),
-        f"teacher.selection: it chose epoch {epoch} with weights {chosen[:12]}, {teacher.store or teacher.run} has "
-        f"{weights.get(epoch, 'none')[:12]}: they are of different runs",
-    )
-    return replace(teacher, selection=None, checkpoints=found[:1])
+        for epoch in checkpoint.choose(files, [int(name.rpartition("/")[2]) for name in chosen], "teacher.selection"):
+            model, _ = models.load_model(files[epoch], "teacher.run", teacher.model)
+            weights[str(epoch)] = checkpoint.weights_sha256(model.state_dict())
+    found: list[int | str] = []
+    for name, wanted in chosen.items():
+        same = [each for each, weights_sha256 in weights.items() if weights_sha256 == wanted]
+        require(
+            bool(same),
+            f"teacher.selection: it chose epoch {name} with weights {wanted[:12]}, {teacher.store or teacher.run} has "
+            f"{weights.get(name, 'none')[:12]}: they are of different runs",
+        )
+        first = name if name in same else same[0]
+        found.append(int(first) if first.isdecimal() else first)
+    return replace(teacher, selection=None, checkpoints=found)
 
 
 def all_checkpoints(configs: Sequence[DistillConfig]) -> list[int | str]:

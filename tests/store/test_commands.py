@@ -76,7 +76,7 @@ def test_plan_shows_what_codecs_would_keep(fashion, teacher, tmp_path, monkeypat
     assert 1 > lost[6] > lost[16] and max(lost[size] for size in (16, 20, 28, 54)) < 1e-3
     assert all(each["store_bytes"] > 3 * 1201 * each["keeps"]["bytes"] for each in choices)
     assert store_here("plan", *words, "--trial_seconds", 1e-6) == 0
-    assert "to see what they would keep of these logits, --trial_seconds" in " ".join(capsys.readouterr().out.split())
+    assert "--trial_seconds 1" in capsys.readouterr().out
     assert not any(tmp_path.iterdir())
 
 

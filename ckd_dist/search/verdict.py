@@ -1,0 +1,125 @@
+"""How a race ended, in words and as race.json."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import asdict
+from pathlib import Path
+
+from scipy import stats
+
+from ckd_dist.core.console import format_seconds, say
+from ckd_dist.core.files import write_bytes_atomically
+from ckd_dist.search.racing import Race, everything, student_of
+from ckd_dist.search.rule import Outcome, Student
+from ckd_dist.search.trials import Trial
+
+WORTH_TELLING = 0.2
+"""Points of top-1."""
+
+
+def report(race: Race, outcome: Outcome) -> None:
+    """Say how a race ended, and write race.json into its folder."""
+    for line in verdict(race, outcome):
+        say(line)
+    path = Path(race.search.config.run_dir) / "race.json"
+    chosen = race.candidates[outcome.leader]
+    members = race.search.teacher.manifest.members
+    checkpoints = race.search.teacher.manifest.checkpoints
+    weights = {str(name): checkpoints[members[name]]["weights_sha256"] for name in chosen.config.teacher.checkpoints}
+    setting = chosen.setting
+    values = {
+        "format": 1,
+        "choice": weights,
+        "setting": {key: getattr(setting, key) for key in ("loss", "alpha", "temperature")} if setting else None,
+        "model": chosen.model,
+        "candidates": [name_of(trial) for trial in race.candidates],
+        "verdict": verdict(race, outcome),
+        "budget": race.budget,
+        "error": race.search.config.race_error,
+        **asdict(outcome),
+    }
+    write_bytes_atomically(path, (json.dumps(values, indent=2) + "\n").encode())
+    say(f"{path}: distill --teacher.selection takes it")
+
+
+def name_of(trial: Trial) -> str:
+    """A candidate, in words."""
+    taught = f"checkpoint {trial.teacher}" if trial.config.teacher.checkpoints else "no teacher"
+    if not trial.setting:
+        return f"{trial.model}, {taught}"
+    return (
+        f"{trial.model}, {taught}, {trial.setting.loss}, alpha {trial.setting.alpha:g}, T {trial.setting.temperature:g}"
+    )
+
+
+def verdict(race: Race, outcome: Outcome) -> list[str]:
+    """What is known when a race has ended, and how well."""
+    full, leader = race.search.config.epochs, name_of(race.candidates[outcome.leader])
+    schedule = f"{outcome.seeds} seeds of {outcome.epochs} epochs" + f" of {full}" * (outcome.epochs < full)
+    untested = [drop for drop in outcome.drops if not drop.tested]
+    others = [each for each in outcome.standing if each != outcome.leader]
+    lines = []
+    if not others:
+        lines.append(f"best: {leader}; {_over_last(race, outcome)} ({schedule})")
+    else:
+        names = "; ".join(name_of(race.candidates[each]) for each in outcome.standing)
+        lines.append(f"these {len(outcome.standing)} cannot be told apart at this budget: {names} ({schedule})")
+        lines.append(f"highest mean: {leader}; {_over_last(race, outcome)}")
+        if any(each in race.last for each in outcome.standing):
+            lines.append("the last checkpoint is one of them, and costs least: no other needs to be kept or cached")
+        lines.append(_more(race, outcome, len(others)))
+    if untested:
+        worst = max(drop.behind for drop in untested)
+        lines.append(
+            f"{len(untested)} more were left behind by up to {100 * worst:.2f} points without being told apart, for "
+            "want of budget"
+        )
+    share = outcome.cost / everything(race.candidates)
+    lines.append(
+        f"cost: {outcome.cost:.2f} students of the full length of {race.budget:.2f}, {100 * share:.1f} % of trying all "
+        f"{len(race.candidates)} with three seeds"
+    )
+    return lines
+
+
+def _over_last(race: Race, outcome: Outcome) -> str:
+    """The leader against the last checkpoint alone, in its best setting on the last rung."""
+    if outcome.leader in race.last:
+        return "it is the last checkpoint"
+    known = {each: outcome.against[each] for each in race.last if each in outcome.against}
+    if not known:
+        return "the last checkpoint was behind before"
+    best = min(known.values(), key=lambda each: each.difference)
+    low, high = best.interval(0.95)
+    return (
+        f"{100 * best.difference:+.2f} points over the last checkpoint, 95 % interval {100 * low:.2f} to "
+        f"{100 * high:.2f}"
+    )
+
+
+def _more(race: Race, outcome: Outcome, others: int) -> str:
+    """What it would take to tell differences that are worth it."""
+    nearest = [outcome.against[each] for each in outcome.standing if each in outcome.against]
+    wanted, quantile = WORTH_TELLING / 100, float(stats.norm.ppf(1 - race.search.config.race_error / max(1, others)))
+    by_image = max(each.by_image for each in nearest)
+    by_seed = max(each.by_seed for each in nearest) * outcome.seeds
+    room = (wanted / quantile) ** 2 - by_image
+    what = f"to tell {WORTH_TELLING} points apart takes"
+    if room <= 0:
+        times = math.ceil(by_image / (wanted / quantile) ** 2)
+        return f"{what} {times} times as many held-out images, and more seeds"
+    seeds = max(outcome.seeds, math.ceil(by_seed / room))
+    students = (seeds - outcome.seeds) * len(outcome.standing) * outcome.epochs / race.search.config.epochs
+    seconds = format_seconds(students * _seconds(race, outcome))
+    return f"{what} some {math.ceil(students)} more students of the full length, {seconds}"
+
+
+def _seconds(race: Race, outcome: Outcome) -> float:
+    """Of a student of the full length, from one that was trained."""
+    from ckd_dist.core.run_folder import read_summary
+
+    summary = read_summary(Path(student_of(race, Student(outcome.leader, outcome.epochs, 0)).config.run_dir))
+    assert summary is not None
+    return summary.train_seconds / summary.side_by_side * race.search.config.epochs / outcome.epochs

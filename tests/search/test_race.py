@@ -1,0 +1,143 @@
+"""A race of real students: the same end whoever trains them and however often they are killed, and a choice that
+`distill` takes."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+
+from ckd_dist import distill
+from ckd_dist.core.errors import UserError
+from ckd_dist.core.options import load_config
+from ckd_dist.search import __main__ as command
+from ckd_dist.search import racing
+from ckd_dist.search.held_out import read_answers
+from ckd_dist.search.options import SearchConfig
+from ckd_dist.train.options import DistillConfig
+from tests.helpers.commands import ENVIRONMENT, ROOT, command_line, kill_tree
+from tests.helpers.here import cache_here
+from tests.helpers.search import options, same, weights
+from tests.helpers.stores import cache_options
+from tests.helpers.training import summary
+
+GRID = ["--race", "--grid.teachers", "[[1],[2],[3],[1,3]]", "--epochs", 4, "--race_budget", 6, "--log_every", 1]
+
+
+def race_here(*words):
+    config = load_config(SearchConfig, [str(word) for word in words])
+    command.main(config)
+    return end(Path(config.run_dir))
+
+
+def end(folder):
+    """What race.json says, but for the seconds in its words."""
+    values = json.loads((folder / "race.json").read_text())
+    words = values.pop("verdict")
+    return values, [line for line in words if "more students" not in line]
+
+
+@pytest.fixture(scope="module")
+def whole(fashion, two_runs, tmp_path_factory):
+    """A race in one process that nobody disturbed, its folder and its end."""
+    folder = tmp_path_factory.mktemp("whole") / "race"
+    return folder, race_here(*options(fashion, two_runs, folder, *GRID))
+
+
+def test_a_race_ends_with_a_choice_that_distill_takes(whole, fashion, two_runs, tmp_path, capsys):
+    folder, (values, words) = whole
+    assert values["cost"] <= 6 and values["leader"] in values["standing"]
+    names = ["1", "2", "3", "1+3"]
+    assert list(values["choice"]) == names[values["leader"]].split("+")
+    assert values["leader"] in (2, 3)  # one epoch of training makes no teacher
+    assert any("of trying all 4 with three seeds" in line for line in words)
+    students = sorted(folder.glob("students/*"))
+    cost = sum(json.loads((each / "summary.json").read_text())["epochs"] / 4 for each in students)
+    assert cost == pytest.approx(values["cost"])
+    before = {each: (each / "summary.json").stat().st_mtime_ns for each in students}
+    again = race_here(*options(fashion, two_runs, folder, *GRID))
+    assert again == (values, words)
+    assert {each: (each / "summary.json").stat().st_mtime_ns for each in sorted(folder.glob("students/*"))} == before
+    capsys.readouterr()
+    student = ["--data.train", fashion["train"], "--data.val", fashion["holdout"], "--data.batch_size", 64]
+    student += ["--model.name", "resnet8", "--epochs", 1, "--teacher.store", two_runs, "--teacher.selection", folder]
+    student += ["--run_dir", tmp_path / "student"]
+    distill.main(load_config(DistillConfig, [str(word) for word in student]))
+    taught = " ".join(capsys.readouterr().out.split())
+    assert f"cached logits of {', '.join(f'epoch {name}' for name in values['choice'])} " in taught
+    (folder.parent / "other").mkdir()
+    wrong = {**json.loads((folder / "race.json").read_text()), "choice": {"3": "0" * 64}}
+    (folder.parent / "other" / "race.json").write_text(json.dumps(wrong))
+    with pytest.raises(UserError, match=r"teacher\.selection: it chose epoch 3 with weights 000000000000, .* has"):
+        distill.main(
+            load_config(DistillConfig, [*map(str, student), "--teacher.selection", str(folder.parent / "other")])
+        )
+
+
+def test_answers_are_those_of_the_evaluation(whole, fashion, two_runs):
+    folder, _ = whole
+    config = load_config(SearchConfig, options(fashion, two_runs, folder, *GRID))
+    entered = racing.prepare(command.prepare(config))
+    trial = racing.student_of(entered, racing.Student(2, 1, 1))
+    answers = read_answers(trial)
+    assert 100 * answers.correct.mean() == pytest.approx(summary(Path(trial.config.run_dir))["top1"])
+    assert 0 < answers.loss.mean() <= summary(Path(trial.config.run_dir))["loss"] + 1e-3
+    assert trial.config.epochs == 1 and trial.config.optim.warmup_epochs == pytest.approx(0.25)
+
+
+def test_a_race_that_is_killed_again_and_again_in_two_processes_ends_as_one_that_never_was(
+    whole, fashion, two_runs, tmp_path, monkeypatch
+):
+    folder = tmp_path / "race"
+    line = command_line("ckd_dist.search", *options(fashion, two_runs, folder, *GRID, "--processes", 2))
+    for lines in (10, 60, 150):
+        process = subprocess.Popen(line, env=ENVIRONMENT, cwd=ROOT, stdout=subprocess.DEVNULL)
+        while sum(path.read_bytes().count(b"\n") for path in folder.glob("students/*/metrics.jsonl")) < lines:
+            assert process.poll() is None
+            time.sleep(0.01)
+        kill_tree(process)
+    done = subprocess.run(line, env=ENVIRONMENT, cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert end(folder) == whole[1]
+    for path in sorted(whole[0].glob("students/*")):
+        epochs = summary(path)["epochs"]
+        assert same(*(weights(each / "students" / path.name, epochs) for each in (whole[0], folder)))
+
+
+def test_parts_of_a_job_array_run_a_race_together(whole, fashion, two_runs, tmp_path):
+    words = options(fashion, two_runs, tmp_path / "race", *GRID)
+    parts = [
+        subprocess.Popen(command_line("ckd_dist.search", *words, "--part", f"{n}/2"), env=ENVIRONMENT, cwd=ROOT)
+        for n in (1, 2)
+    ]
+    assert [each.wait(300) for each in parts] == [0, 0]
+    assert end(tmp_path / "race") == whole[1]
+
+
+def test_the_same_teacher_under_several_names_is_not_told_apart_from_itself(fashion, teacher, store, tmp_path):
+    copy = shutil.copytree(store, tmp_path / "store")
+    for name in ("a", "b"):
+        cache_here(*cache_options(fashion, teacher, copy, "--teacher.name", name, "--teacher.checkpoints", "[3]"))
+    grid = [*GRID, "--grid.teachers", "[[3],[a/3],[b/3]]", "--race_budget", 4, "--epochs", 2]
+    values, words = race_here(*options(fashion, copy, tmp_path / "race", *grid))
+    assert len(values["standing"]) == 3 and words[0].startswith("these 3 cannot be told apart at this budget")
+    assert "the last checkpoint is one of them" in words[2]
+
+
+@pytest.mark.parametrize(
+    ("more", "expected"),
+    [
+        (["--grid.seeds", "[0,1]"], r"grid\.seeds is not for a race"),
+        (["--grid.models", "[resnet8,resnet20]"], r"grid\.models: a race is for one student"),
+        (["--race_error", 0], r"race_error is 0"),
+        (["--race", "false"], r"race_budget goes with --race"),
+    ],
+)
+def test_what_is_no_race_is_refused(fashion, two_runs, tmp_path, more, expected):
+    with pytest.raises(UserError, match=expected):
+        race_here(*options(fashion, two_runs, tmp_path / "race", *GRID, *more))
+    assert not (tmp_path / "race").exists()
