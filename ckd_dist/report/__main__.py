@@ -5,7 +5,7 @@
 RUNS is a folder of runs: under it, at any depth, at least one run of ckd_dist.search and, beside it, runs of
 select_teacher (several layers may be there) and of bench. FOLDER, by default RUNS/report, gets report.html, a page that
 needs nothing else; its pictures as PNG files; table.md, its main table; and lineage.json, what it was made of. Needs
-matplotlib and scipy: pip install 'ckd_dist[report]'.
+matplotlib: pip install 'ckd_dist[report]'.
 """
 
 from __future__ import annotations
@@ -30,9 +30,9 @@ def main() -> None:
     try:
         from ckd_dist.report import findings, page
     except ModuleNotFoundError as error:
-        if error.name not in ("matplotlib", "scipy"):
+        if error.name != "matplotlib":
             raise
-        raise UserError(f"{error.name} is not installed: pip install 'ckd_dist[report]'") from None
+        raise UserError("matplotlib is not installed: pip install 'ckd_dist[report]'") from None
     study = findings.read_study(options.runs)
     out = options.out or options.runs / "report"
     page.write(study, out)

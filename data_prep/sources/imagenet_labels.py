@@ -25,7 +25,7 @@ def validation_labels(places: list[Path]) -> ValidationLabels | None:
     """From the first of the folders `places` that has Kaggle's table or the devkit, unpacked or not; None without.
 
     Raises:
-        InputError: a damaged file, or no scipy to read the devkit with.
+        InputError: a damaged file.
     """
     for place in places:
         if (table := place / KAGGLE).is_file():
@@ -56,12 +56,8 @@ FILES = ("meta.mat", "ILSVRC2012_validation_ground_truth.txt")
 
 
 def _from_devkit(devkit: Path, meta: bytes, truth: bytes) -> dict[str, str]:
-    try:
-        from scipy.io import loadmat
-    except ModuleNotFoundError:
-        raise InputError(
-            f"{devkit}: its meta.mat is read with scipy: pip install 'ckd_dist[report]', or put Kaggle's {KAGGLE} there"
-        ) from None
+    from scipy.io import loadmat
+
     try:
         synsets = loadmat(io.BytesIO(meta), squeeze_me=True)["synsets"]
         wnid_of = dict(zip(synsets["ILSVRC2012_ID"].tolist(), synsets["WNID"].tolist(), strict=True))

@@ -5,7 +5,6 @@ import io
 import json
 import os
 import shutil
-import sys
 import tarfile
 from pathlib import Path
 
@@ -189,15 +188,6 @@ def test_it_says_what_was_read_and_what_in_a_tar_is_no_image(tmp_path, folders):
         f"imagenet test: 6 of 6 images, classes: 3; from {tar} and {table}; left out: "
         "1 without suffix, 1 .txt, 1 hidden, 1 images without a label"
     )
-
-
-def test_without_scipy_the_message_says_what_to_install(tmp_path, folders, monkeypatch):
-    root = tmp_path / "in"
-    flat_val(folders, root)
-    devkit(folders, root, packed=True)
-    monkeypatch.setitem(sys.modules, "scipy.io", None)
-    result = write("--dataset", "imagenet", "--root", root, "--split", "test", "--out", tmp_path / "x.beton")
-    assert_refused(result, f"error: {root}/{DEVKIT}.tar.gz: ", "pip install 'ckd_dist[report]'", "LOC_val_solution.csv")
 
 
 def spoil(case: str, folders: Path, root: Path) -> tuple[str, str]:
