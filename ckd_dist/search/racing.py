@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 
+from ckd_dist.core import dist
 from ckd_dist.core.console import say
+from ckd_dist.core.files import lock
 from ckd_dist.nn.options import OptimConfig
 from ckd_dist.search import rule
 from ckd_dist.search.held_out import read_answers, write_answers
@@ -88,50 +91,59 @@ def shortened(config: OptimConfig, share: float) -> OptimConfig:
 
 
 def run(race: Race, device: torch.device, number: int, parts: int) -> Outcome:
-    """Run the race to its end, training part `number` of `parts` of the students of each round, and waiting for the
-    other parts; collective."""
+    """Run the race to its end, together with other processes that do the same: of `parts` of them, this is `number`.
+    Collective."""
     play = rule.race(len(race.candidates), race.rungs, race.budget, race.search.config.race_error, race.last)
-    scores: rule.Scores = {}
-    looks = 0
+    wanted, look = next(play), 1
     while True:
+        trials = [student_of(race, each) for each in wanted]
+        _train(race.search, trials, device, number, parts, look)
+        scores = {student: _score(trial) for student, trial in zip(wanted, trials, strict=True)}
         try:
-            wanted = play.send(scores) if looks else next(play)
+            wanted, look = play.send(scores), look + 1
         except StopIteration as end:
             return end.value
-        looks += 1
-        trials = [student_of(race, each) for each in wanted]
-        _train(race.search, trials, device, number, parts, looks)
-        scores = {student: _score(trial) for student, trial in zip(wanted, trials, strict=True)}
 
 
-def _train(search: Search, trials: list[Trial], device: torch.device, number: int, parts: int, looks: int) -> None:
+def _train(search: Search, trials: list[Trial], device: torch.device, number: int, parts: int, look: int) -> None:
+    """Train and ask students, side by side, as far as no other process does, and return when all are done. Each process
+    begins with another group; one that has nothing left to do takes over those of processes that died."""
     from ckd_dist.train import students
 
-    groups = side_by_side(trials, search.config.students_at_once, parts)[number - 1 :: parts]
-    missing = search.missing([trial for group in groups for trial in group])
-    for group in groups:
-        if left := [trial for trial in group if trial in missing]:
-            say(f"round {looks}: {', '.join(trial.name for trial in left)}")
-            students.train([trial.config for trial in left], search.student_images, device)
-    write_answers(search, [trial for group in groups for trial in group], device)
-    _wait(trials)
-
-
-def _wait(trials: Sequence[Trial]) -> None:
-    """Until other parts have done theirs."""
-    from ckd_dist.core import dist
-
-    def look() -> None:
-        said = time.monotonic()
-        while away := [trial for trial in trials if read_answers(trial) is None]:
+    groups = side_by_side(trials, search.config.students_at_once, parts)
+    turns = [*range(number - 1, len(groups)), *range(min(number - 1, len(groups)))]
+    said = time.monotonic()
+    while left := [turn for turn in turns if _unasked(groups[turn])]:
+        worked = False
+        for turn in left:
+            with _claim(search, look, turn) as mine:
+                if mine and _unasked(groups[turn]):
+                    worked, missing = True, search.missing(groups[turn])
+                    if missing:
+                        say(f"look {look}: {', '.join(trial.name for trial in missing)}")
+                        students.train([trial.config for trial in missing], search.student_images, device)
+                    write_answers(search, groups[turn], device)
+        if not worked:
             time.sleep(0.5)
             if time.monotonic() - said > 60:
                 said = time.monotonic()
-                say(f"waiting for {len(away)} students of other parts")
+                say(f"waiting for {len(left)} groups of students that other processes train")
 
-    with dist.uneven_work():
-        if dist.rank() == 0:
-            look()
+
+def _unasked(group: list[Trial]) -> bool:
+    return dist.on_main(lambda: any(read_answers(trial) is None for trial in group))
+
+
+@contextmanager
+def _claim(search: Search, look: int, turn: int) -> Iterator[bool]:
+    """Whether nobody else trains this group of students, on any node; collective. The claim ends with the process."""
+    path = Path(search.config.run_dir) / f".look_{look}_group_{turn}.lock"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path, "w", encoding="utf-8") as file:
+        mine = dist.on_main(lambda: lock(file))
+        yield mine
+        if mine and dist.rank() == 0:
+            path.unlink(missing_ok=True)
 
 
 def _score(trial: Trial) -> np.ndarray:

@@ -118,6 +118,16 @@ def test_parts_of_a_job_array_run_a_race_together(whole, fashion, two_runs, tmp_
     assert end(tmp_path / "race") == whole[1]
 
 
+def test_a_part_that_is_left_alone_does_what_the_others_do_not(whole, fashion, two_runs, tmp_path):
+    words = options(fashion, two_runs, tmp_path / "race", *GRID, "--race_budget", 3)
+    command.main(load_config(SearchConfig, [*words, "--part", "2/3"]))
+    assert not (tmp_path / "race" / "race.json").exists()  # the first part's, or that of a last command
+    students = sorted(path.name for path in tmp_path.glob("race/students/*"))
+    values, _ = race_here(*words)
+    assert sorted(path.name for path in tmp_path.glob("race/students/*")) == students and values["cost"] <= 3
+    assert not list(tmp_path.glob("race/.look*"))
+
+
 def test_the_same_teacher_under_several_names_is_not_told_apart_from_itself(fashion, teacher, store, tmp_path):
     copy = shutil.copytree(store, tmp_path / "store")
     for name in ("a", "b"):
