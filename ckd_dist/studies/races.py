@@ -11,6 +11,7 @@ is complete is not repeated. Writes races.json and races.md into RUN_DIR (defaul
 from __future__ import annotations
 
 import json
+import os
 import statistics
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -31,6 +32,7 @@ TEACHERS = "[[],[2],[4],[6],[8],[10],[12],[14],[16],[18],[20],[10,20]]"
 STUDENTS = [
     *("--model.name", "resnet8", "--grid.teachers", TEACHERS, "--kd.alpha", 0.1, "--kd.temperature", 4),
     *("--optim.warmup_epochs", 0, "--students_at_once", 12, "--log_every", 100, "--data.views", EPOCHS),
+    *("--processes", len(os.sched_getaffinity(0))),
 ]
 
 
