@@ -202,12 +202,50 @@ def read_selection(path: Path, option: str) -> Selection:
 
 
 @dataclass(frozen=True)
-class RaceChoice:
-    """What `distill` reads of race.json."""
+class RaceDrop:
+    """A candidate that a race dropped, by its number."""
+
+    candidate: int
+    epochs: int
+    """Of its students."""
+    seeds: int
+    behind: float
+    """The leader's share of right answers less its own."""
+    tested: bool
+    """Whether by the test, else for want of budget."""
+    cost: float
+    """Of the race by then, in students of the full length."""
+
+    __pydantic_config__ = _FINITE
+
+
+@dataclass(frozen=True)
+class Race:
+    """What is read of race.json."""
 
     format: Literal[1]
     choice: dict[str, str]
     """Checkpoints that teach together, as users call them -> sha256 of their weights."""
+    candidates: list[str]
+    """Each in words."""
+    leader: int
+    standing: list[int]
+    """Those that were not told apart from the leader, which is the first."""
+    drops: list[RaceDrop]
+    cost: float
+    verdict: list[str]
+    """In words."""
+
+    __pydantic_config__ = _FINITE
+
+    def __post_init__(self) -> None:
+        numbers = [self.leader, *self.standing, *(drop.candidate for drop in self.drops)]
+        require(all(0 <= each < len(self.candidates) for each in numbers), "a number is of no candidate")
+
+
+def read_race(path: Path, option: str) -> Race:
+    """race.json; raises `UserError` where it is damaged."""
+    return read_json(path, Race, option, "remove it, and run the race again")
 
 
 def read_choice(path: str, option: str) -> dict[str, str]:
@@ -220,7 +258,7 @@ def read_choice(path: str, option: str) -> dict[str, str]:
     if file.name != "race.json":
         found = read_selection(file, option)
         return {str(found.choice): found.weights_sha256}
-    choice = read_json(file, RaceChoice, option, "remove it, and run the race again").choice
+    choice = read_race(file, option).choice
     require(bool(choice), f"{option}: the race of {path} chose no teacher: leave {option} and the teacher out")
     return choice
 

@@ -8,9 +8,10 @@ from typing import Any
 
 import numpy as np
 from matplotlib.figure import Figure
+from matplotlib.patches import Patch
 from matplotlib.ticker import MaxNLocator
 
-from ckd_dist.core.results import Bench, Selection
+from ckd_dist.core.results import Bench, Race, Selection
 from ckd_dist.report.findings import StudentGroup, Study, WayToChoose, chosen_epochs
 from ckd_dist.selection.mi import SCALINGS
 
@@ -179,6 +180,33 @@ def regret(ways: Sequence[WayToChoose], singles: list[StudentGroup]) -> Figure:
     ax.axvspan(0, noise, color=GREY, alpha=0.15, linewidth=0, label="a student's deviation over seeds")
     ax.set_xlabel("regret, points of top-1")
     figure.legend(frameon=False, fontsize=9, loc="outside upper right", ncols=2)
+    return figure
+
+
+def race(found: Race) -> Figure:
+    """How long each candidate was in a race, in what all of it had cost by then, and why it is out."""
+    out = {drop.candidate: drop for drop in found.drops}
+    order = [*(d.candidate for d in sorted(found.drops, key=lambda d: (d.cost, -d.behind))), *found.standing[::-1]]
+    figure, axes = _axes(height=0.3 * len(order) + 1.4, width=9.0)
+    ax = axes[0, 0]
+    kinds = {
+        "behind by more than the noise": GREY,
+        "behind, no budget to go on": ORANGE,
+        "not told apart from the leader": BLUE,
+        "leader": GREEN,
+    }
+    for place, candidate in enumerate(order):
+        drop = out.get(candidate)
+        kind = list(kinds)[not drop.tested] if drop else list(kinds)[2 + (candidate == found.leader)]
+        ax.barh(place, drop.cost if drop else found.cost, color=kinds[kind], height=0.6)
+        if drop:
+            text = f"{100 * drop.behind:.1f} points behind, {drop.seeds} x {drop.epochs} epochs"
+            ax.annotate(text, (drop.cost, place), textcoords="offset points", xytext=(4, -3), fontsize=7)
+    ax.set_yticks(range(len(order)), [found.candidates[candidate] for candidate in order], fontsize=8)
+    ax.set_xlabel("cost of the race, in students of the full length")
+    ax.margins(x=0.25)
+    handles = [Patch(color=color, label=kind) for kind, color in kinds.items()]
+    figure.legend(handles=handles, frameon=False, fontsize=8, loc="outside upper right", ncols=2)
     return figure
 
 

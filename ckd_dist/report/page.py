@@ -31,14 +31,17 @@ def write(study: Study, out: Path) -> None:
     pictures: dict[str, bytes] = {}
     for model in dict.fromkeys(one.model for one in each):
         sections += list(_model_sections(study, [one for one in each if one.model == model], pictures))
+    for name, race in study.races.items():
+        shown = _picture(figures.race(race), f"race_{name.replace('/', '_')}".removesuffix("_."), pictures)
+        sections.append(_section(f"The race {name}".removesuffix(" ."), *map(_paragraph, race.verdict), shown))
     sections += list(_selection_sections(study, pictures))
     if study.bench and (figure := figures.time(study.bench)):
         sections.append(_section("Cached against online", _picture(figure, "time", pictures), TIME_TEXT))
     if study.notes:
         sections.append(_section("Left out", *map(_paragraph, study.notes)))
-    sections.append(
-        _section("All students", f"<details><summary>{len(study.rows)} rows</summary>{_all_rows(study.rows)}</details>")
-    )
+    if study.rows:
+        rows = f"<details><summary>{len(study.rows)} rows</summary>{_all_rows(study.rows)}</details>"
+        sections.append(_section("All students", rows))
     content = PAGE.format(title=html.escape(str(study.search)), body="\n".join(sections))
     out.mkdir(parents=True, exist_ok=True)
     for name, picture in pictures.items():

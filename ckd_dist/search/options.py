@@ -72,6 +72,8 @@ class SearchConfig(DistillConfig):
     all to the end; its seeds are seed, seed + 1, and so on."""
     race_budget: float | None = None
     """What a race may cost, in students of the full length; default: 15 % of three seeds of every setting."""
+    race_hours: float | None = None
+    """The same in hours of training, those of all processes together."""
     race_error: float = 0.05
     """Probability at most that a race drops the best by its test."""
 
@@ -82,11 +84,14 @@ class SearchConfig(DistillConfig):
             students_at_once=(1, 10_000),
             processes=(1, 1024),
             race_budget=(0.01, 1_000_000),
+            race_hours=(1e-6, 1_000_000),
             race_error=(1e-6, 0.5),
         )
         require(not self.race or not self.grid.seeds, "grid.seeds is not for a race, which takes as many as it needs")
         require(not self.race or len(self.grid.models) <= 1, "grid.models: a race is for one student: run one for each")
-        require(self.race or self.race_budget is None, "race_budget goes with --race")
+        for name in ("race_budget", "race_hours"):
+            require(self.race or getattr(self, name) is None, f"{name} goes with --race")
+        require(self.race_budget is None or self.race_hours is None, "race_budget and race_hours are both given")
         require(self.teacher.store is not None, "teacher.store is missing: a search reads cached logits")
         require(self.teacher.selection is None, "teacher.selection is not for a search: name grid.teachers")
         require(not self.teacher.weights, "teacher.weights is not for a search: its ensembles have equal weights")

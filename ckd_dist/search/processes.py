@@ -27,7 +27,8 @@ def share_out(config: SearchConfig) -> None:
     options += [f"--amp={config.amp}", f"--data.views={config.data.views}"]
     if config.race:
         options += ["--race=true", f"--race_error={config.race_error}"]
-        options += [f"--race_budget={config.race_budget}"] if config.race_budget else []
+        given = {"race_budget": config.race_budget, "race_hours": config.race_hours}
+        options += [f"--{name}={value}" for name, value in given.items() if value is not None]
     threads = str(max(1, dist.cores_per_rank() // config.processes))
     workers, copies = [], []
     with StopRequest() as stop:

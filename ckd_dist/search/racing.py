@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -14,6 +15,7 @@ import numpy as np
 from ckd_dist.core import dist
 from ckd_dist.core.console import say
 from ckd_dist.core.files import lock
+from ckd_dist.core.run_folder import read_summary
 from ckd_dist.nn.options import OptimConfig
 from ckd_dist.search import rule
 from ckd_dist.search.held_out import read_answers, write_answers
@@ -39,8 +41,6 @@ class Race:
     candidates: list[Trial]
     """Each as its student of the full length and the first seed."""
     rungs: list[Rung]
-    budget: float
-    """In students of the full length."""
     last: list[int]
     """Candidates of the last checkpoint alone, which the best is compared with."""
 
@@ -52,11 +52,10 @@ def prepare(search: Search) -> Race:
     for share, spent in RUNGS:
         epochs = max(1, round(share * config.epochs))
         rungs = [*(each for each in rungs if each.epochs < epochs), Rung(epochs, spent)]
-    budget = config.race_budget or DEFAULT_BUDGET * everything(candidates)
     singles = [each for trial in candidates if len(each := trial.config.teacher.checkpoints) == 1]
     last = max(singles, key=lambda names: _order(names[0]), default=None)
     return Race(
-        search, candidates, rungs, budget, [k for k, t in enumerate(candidates) if t.config.teacher.checkpoints == last]
+        search, candidates, rungs, [k for k, t in enumerate(candidates) if t.config.teacher.checkpoints == last]
     )
 
 
@@ -90,10 +89,29 @@ def shortened(config: OptimConfig, share: float) -> OptimConfig:
     return replace(config, warmup_epochs=share * config.warmup_epochs, step_epochs=step_epochs, milestones=milestones)
 
 
+def budget(race: Race) -> float:
+    """What the race may cost, in students of the full length; where it is given in hours, by what the students of the
+    first look took."""
+    config = race.search.config
+    if config.race_hours is None:
+        return config.race_budget or DEFAULT_BUDGET * everything(race.candidates)
+    rung = race.rungs[0]
+    first = [Student(k, rung.epochs, s) for k in range(len(race.candidates)) for s in (0, 1)]
+    return 3600 * config.race_hours / statistics.mean(seconds(race, student) for student in first)
+
+
+def seconds(race: Race, student: Student) -> float:
+    """What one of the full length takes, by a student that was trained."""
+    summary = read_summary(Path(student_of(race, student).config.run_dir))
+    assert summary is not None
+    return summary.train_seconds / summary.side_by_side * race.search.config.epochs / student.epochs
+
+
 def run(race: Race, device: torch.device, number: int, parts: int) -> Outcome:
     """Run the race to its end, together with other processes that do the same: of `parts` of them, this is `number`.
     Collective."""
-    play = rule.race(len(race.candidates), race.rungs, race.budget, race.search.config.race_error, race.last)
+    error = race.search.config.race_error
+    play = rule.race(len(race.candidates), race.rungs, lambda: budget(race), error, race.last)
     wanted, look = next(play), 1
     while True:
         trials = [student_of(race, each) for each in wanted]

@@ -12,7 +12,7 @@ of a look is dropped with probability `error` at most; look k has 6 / (pi k)^2 o
 from __future__ import annotations
 
 import math
-from collections.abc import Generator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -146,27 +146,30 @@ def behind(comparisons: dict[int, Comparison], error: float) -> list[int]:
 
 
 def race(
-    candidates: int, rungs: Sequence[Rung], budget: float, error: float, keep: Sequence[int] = ()
+    candidates: int, rungs: Sequence[Rung], budget: Callable[[], float], error: float, keep: Sequence[int] = ()
 ) -> Generator[list[Student], Scores, Outcome]:
     """Yields students that are to be trained and scored, and is sent the scores of all of them; returns how it ended.
 
-    `budget`: in students of the last rung's length; the first look, two seeds of every candidate on the first rung, is
-    taken in any case. `keep`: candidates that are never dropped for the budget alone, to be compared with.
+    `budget`: in students of the last rung's length; it is asked for after the first look, two seeds of every candidate
+    on the first rung, which is taken in any case. `keep`: of these, the best goes on where there is room for three, to
+    be compared with.
     """
     running, scores, looks, spent = list(range(candidates)), Scores(), 0, 0.0
     outcome = Outcome(0, running, rungs[0].epochs, 0)
     before = Residuals(0.0, 0)  # of shorter rungs: what seeds do there is no less
     for number, rung in enumerate(rungs):
         price = rung.epochs / rungs[-1].epochs
+        goes_on, limit = True, math.inf
         if number:
-            most = int((budget * rung.share - spent) / (2 * price) + 1e-9)
-            running = _cut(outcome, running, max(2, most), keep, spent)
-        limit = budget if not _goes_on(rungs, number, budget) else budget * rung.share
+            goes_on, limit = _limit(rungs, number, budget(), spent + 4 * price)
+            running = _cut(outcome, running, max(2, int((limit - spent) / (2 * price) + 1e-9)), keep, spent)
         seeds, noise = 0, Residuals(0.0, 0)
         while len(running) > 1:
             more = 2 if seeds == 0 else 1
             cost = more * price * len(running)
-            if looks and spent + cost > limit + 1e-9:
+            if looks == 1 and not number:
+                goes_on, limit = _limit(rungs, number, budget(), spent)
+            if spent + cost > limit + 1e-9:
                 break
             scores |= yield [Student(c, rung.epochs, s) for c in running for s in range(seeds, seeds + more)]
             seeds, looks, spent = seeds + more, looks + 1, spent + cost
@@ -181,22 +184,28 @@ def race(
             running = [running[k] for k in rest]
             outcome.standing = running
         before = before + noise
-        if len(running) == 1 or limit == budget:
+        if len(running) == 1 or not goes_on:
             break
     return outcome
 
 
-def _goes_on(rungs: Sequence[Rung], number: int, budget: float) -> bool:
-    """Whether the budget is for a longer rung than this: for two seeds of two candidates there."""
+def _limit(rungs: Sequence[Rung], number: int, budget: float, least: float) -> tuple[bool, float]:
+    """(whether the next rung can be paid for, two seeds of two candidates there; what may be spent by the end of this
+    one), where the first look at this one brings the cost to `least`."""
     if number + 1 == len(rungs):
-        return False
-    after, full = rungs[number + 1], rungs[-1].epochs
-    return budget * (after.share - rungs[number].share) + 1e-9 >= 4 * after.epochs / full
+        return False, budget
+    rest = budget - 4 * rungs[number + 1].epochs / rungs[-1].epochs
+    goes_on = least <= rest + 1e-9
+    return goes_on, min(budget * rungs[number].share, rest) if goes_on else budget
 
 
 def _cut(outcome: Outcome, running: list[int], most: int, keep: Sequence[int], spent: float) -> list[int]:
-    """The best of those that run, whose order is that of their scores, and those to keep."""
-    going_on = [*running[:most], *(c for c in running[most:] if c in keep)]
+    """The best of those that run, whose order is that of their scores; where there is room for three, the best of those
+    to keep among them."""
+    going_on = running[:most]
+    kept = next((candidate for candidate in running if candidate in keep), None)
+    if kept is not None and kept not in going_on and most > 2:
+        going_on = [*going_on[:-1], kept]
     for candidate in running:
         if candidate not in going_on:
             difference = outcome.against[candidate].difference

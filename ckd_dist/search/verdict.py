@@ -11,7 +11,7 @@ from scipy import stats
 
 from ckd_dist.core.console import format_seconds, say
 from ckd_dist.core.files import write_bytes_atomically
-from ckd_dist.search.racing import Race, everything, student_of
+from ckd_dist.search.racing import Race, budget, everything, seconds
 from ckd_dist.search.rule import Outcome, Student
 from ckd_dist.search.trials import Trial
 
@@ -36,7 +36,7 @@ def report(race: Race, outcome: Outcome) -> None:
         "model": chosen.model,
         "candidates": [name_of(trial) for trial in race.candidates],
         "verdict": verdict(race, outcome),
-        "budget": race.budget,
+        "budget": budget(race),
         "error": race.search.config.race_error,
         **asdict(outcome),
     }
@@ -78,8 +78,8 @@ def verdict(race: Race, outcome: Outcome) -> list[str]:
         )
     share = outcome.cost / everything(race.candidates)
     lines.append(
-        f"cost: {outcome.cost:.2f} students of the full length of {race.budget:.2f}, {100 * share:.1f} % of trying all "
-        f"{len(race.candidates)} with three seeds"
+        f"cost: {outcome.cost:.2f} of {budget(race):.2f} students of the full length, {100 * share:.1f} % of trying "
+        f"all {len(race.candidates)} with three seeds"
     )
     return lines
 
@@ -110,16 +110,7 @@ def _more(race: Race, outcome: Outcome, others: int) -> str:
     if room <= 0:
         times = math.ceil(by_image / (wanted / quantile) ** 2)
         return f"{what} {times} times as many held-out images, and more seeds"
-    seeds = max(outcome.seeds, math.ceil(by_seed / room))
-    students = (seeds - outcome.seeds) * len(outcome.standing) * outcome.epochs / race.search.config.epochs
-    seconds = format_seconds(students * _seconds(race, outcome))
-    return f"{what} some {math.ceil(students)} more students of the full length, {seconds}"
-
-
-def _seconds(race: Race, outcome: Outcome) -> float:
-    """Of a student of the full length, from one that was trained."""
-    from ckd_dist.core.run_folder import read_summary
-
-    summary = read_summary(Path(student_of(race, Student(outcome.leader, outcome.epochs, 0)).config.run_dir))
-    assert summary is not None
-    return summary.train_seconds / summary.side_by_side * race.search.config.epochs / outcome.epochs
+    needed = max(outcome.seeds, math.ceil(by_seed / room))
+    students = (needed - outcome.seeds) * len(outcome.standing) * outcome.epochs / race.search.config.epochs
+    took = seconds(race, Student(outcome.leader, outcome.epochs, 0))
+    return f"{what} some {math.ceil(students)} more students of the full length, {format_seconds(students * took)}"

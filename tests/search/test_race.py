@@ -7,6 +7,7 @@ import json
 import shutil
 import subprocess
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -138,6 +139,18 @@ def test_the_same_teacher_under_several_names_is_not_told_apart_from_itself(fash
     assert "the last checkpoint is one of them" in words[2]
 
 
+def test_a_budget_in_hours_is_kept_to(whole, fashion, two_runs):
+    folder, (values, _) = whole
+    config = load_config(SearchConfig, options(fashion, two_runs, folder, *GRID, "--race_budget", "null"))
+    entered = racing.prepare(command.prepare(replace(config, race_hours=1.0)))
+    first = [racing.Student(candidate, 1, seed) for candidate in range(4) for seed in (0, 1)]
+    hours = sum(racing.seconds(entered, each) for each in first) / len(first) / 3600
+    assert racing.budget(entered) == pytest.approx(1 / hours)
+    words = options(fashion, two_runs, folder, *GRID, "--race_budget", "null", "--race_hours", 6 * hours)
+    again, _ = race_here(*words)  # the same students, bought by the hour
+    assert again["budget"] == pytest.approx(6) and again["drops"] == values["drops"]
+
+
 @pytest.mark.parametrize(
     ("more", "expected"),
     [
@@ -145,6 +158,7 @@ def test_the_same_teacher_under_several_names_is_not_told_apart_from_itself(fash
         (["--grid.models", "[resnet8,resnet20]"], r"grid\.models: a race is for one student"),
         (["--race_error", 0], r"race_error is 0"),
         (["--race", "false"], r"race_budget goes with --race"),
+        (["--race_hours", 2], r"race_budget and race_hours are both given"),
     ],
 )
 def test_what_is_no_race_is_refused(fashion, two_runs, tmp_path, more, expected):
