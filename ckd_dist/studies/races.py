@@ -1,11 +1,12 @@
-"""What of a short training tells which teacher's students are best in the end: the tables of the documentation.
+"""What tells beforehand which teacher's students are best in the end, and what that costs: tables of the documentation.
 
   python -m ckd_dist.studies.races [RUN_DIR]
 
 For each task and each of several trainings of a resnet20 teacher, resnet8 students of every checkpoint, of an ensemble
 and of none: five seeds of 20 epochs, the truth, on test images; and two seeds of 5, 10, 20 and 40 % of the epochs, with
-the whole of a cosine schedule and of a trapezoidal one. About half an hour a teacher on two CPU cores; run again, what
-is complete is not repeated. Writes races.json and races.md into RUN_DIR (default runs/races).
+the whole of a cosine schedule and of a trapezoidal one. Beside them what costs no student, the scores of
+select_teacher; and races, at several budgets. About 45 minutes a teacher on two CPU cores; run again, what is complete
+is not repeated. Writes races.json and races.md into RUN_DIR (default runs/races).
 """
 
 from __future__ import annotations
@@ -19,15 +20,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ckd_dist.core.options import load_config
-from ckd_dist.core.results import grouped, read_table
+from ckd_dist.core.results import grouped, read_race, read_selection, read_table
 from ckd_dist.search.options import SearchConfig
 from ckd_dist.studies.commands import run_in_folder, run_module
 
 if TYPE_CHECKING:
-    import numpy as np
+    pass
 
 EPOCHS, SHARES, SEEDS = 20, {1: 5, 2: 10, 4: 20, 8: 40}, (0, 1)
 """Epochs of the students, of the short ones and their percentage, and seeds of these."""
+BUDGETS = (3.6, 5.4, 10.8)
+"""Of races, in students: 10, 15 and 30 % of three seeds of the twelve candidates."""
 TEACHERS = "[[],[2],[4],[6],[8],[10],[12],[14],[16],[18],[20],[10,20]]"
 STUDENTS = [
     *("--model.name", "resnet8", "--grid.teachers", TEACHERS, "--kd.alpha", 0.1, "--kd.temperature", 4),
@@ -79,6 +82,16 @@ def train(folder: Path, task: Task, seed: int) -> None:
     run_module(f"{task.name}: teacher {seed}", "ckd_dist.train_teacher", *images, *teacher)
     cache = ["--teacher.run", run / "teacher", "--views", EPOCHS, "--store", run / "store", "--data.batch_size", 256]
     run_module(f"{task.name}: its logits", "ckd_dist.cache_logits", *images[:2], *cache)
+    probe = ["--data.batch_size", 32, "--probe.steps", 50, "--probe.lr", 0.01, "--probe.repeats", 2]
+    select = [*probe, "--student", "resnet8", "--student_epochs", EPOCHS, "--run_dir", run / "selection"]
+    run_module(f"{task.name}: scores", "ckd_dist.select_teacher", *images, "--teacher.run", run / "teacher", *select)
+    for budget in BUDGETS:
+        words = [*images, *STUDENTS, "--teacher.store", run / "store", "--epochs", EPOCHS]
+        words += ["--race", "--race_budget", budget, "--run_dir", run / "race"]
+        race = run / f"race_{budget:g}.json"
+        if not race.exists():
+            run_module(f"{task.name}: a race for {budget} students", "ckd_dist.search", *words)
+            (run / "race" / "race.json").replace(race)
     for name, options in searches(folder).items():
         words = [*images, *STUDENTS, "--teacher.store", run / "store", *options, "--run_dir", run / name]
         run_module(f"{task.name}: {name}", "ckd_dist.search", *words)
@@ -117,6 +130,18 @@ def predictors(folder: Path, teacher: str) -> dict[str, dict[str, float]]:
             for name, answers in _answers(folder, run, f"{kind}_{epochs}").items():
                 for figure, of in FIGURES.items():
                     found[name][f"{what}, {figure}, {share} %"] = statistics.mean(map(of, answers))
+    selection = read_selection(run / "selection" / "selection.json", "RUN_DIR")
+    for each in selection.checkpoints:
+        scores = {f"Algorithm 1, {scaling}": value for scaling, value in each.scores.items()}
+        scores |= {"teacher's top-1": each.top1, "least calibration error": -each.calibration_error}
+        scores |= {"largest entropy": each.entropy, "agreement with the last": each.agreement_with_last}
+        scores |= {"largest conditional mutual information": each.conditional_mutual_information}
+        found[str(each.epoch)] |= {f"{name}, free": value for name, value in scores.items()}
+    for budget in BUDGETS:
+        race = read_race(run / f"race_{budget:g}.json", "RUN_DIR")
+        for name, values in found.items():
+            chosen = "+".join(race.choice) or "none"
+            values[f"race, {budget:g} students"] = float(name == chosen)
     return found
 
 
@@ -149,28 +174,40 @@ def _answers(folder: Path, run: Path, name: str) -> dict[str, list]:
 
 
 def markdown(found: dict[str, dict[str, dict[str, float]]]) -> list[str]:
-    """For each predictor: its rank correlation with the truth and the regret of its choice, by share of the epochs:
-    means over the teachers."""
-    import numpy as np
-    from scipy import stats
-
-    def judged(name: str) -> tuple[float, float]:
-        correlations, regrets = [], []
-        for candidates in found.values():
-            truth: np.ndarray = np.array([each["truth"] for each in candidates.values()])
-            said = np.array([each[name] for each in candidates.values()])
-            correlations.append(float(stats.spearmanr(truth, said).statistic))
-            regrets.append(float(truth.max() - truth[said.argmax()]))
-        return statistics.mean(correlations), statistics.mean(regrets)
-
-    names = [name for name in next(iter(next(iter(found.values())).values())) if name != "truth"]
-    kinds = list(dict.fromkeys(name.rpartition(", ")[0] for name in names))
+    """For each predictor its rank correlation with the truth, and the regret of its choice: means over the teachers. By
+    share of the epochs; then what is free, and the races."""
+    names = list(dict.fromkeys(name for each in found.values() for values in each.values() for name in values))
+    kinds = list(dict.fromkeys(name.rpartition(", ")[0] for name in names if name.endswith(" %")))
     lines = [f"| what is looked at | {' | '.join(f'{share} %' for share in SHARES.values())} |"]
     lines.append(f"|{'---|' * (1 + len(SHARES))}")
     for kind in kinds:
-        cells = [judged(f"{kind}, {share} %") for share in SHARES.values()]
+        cells = [_judged(found, f"{kind}, {share} %") for share in SHARES.values()]
         lines.append(f"| {kind} | {' | '.join(f'{rho:.2f}, {regret:.2f}' for rho, regret in cells)} |")
+    lines += ["", "| choice by | rank correlation | regret |", "|---|---|---|"]
+    for name in (name for name in names if name.endswith((", free", " students"))):
+        rho, regret = _judged(found, name)
+        lines.append(f"| {name} | {'' if name.endswith('students') else f'{rho:.2f}'} | {regret:.2f} |")
+    truths = [{name: values["truth"] for name, values in each.items()} for each in found.values()]
+    fixed = {"last checkpoint": "20", "checkpoint 10": "10", "ensemble 10+20": "10+20", "no teacher": "none"}
+    for what, name in fixed.items():
+        lines.append(f"| {what} | | {statistics.mean(max(each.values()) - each[name] for each in truths):.2f} |")
+    at_random = statistics.mean(max(each.values()) - statistics.mean(each.values()) for each in truths)
+    lines.append(f"| any at random | | {at_random:.2f} |")
     return lines
+
+
+def _judged(found: dict[str, dict[str, dict[str, float]]], name: str) -> tuple[float, float]:
+    """(Spearman's correlation of a predictor and the truth over the candidates that it tells of, the regret of the one
+    that it puts first), means over the teachers."""
+    from scipy import stats
+
+    correlations, regrets = [], []
+    for candidates in found.values():
+        pairs = [(each["truth"], each[name]) for each in candidates.values() if name in each]
+        correlations.append(float(stats.spearmanr(*zip(*pairs, strict=True)).statistic))
+        best = max(each["truth"] for each in candidates.values())
+        regrets.append(best - max(pairs, key=lambda pair: pair[1])[0])
+    return statistics.mean(correlations), statistics.mean(regrets)
 
 
 if __name__ == "__main__":
