@@ -139,9 +139,9 @@ def predictors(folder: Path, teacher: str) -> dict[str, dict[str, float]]:
         found[str(each.epoch)] |= {f"{name}, free": value for name, value in scores.items()}
     for budget in BUDGETS:
         race = read_race(run / f"race_{budget:g}.json", "RUN_DIR")
-        for name, values in found.items():
-            chosen = "+".join(race.choice) or "none"
-            values[f"race, {budget:g} students"] = float(name == chosen)
+        chosen = "+".join(race.choice) or "none"
+        for name, said in found.items():
+            said[f"race, {budget:g} students"] = float(name == chosen)
     return found
 
 
