@@ -99,6 +99,7 @@ LONGEST = [
     "launch/test_job_failures.py",
     "core/test_identity.py",
     "train/test_training.py",
+    "search/test_race.py",
     "search/test_processes.py",
     "train/test_resume.py",
     "launch/test_pipeline.py",
@@ -108,6 +109,8 @@ LONGEST = [
     "examples/test_examples.py",
     "search/test_side_by_side.py",
     "store/test_interruptions.py",
+    "store/test_ahead.py",
+    "store/test_damage.py",
 ]
 """Files whose tests take longest: workers, which take a file at a time, had better begin with them."""
 

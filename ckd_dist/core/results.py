@@ -252,6 +252,7 @@ def read_choice(path: str, option: str) -> dict[str, str]:
     """Checkpoint, as users call it -> sha256 of its weights, of the one that a selection.json chooses, or of those that
     a race.json does; `path` is such a file, or the folder with one."""
     folder = Path(path)
+    require(folder.exists(), f"{option}: no such file: {path} (write it with ckd_dist.select_teacher)")
     inside = [each for each in (folder / "selection.json", folder / "race.json") if each.exists()]
     file = inside[0] if inside else folder
     require(file.is_file(), f"{option}: {path} holds no selection.json of select_teacher and no race.json of search")

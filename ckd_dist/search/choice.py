@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING
 
 from ckd_dist.core import results
 from ckd_dist.core.identity import read_lineage
-from ckd_dist.search.held_out import load_students
 from ckd_dist.search.trials import Search, Trial
 
 if TYPE_CHECKING:
@@ -54,6 +53,7 @@ def is_of(table: list[dict], rows: list[dict]) -> bool:
 def test(search: Search, rows: list[dict], device: torch.device) -> None:
     """Add the test figures of the chosen students to their rows; collective."""
     from ckd_dist.data.loader import BetonLoader
+    from ckd_dist.search.held_out import load_students
     from ckd_dist.train import evaluation
 
     config, info = search.config, search.images["data.test"]
