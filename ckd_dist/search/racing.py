@@ -15,6 +15,7 @@ import numpy as np
 from ckd_dist.core import dist
 from ckd_dist.core.console import say
 from ckd_dist.core.files import lock
+from ckd_dist.core.identity import require_same
 from ckd_dist.core.run_folder import read_summary
 from ckd_dist.nn.options import OptimConfig
 from ckd_dist.search import rule
@@ -110,6 +111,7 @@ def seconds(race: Race, student: Student) -> float:
 def run(race: Race, device: torch.device, number: int, parts: int) -> Outcome:
     """Run the race to its end, together with other processes that do the same: of `parts` of them, this is `number`.
     Collective."""
+    dist.on_main(lambda: require_same(Path(race.search.config.run_dir), race.search.origin))
     error = race.search.config.race_error
     play = rule.race(len(race.candidates), race.rungs, lambda: budget(race), error, race.last)
     wanted, look = next(play), 1
@@ -136,16 +138,21 @@ def _train(search: Search, trials: list[Trial], device: torch.device, number: in
         for turn in left:
             with _claim(search, look, turn) as mine:
                 if mine and _unasked(groups[turn]):
-                    worked, missing = True, search.missing(groups[turn])
-                    if missing:
-                        say(f"look {look}: {', '.join(trial.name for trial in missing)}")
-                        students.train([trial.config for trial in missing], search.student_images, device)
+                    worked, names = True, _untrained(search, groups[turn])
+                    if names:
+                        say(f"look {look}: {', '.join(names)}")
+                        configs = [trial.config for trial in groups[turn] if trial.name in names]
+                        students.train(configs, search.student_images, device)
                     write_answers(search, groups[turn], device)
         if not worked:
             time.sleep(0.5)
             if time.monotonic() - said > 60:
                 said = time.monotonic()
                 say(f"waiting for {len(left)} groups of students that other processes train")
+
+
+def _untrained(search: Search, group: list[Trial]) -> list[str]:
+    return dist.on_main(lambda: [trial.name for trial in group if not search.is_complete(trial)])
 
 
 def _unasked(group: list[Trial]) -> bool:

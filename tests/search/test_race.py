@@ -139,6 +139,17 @@ def test_the_same_teacher_under_several_names_is_not_told_apart_from_itself(fash
     assert "the last checkpoint is one of them" in words[2]
 
 
+def test_a_race_and_a_search_may_share_a_folder(fashion, two_runs, tmp_path):
+    grid = ["--grid.teachers", "[[1],[3]]", "--epochs", 1]
+    words = options(fashion, two_runs, tmp_path / "run", *grid)
+    command.main(load_config(SearchConfig, words))
+    table = (tmp_path / "run" / "results.csv").read_bytes()
+    before = sorted(path.name for path in tmp_path.glob("run/students/*"))
+    values, _ = race_here(*words, "--race", "--race_budget", 4)
+    assert (tmp_path / "run" / "results.csv").read_bytes() == table and values["seeds"] == 2
+    assert set(before) < {path.name for path in tmp_path.glob("run/students/*")}  # their first seed was trained already
+
+
 def test_a_budget_in_hours_is_kept_to(whole, fashion, two_runs):
     folder, (values, _) = whole
     config = load_config(SearchConfig, options(fashion, two_runs, folder, *GRID, "--race_budget", "null"))
