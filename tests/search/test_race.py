@@ -54,7 +54,6 @@ def test_a_race_ends_with_a_choice_that_distill_takes(whole, fashion, two_runs, 
     assert values["cost"] <= 6 and values["leader"] in values["standing"]
     names = ["1", "2", "3", "1+3"]
     assert list(values["choice"]) == names[values["leader"]].split("+")
-    assert values["leader"] in (2, 3)  # one epoch of training makes no teacher
     assert any("of trying all 4 with three seeds" in line for line in words)
     students = sorted(folder.glob("students/*"))
     cost = sum(json.loads((each / "summary.json").read_text())["epochs"] / 4 for each in students)
