@@ -5,23 +5,20 @@ python -m ckd_dist.bench.cold STORE rows|ahead      prints records/s
 
 from __future__ import annotations
 
-import os
 import shutil
-import subprocess
 import sys
 import time
 from pathlib import Path
 
 import numpy as np
 
+from ckd_dist.bench.limited import MEMORY, rates
 from ckd_dist.bench.measure import Row
-from ckd_dist.bench.order import MEMORY, limited_memory
 from ckd_dist.bench.random_store import write_random_store
 from ckd_dist.store.ahead import ReadAhead
 from ckd_dist.store.manifest import Manifest
 from ckd_dist.store.reader import StoreReader
 from ckd_dist.store.size import format_bytes, store_size
-from ckd_dist.studies.commands import console
 
 COUNT, CLASSES, VIEWS, BATCH_SIZE = 50_000, 1000, 40, 1024
 ROWS = 20 * BATCH_SIZE
@@ -35,34 +32,19 @@ def measure(folder: Path, tries: int = 3) -> list[Row]:
     path = folder / "scratch" / "cold_store"
     shutil.rmtree(path, ignore_errors=True)
     write_random_store(path, COUNT, CLASSES, VIEWS)
-    found: dict[str, list[float]] = {"rows": [], "ahead": []}
+    size = store_size(Manifest.load(path, "RUN_DIR"))[0]
     try:
-        with limited_memory() as group:
-            for _ in range(tries):
-                for how, rates in found.items():
-                    rates.append(_read_elsewhere(path, how, group))
-    except OSError as error:
-        console.print(f"cold store: left out, memory cannot be limited here ({error})")
-        return []
+        found = rates(__name__, path, ("rows", "ahead"), tries)
     finally:
-        size = store_size(Manifest.load(path, "RUN_DIR"))[0]
         shutil.rmtree(path)
+    if not found:
+        return []
     case = f"cold store, dense, {format_bytes(size)} of records in {VIEWS} views, memory of {format_bytes(MEMORY)}"
     ratios = [a / b for a, b in zip(found["ahead"], found["rows"], strict=True)]
     rows = Row(case, "random order, row by row", "records/s", found["rows"])
     ahead = Row(case, "random order, views read ahead", "records/s", found["ahead"], rows.what, ratios)
     ahead.limit = f"disk: {ahead.rate * CLASSES * 2 / 1e6:,.0f} MB/s, checksums included"
     return [rows, ahead]
-
-
-def _read_elsewhere(path: Path, how: str, group: Path) -> float:
-    for file in path.rglob("*.npy"):  # out of the page cache
-        with open(file, "rb") as opened:
-            os.fsync(opened.fileno())
-            os.posix_fadvise(opened.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
-    join = f"echo $$ > {group}/cgroup.procs && exec {sys.executable} -m {__name__} {path} {how}"
-    done = subprocess.run(["sh", "-c", join], check=True, stdout=subprocess.PIPE, encoding="utf-8", errors="replace")
-    return float(done.stdout.splitlines()[-1])
 
 
 def main(path: str, how: str) -> None:

@@ -5,27 +5,24 @@ python -m ckd_dist.bench.order BETON ORDER      one epoch; prints images/s
 
 from __future__ import annotations
 
-import os
 import shutil
-import subprocess
 import sys
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
 import torch
 
+from ckd_dist.bench.limited import MEMORY, rates
 from ckd_dist.bench.loader import PHOTOGRAPHS, photograph_files
 from ckd_dist.bench.measure import Row
 from ckd_dist.data import dataset
 from ckd_dist.data.loader import BetonLoader
 from ckd_dist.data.options import LoaderConfig, TrainDataConfig
 from ckd_dist.data.recipe import ViewRecipe
-from ckd_dist.studies.commands import console, run_module
+from ckd_dist.studies.commands import run_module
 
-COPIES, MEMORY, WINDOW, BATCH_SIZE = 12, 10**9, 12, 256
+COPIES, WINDOW, BATCH_SIZE = 12, 12, 256
 LIMITS = {
     "random": "disk: {:,.0f} MB/s, an image here and an image there",
     "quasi_random": "disk: {:,.0f} MB/s, in pages of 8 MB",
@@ -46,46 +43,16 @@ def measure(folder: Path, tries: int = 3) -> list[Row]:
         options = ["--dataset", "imagefolder", "--root", root, "--split", "test", "--max-resolution", 341]
         run_module(f"{COPIES * PHOTOGRAPHS} photographs, raw", "data_prep.write_beton", *options, "--out", path)
     size, count = path.stat().st_size, dataset.read_info(path, "RUN_DIR").count
-    rates: dict[str, list[float]] = {order: [] for order in LIMITS}
-    try:
-        with limited_memory() as group:
-            for _ in range(tries):
-                for order, found in rates.items():
-                    found.append(_epoch_elsewhere(path, order, group))
-    except OSError as error:
-        console.print(f"order: left out, memory cannot be limited here ({error})")
-        return []
+    found = rates(__name__, path, list(LIMITS), tries)
     case = f"file of {size / 1e9:.1f} GB, memory of {MEMORY / 1e9:.1f} GB, windows of {WINDOW} pages"
     rows = []
-    for order, found in rates.items():
-        row = Row(case, f"{order} order", "images/s", found)
+    for order, own in found.items():
+        row = Row(case, f"{order} order", "images/s", own)
         row.limit = LIMITS[order].format(row.rate * size / count / 1e6)
         if order != "random":
-            row.reference, row.ratios = "random order", [a / b for a, b in zip(found, rates["random"], strict=True)]
+            row.reference, row.ratios = "random order", [a / b for a, b in zip(own, found["random"], strict=True)]
         rows.append(row)
     return rows
-
-
-@contextmanager
-def limited_memory() -> Iterator[Path]:
-    """A control group of `MEMORY` bytes, page cache included; raises OSError where there is none to be had."""
-    unified = Path("/sys/fs/cgroup/cgroup.controllers").exists()
-    parent = Path("/sys/fs/cgroup") if unified else Path("/sys/fs/cgroup/memory")
-    group = parent / f"ckd_dist_{os.getpid()}"
-    group.mkdir()
-    try:
-        (group / ("memory.max" if unified else "memory.limit_in_bytes")).write_text(str(MEMORY), encoding="utf-8")
-        yield group
-    finally:
-        group.rmdir()
-
-
-def _epoch_elsewhere(path: Path, order: str, group: Path) -> float:
-    with open(path, "rb") as file:  # out of the page cache, wherever it comes from
-        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
-    join = f"echo $$ > {group}/cgroup.procs && exec {sys.executable} -m {__name__} {path} {order}"
-    done = subprocess.run(["sh", "-c", join], check=True, stdout=subprocess.PIPE, encoding="utf-8", errors="replace")
-    return float(done.stdout.splitlines()[-1])
 
 
 def main(path: str, order: str) -> None:

@@ -36,13 +36,13 @@ def limit() -> int:
     return found
 
 
-def shared(sizes: Sequence[int], option: str) -> list[np.ndarray]:
-    """Memory of these sizes in bytes, uint8 [size] each, that the ranks of a node have in common; it takes up room as
-    it is written to, and is gone with the last array or process. Collective: all ranks give the same sizes.
+def shared(sizes: Sequence[int], node: Sequence[int], option: str) -> list[np.ndarray]:
+    """Memory of these sizes in bytes, uint8 [size] each, that the ranks of a `node`, `dist.node_ranks`, have in common;
+    it takes up room as it is written to, and is gone with the last array or process. Collective: all ranks give the
+    same sizes.
 
     Raises `UserError` naming the `option` that asked for it where processes cannot share any.
     """
-    node = dist.node_ranks()
     own = [os.memfd_create("ckd_dist") for _ in sizes] if node[0] == dist.rank() else []
     for descriptor, size in zip(own, sizes, strict=False):
         os.ftruncate(descriptor, size)

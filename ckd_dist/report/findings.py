@@ -11,6 +11,7 @@ import numpy as np
 from scipy import stats
 
 from ckd_dist.core import results
+from ckd_dist.core.blocks import residuals
 from ckd_dist.core.errors import require
 from ckd_dist.core.identity import read_lineage
 from ckd_dist.core.options import Scaling
@@ -209,9 +210,8 @@ def differences(each: Sequence[StudentGroup], base: StudentGroup) -> list[Differ
     deviations = apart.std(axis=1, ddof=1) if len(seeds) > 1 else [None] * len(each)
     ps: list[float | None] = [None] * len(each)
     if len(seeds) > 1 and len(each) > 1:
-        noise = values - values.mean(1, keepdims=True) - values.mean(0, keepdims=True) + values.mean()
-        freedom = (len(each) - 1) * (len(seeds) - 1)
-        error = np.sqrt(2 * np.square(noise).sum() / freedom / len(seeds))
+        noise, freedom = residuals(values)
+        error = np.sqrt(2 * noise / freedom / len(seeds))
         with np.errstate(divide="ignore", invalid="ignore"):  # no noise at all: 0 for a difference, 1 for none
             ratio = np.nan_to_num(np.abs(apart.mean(1)) / error, nan=0.0, posinf=np.inf)
         ps = (2 * stats.t.sf(ratio, freedom)).tolist()

@@ -19,6 +19,9 @@ from typing import NamedTuple
 import numpy as np
 from scipy import stats
 
+from ckd_dist.core.blocks import Residuals, residuals
+from ckd_dist.core.results import RaceDrop
+
 
 class Student(NamedTuple):
     """To be trained."""
@@ -40,22 +43,6 @@ class Rung:
     epochs: int
     share: float
     """Of the budget that may be spent up to the end of this rung."""
-
-
-@dataclass(frozen=True)
-class Drop:
-    """A candidate that is out."""
-
-    candidate: int
-    epochs: int
-    """Of the rung that it was on."""
-    seeds: int
-    behind: float
-    """The leader's mean score less its own."""
-    tested: bool
-    """Whether by the test; else there was no budget to go on with it."""
-    cost: float
-    """Of the race by then, in students of the full length."""
 
 
 @dataclass(frozen=True)
@@ -94,28 +81,9 @@ class Outcome:
     """Of the last rung that was run."""
     against: dict[int, Comparison] = field(default_factory=dict)
     """The leader against each of the others that were on the last rung."""
-    drops: list[Drop] = field(default_factory=list)
+    drops: list[RaceDrop] = field(default_factory=list)
     cost: float = 0.0
     """In students of the full length."""
-
-
-class Residuals(NamedTuple):
-    """What seeds do to students beyond the effect of the candidate and of the seed itself."""
-
-    squares: float
-    """Sum of them, of mean scores."""
-    freedom: int
-
-    def __add__(self, other: object) -> Residuals:
-        assert isinstance(other, Residuals)
-        return Residuals(self.squares + other.squares, self.freedom + other.freedom)
-
-
-def residuals(scores: np.ndarray) -> Residuals:
-    """Of scores [candidates, seeds, images]."""
-    means = scores.mean(axis=2)
-    left = means - means.mean(axis=1, keepdims=True) - means.mean(axis=0, keepdims=True) + means.mean()
-    return Residuals(float((left**2).sum()), (len(scores) - 1) * (scores.shape[1] - 1))
 
 
 def compare(scores: np.ndarray, leader: int, noise: Residuals) -> dict[int, Comparison]:
@@ -174,10 +142,10 @@ def race(
             scores |= yield [Student(c, rung.epochs, s) for c in running for s in range(seeds, seeds + more)]
             seeds, looks, spent = seeds + more, looks + 1, spent + cost
             of = np.stack([[scores[Student(c, rung.epochs, s)] for s in range(seeds)] for c in running])
-            leader, noise = int(of.mean(axis=(1, 2)).argmax()), residuals(of)
+            leader, noise = int(of.mean(axis=(1, 2)).argmax()), residuals(of.mean(axis=2))
             found = compare(of, leader, before + noise)
             out = behind(found, error * 6 / (math.pi * looks) ** 2)
-            outcome.drops += [Drop(running[k], rung.epochs, seeds, found[k].difference, True, spent) for k in out]
+            outcome.drops += [RaceDrop(running[k], rung.epochs, seeds, found[k].difference, True, spent) for k in out]
             outcome.leader, outcome.epochs, outcome.seeds, outcome.cost = running[leader], rung.epochs, seeds, spent
             outcome.against = {running[k]: each for k, each in found.items()}
             rest = sorted((k for k in range(len(running)) if k not in out), key=lambda k: -of[k].mean())
@@ -209,5 +177,5 @@ def _cut(outcome: Outcome, running: list[int], most: int, keep: Sequence[int], s
     for candidate in running:
         if candidate not in going_on:
             difference = outcome.against[candidate].difference
-            outcome.drops.append(Drop(candidate, outcome.epochs, outcome.seeds, difference, False, spent))
+            outcome.drops.append(RaceDrop(candidate, outcome.epochs, outcome.seeds, difference, False, spent))
     return going_on

@@ -21,7 +21,8 @@ WORTH_TELLING = 0.2
 
 def report(race: Race, outcome: Outcome) -> None:
     """Say how a race ended, and write race.json into its folder."""
-    for line in verdict(race, outcome):
+    words = verdict(race, outcome)
+    for line in words:
         say(line)
     path = Path(race.search.config.run_dir) / "race.json"
     chosen = race.candidates[outcome.leader]
@@ -35,7 +36,7 @@ def report(race: Race, outcome: Outcome) -> None:
         "setting": {key: getattr(setting, key) for key in ("loss", "alpha", "temperature")} if setting else None,
         "model": chosen.model,
         "candidates": [name_of(trial) for trial in race.candidates],
-        "verdict": verdict(race, outcome),
+        "verdict": words,
         "budget": budget(race),
         "error": race.search.config.race_error,
         **asdict(outcome),

@@ -73,7 +73,7 @@ def _parse(words: list[str]) -> argparse.Namespace:
     )
     added["pack"].add_argument("--views", type=int, metavar="N", help="the first N views (all)")
     added["compare"].add_argument(
-        "--bytes", type=int, nargs="+", default=[16, 28, 54], metavar="N", help="sizes of transform (16 28 54)"
+        "--bytes", type=int, nargs="+", default=[], metavar="N", help="sizes of transform (16 28 54)"
     )
     added["compare"].add_argument("--checkpoint", type=_epoch, metavar="EPOCH", help="of which checkpoint (the last)")
     for name in ("info", "verify", "compare"):
@@ -270,10 +270,10 @@ def convert(options: argparse.Namespace) -> int:
 
 def compare(options: argparse.Namespace) -> int:
     """Show codecs beside each other."""
-    from ckd_dist.store.compare import compare
+    from ckd_dist.store.compare import SIZES, compare
 
     require(all(2 <= size <= 4096 for size in options.bytes), f"bytes is {options.bytes}: give 2 to 4096 each")
-    found = compare(options.store, options.checkpoint, options.bytes)
+    found = compare(options.store, options.checkpoint, options.bytes or SIZES)
     if options.json:
         print(json.dumps([asdict(each) for each in found], indent=2))
         return 0

@@ -38,8 +38,7 @@ class ReadAhead:
         self._copies = most <= budget
         both = max((self._bytes(now | then) for now, then in itertools.pairwise(epochs)), default=0)
         self._in_time = not self._copies or both <= budget
-        node = dist.node_ranks()
-        self._part, self._parts = node.index(dist.rank()), len(node)
+        self._node = dist.node_ranks()
         self._ready: set[View] = set()
         self._reading: _Reading | None = None
         if budget:
@@ -69,13 +68,12 @@ class ReadAhead:
         if not new:
             return
         manifest = self._reader.manifest
-        shards = [manifest.shards(*each) for each in new]
-        held: list[HeldView | None] = [None] * len(new)
+        held: dict[View, HeldView | None] = dict.fromkeys(new)
         if self._copies:
-            sizes = [sum(shard_size(manifest, shard) for shard in each) for each in shards]
-            memories = memory.shared(sizes, OPTION)
-            held = [HeldView(manifest, each, own) for each, own in zip(shards, memories, strict=True)]
-        self._reading = _Reading(self._reader, dict(zip(new, held, strict=True)), self._part, self._parts)
+            memories = memory.shared([self._bytes({each}) for each in new], self._node, OPTION)
+            for each, own in zip(new, memories, strict=True):
+                held[each] = HeldView(manifest, manifest.shards(*each), own)
+        self._reading = _Reading(self._reader, held, self._node.index(dist.rank()), len(self._node))
         self._reading.start()
 
     def _finish(self) -> None:

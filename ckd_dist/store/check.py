@@ -17,6 +17,7 @@ from ckd_dist.core.console import ProgressDisplay
 from ckd_dist.core.files import parse_json
 from ckd_dist.store import bases
 from ckd_dist.store.manifest import Manifest, Shard, Sidecar, read_basis_sidecar
+from ckd_dist.store.size import shard_size
 from ckd_dist.store.writer import array_header
 
 PIECE = 1 << 24
@@ -80,7 +81,7 @@ def _no_array(file: FileIO, manifest: Manifest, shard: Shard) -> str | None:
         order = " in Fortran order" if fortran_order else ""
         return f"it holds {found_dtype} {found}{order}, the codec's are {dtype} {shape}"
     size = os.fstat(file.fileno()).st_size
-    whole = len(header) + manifest.recorded.record_bytes * shard.count
+    whole = shard_size(manifest, shard)
     return None if size == whole else f"it has {size:,} bytes of {whole:,}"
 
 

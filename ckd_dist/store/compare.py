@@ -48,7 +48,7 @@ class Comparison:
     """Records that its basis was fitted to, if it has one."""
 
 
-def compare(store: Path, checkpoint: int | str | None, sizes: list[int]) -> list[Comparison]:
+def compare(store: Path, checkpoint: int | str | None, sizes: Sequence[int]) -> list[Comparison]:
     """Codecs beside each other for one checkpoint (default: the last) of a dense store: dense, transform of these sizes
     in bytes, and topk of as many bytes as the largest. Images that codecs are judged by are not those that a basis is
     fitted to. Raises `UserError` for a store that is not dense, or too small."""

@@ -119,13 +119,14 @@ class StoreReader:
         if not ((ids >= 0) & (ids < count)).all():  # from here on, nothing else looks
             raise IndexError(f"sample ids from {ids.min()} to {ids.max()}, the store has 0 to {count - 1}")
         # What is mapped of other views is not needed again soon. A new dict each time: threads may call this at once.
-        mapped = {**{key: each for key, each in self._mapped.items() if key[1] == view}, **self._held}
+        mapped = {key: each for key, each in self._mapped.items() if key[1] == view}
         out = np.empty((len(ids), len(names), self._record_bytes), dtype=np.uint8)
         for m, name in enumerate(names):
-            if (name, view) not in mapped:
-                mapped[name, view] = self._map(name, view)
-            _gather(mapped[name, view].addresses, self.manifest.shard_size, ids, out[:, m])
-        self._mapped = {key: each for key, each in mapped.items() if key not in self._held}
+            records = self._held.get((name, view)) or mapped.get((name, view))
+            if records is None:
+                records = mapped[name, view] = self._map(name, view)
+            _gather(records.addresses, self.manifest.shard_size, ids, out[:, m])
+        self._mapped = mapped
         return out
 
     def logits(self, ids: np.ndarray, view: int, member: int = 0) -> torch.Tensor:

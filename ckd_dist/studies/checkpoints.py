@@ -15,7 +15,7 @@ from pathlib import Path
 
 from ckd_dist.core.errors import require
 from ckd_dist.core.process import run_process
-from ckd_dist.studies.commands import console, run_module
+from ckd_dist.studies.commands import console, run_module, write_images
 
 CONFIGS, RUNS = Path("configs/study"), Path("runs/study")
 IMAGES = {"train": 6000, "holdout": 2000, "test": 10000}
@@ -30,11 +30,7 @@ def main() -> None:
         sys.exit(0 if sys.argv[1:] in (["-h"], ["--help"]) else 2)
     require(CONFIGS.is_dir(), f"{CONFIGS} is not here: run the study at the root of the repository")
     started = time.perf_counter()
-    for split, count in IMAGES.items():
-        path = RUNS / f"{split}.beton"
-        if not path.exists():
-            options = ["--dataset", "fashion_mnist", "--split", split, "--holdout", 0.1, "--subset", count]
-            run_module(f"{count} images for {split}", "data_prep.write_beton", *options, "--out", path)
+    write_images(RUNS, "fashion_mnist", IMAGES)
 
     def run(title: str, config: str, *more: object, processes: int = 2) -> None:
         module = {"teacher": "train_teacher", "cache": "cache_logits", "select": "select_teacher"}.get(config, config)

@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ckd_dist.core.results import mean_and_deviation
-from ckd_dist.studies.commands import console, run_in_folder, run_module
+from ckd_dist.studies.commands import console, run_in_folder, run_module, write_images
 
 SEEDS, TEACHER_EPOCHS, STUDENT_EPOCHS, ALPHA = (0, 1, 2), 16, 8, 0.1
 ELSEWHERE = (
@@ -80,12 +80,8 @@ def main(folder: Path) -> None:
 
 def compare(folder: Path, task: Task) -> dict:
     """One task: its teacher, stores and students; returns a row for each codec."""
-    folder.mkdir(parents=True, exist_ok=True)
+    write_images(folder, task.dataset, {"train": task.images, "holdout": 2000})
     train, held_out = folder / "train.beton", folder / "holdout.beton"
-    for split, path, count in (("train", train, task.images), ("holdout", held_out, 2000)):
-        if not path.exists():
-            options = ["--dataset", task.dataset, "--split", split, "--subset", count, "--out", path]
-            run_module(f"{task.dataset}: {split}", "data_prep.write_beton", *options)
     images = ["--data.train", train, "--data.val", held_out]
     recipe = ["--optim.warmup_epochs", 1, "--log_every", 20]
     teacher, dense = folder / "teacher", folder / "stores" / "dense"

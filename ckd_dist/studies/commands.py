@@ -8,7 +8,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from rich.console import Console
@@ -43,3 +43,13 @@ def run_module(title: str, *words: object, processes: int = 0) -> float:
         console.print(f"this command failed with exit status {done.returncode}", style="red")
         sys.exit(done.returncode)
     return time.perf_counter() - started
+
+
+def write_images(folder: Path, dataset: str, counts: Mapping[str, int]) -> None:
+    """Write so many images of each split of a data set as `folder`/SPLIT.beton, unless they are there."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for split, count in counts.items():
+        path = folder / f"{split}.beton"
+        if not path.exists():
+            options = ["--dataset", dataset, "--split", split, "--holdout", 0.1, "--subset", count, "--out", path]
+            run_module(f"{count} images for {split}", "data_prep.write_beton", *options)

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from rich.table import Table
 
-from ckd_dist.studies.commands import console, run_in_folder, run_module
+from ckd_dist.studies.commands import console, run_in_folder, run_module, write_images
 
 TRAIN_IMAGES, HELD_OUT_IMAGES, PROCESSES = 4000, 1000, 2
 TEACHER_EPOCHS, HALF_WAY, VIEWS, STUDENT_EPOCHS = 8, 4, 4, 4
@@ -22,12 +22,8 @@ TEACHER_EPOCHS, HALF_WAY, VIEWS, STUDENT_EPOCHS = 8, 4, 4, 4
 def main(folder: Path) -> None:
     """Run every command in `folder` and print what came out; ends the process when one fails."""
     started = time.perf_counter()
-    folder.mkdir(parents=True, exist_ok=True)
+    write_images(folder, "fashion_mnist", {"train": TRAIN_IMAGES, "holdout": HELD_OUT_IMAGES})
     train, held_out = folder / "train.beton", folder / "holdout.beton"
-    for split, path, count in (("train", train, TRAIN_IMAGES), ("holdout", held_out, HELD_OUT_IMAGES)):
-        if not path.exists():
-            options = ["--dataset", "fashion_mnist", "--split", split, "--holdout", 0.1, "--subset", count]
-            run_module(f"{count} images for {split}", "data_prep.write_beton", *options, "--out", path)
 
     data = ["--data.train", train, "--data.val", held_out]
     teacher, store = folder / "teacher", folder / "store"

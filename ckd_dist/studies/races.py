@@ -14,7 +14,7 @@ from __future__ import annotations
 import json
 import os
 import statistics
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING
 from ckd_dist.core.options import load_config
 from ckd_dist.core.results import grouped, read_race, read_selection, read_table
 from ckd_dist.search.options import SearchConfig
-from ckd_dist.studies.commands import run_in_folder, run_module
+from ckd_dist.studies.commands import run_in_folder, run_module, write_images
 
 if TYPE_CHECKING:
     pass
@@ -70,12 +70,7 @@ def main(folder: Path) -> None:
 
 def train(folder: Path, task: Task, seed: int) -> None:
     """A teacher, its store and all students."""
-    folder.mkdir(parents=True, exist_ok=True)
-    for split, count in {"train": task.images, "holdout": 2000, "test": 10_000}.items():
-        path = folder / f"{split}.beton"
-        if not path.exists():
-            options = ["--dataset", task.dataset, "--split", split, "--holdout", 0.1, "--subset", count, "--out", path]
-            run_module(f"{task.name}: {split}", "data_prep.write_beton", *options)
+    write_images(folder, task.dataset, {"train": task.images, "holdout": 2000, "test": 10_000})
     run, images = folder / str(seed), ["--data.train", folder / "train.beton", "--data.val", folder / "holdout.beton"]
     teacher = ["--model.name", "resnet20", "--optim.schedule", "step", "--optim.step_epochs", 7, "--epochs", 20]
     teacher += ["--save_every", 2, "--seed", seed, "--run_dir", run / "teacher"]
@@ -86,15 +81,19 @@ def train(folder: Path, task: Task, seed: int) -> None:
     select = [*probe, "--student", "resnet8", "--student_epochs", EPOCHS, "--run_dir", run / "selection"]
     run_module(f"{task.name}: scores", "ckd_dist.select_teacher", *images, "--teacher.run", run / "teacher", *select)
     for budget in BUDGETS:
-        words = [*images, *STUDENTS, "--teacher.store", run / "store", "--epochs", EPOCHS]
-        words += ["--race", "--race_budget", budget, "--run_dir", run / "race"]
+        words = search_words(folder, run, "race", ["--epochs", EPOCHS, "--race", "--race_budget", budget])
         race = run / f"race_{budget:g}.json"
         if not race.exists():
             run_module(f"{task.name}: a race for {budget} students", "ckd_dist.search", *words)
             (run / "race" / "race.json").replace(race)
     for name, options in searches(folder).items():
-        words = [*images, *STUDENTS, "--teacher.store", run / "store", *options, "--run_dir", run / name]
-        run_module(f"{task.name}: {name}", "ckd_dist.search", *words)
+        run_module(f"{task.name}: {name}", "ckd_dist.search", *search_words(folder, run, name, options))
+
+
+def search_words(folder: Path, run: Path, name: str, options: Sequence[object]) -> list[object]:
+    """The command line of a search of the students of a teacher, in the folder `name` of its `run`."""
+    images = ["--data.train", folder / "train.beton", "--data.val", folder / "holdout.beton"]
+    return [*images, *STUDENTS, "--teacher.store", run / "store", *options, "--run_dir", run / name]
 
 
 def searches(folder: Path) -> dict[str, list[object]]:
@@ -162,8 +161,7 @@ def _answers(folder: Path, run: Path, name: str) -> dict[str, list]:
     from ckd_dist.search.held_out import read_answers, write_answers
     from ckd_dist.search.trials import prepare
 
-    images = ["--data.train", folder / "train.beton", "--data.val", folder / "holdout.beton"]
-    words = [*images, *STUDENTS, "--teacher.store", run / "store", *searches(folder)[name], "--run_dir", run / name]
+    words = search_words(folder, run, name, searches(folder)[name])
     search = prepare(load_config(SearchConfig, [str(word) for word in words]))
     with dist.process_group() as device:
         write_answers(search, search.trials, device)

@@ -15,7 +15,7 @@ import numpy as np
 import psutil
 import pytest
 
-from ckd_dist.bench.order import limited_memory
+from ckd_dist.bench.limited import limited_memory
 from ckd_dist.core import memory
 from ckd_dist.core.errors import UserError
 from ckd_dist.store.ahead import ReadAhead
