@@ -29,6 +29,7 @@ FREE = (
     "teacher.read_ahead",
     "trust",
     "save_last_every",
+    "val_every",
     "log_every",
     "tensorboard",
     "log_to",

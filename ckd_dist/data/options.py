@@ -70,7 +70,7 @@ class TrainDataConfig(ViewDataConfig):
     """Where the images come from and how their views are drawn."""
 
     val: str | None = None
-    """Images to evaluate on after every epoch: a .beton file."""
+    """Images to evaluate on: a .beton file."""
     views: int | None = None
     """Number of distinct views: epoch e uses view e mod views; default: as many as the store holds, else a
     new view every epoch."""

@@ -93,7 +93,8 @@ def fit(
                 if stop.signal and dist.rank() == 0 and not epoch_ends:
                     _save_and_stop(active, stop)
                 progress.update(done * batch_size, f"epoch {epoch + 1}/{config.epochs}", note)
-            _end_epoch(active, epoch + 1, config, val_loader, keep=(epoch + 1) % save_every == 0)
+            evaluated = (epoch + 1) % config.val_every == 0 or epoch + 1 == config.epochs
+            _end_epoch(active, epoch + 1, config, val_loader if evaluated else None, (epoch + 1) % save_every == 0)
             if stop.signal and dist.rank() == 0 and epoch + 1 < config.epochs:
                 _save_and_stop([], stop)  # all is saved
         for learner in learners:
@@ -103,8 +104,8 @@ def fit(
 def _end_epoch(
     learners: list[Learner], epoch: int, config: TrainConfig, val_loader: BetonLoader | None, keep: bool
 ) -> None:
-    """Evaluate, keep the weights if it is their turn, and save what resume needs, in this order: a kill in between
-    repeats all of it."""
+    """Evaluate if there is a loader, keep the weights if it is their turn, and save what resume needs, in this order: a
+    kill in between repeats all of it."""
     for learner in learners:
         learner.check_weights()
     if val_loader is not None:
@@ -123,6 +124,8 @@ def _end_epoch(
         trained = format_seconds(learners[0].seconds)
         say(f"epoch {epoch}/{config.epochs}  val {'  '.join(shown)}  ({trained} of training)")
     for learner in learners:
+        if val_loader is None:
+            learner.evaluation = {}  # what there is is of other weights
         if keep or epoch == config.epochs:
             learner.save_checkpoint(epoch)
         learner.save_last()

@@ -94,6 +94,8 @@ class TrainConfig:
     """Epochs between the checkpoints that are kept; default: ten of a teacher's run, a student's last one."""
     save_last_every: int = 1000
     """Steps between the saves that exact resume goes on from (and at every epoch's end)."""
+    val_every: int = 1
+    """Epochs between the evaluations on data.val; the last epoch has one in any case."""
     log_every: int = 50
     """Steps between the lines of metrics.jsonl."""
     tensorboard: bool = False
@@ -111,6 +113,7 @@ class TrainConfig:
             ema_decay=(1e-6, 0.9999999),
             save_every=COUNT,
             save_last_every=(1, 1_000_000_000),
+            val_every=COUNT,
             log_every=(1, 1_000_000_000),
         )
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+from ckd_dist.core.checkpoint import load
 from ckd_dist.core.errors import UserError
 from tests.helpers.commands import command_line, count_lines, kill_and_repeat, run
 from tests.helpers.training import metrics, options, same_weights, train_here
@@ -21,6 +22,18 @@ def test_a_killed_run_ends_with_the_weights_of_one_that_never_was(fashion, tmp_p
     losses = [[(line["step"], line["loss"], line["lr"]) for line in metrics(path)] for path in (whole, killed)]
     assert losses[0] == losses[1] and len(losses[0]) == 36
     assert metrics(whole, "val") == metrics(killed, "val")
+
+
+def test_epochs_between_evaluations_change_nothing_but_what_is_known(fashion, tmp_path):
+    every, last = tmp_path / "every", tmp_path / "last"
+    train_here(*options(fashion, every))
+    train_here(*options(fashion, last, "--val_every", 2))
+    assert metrics(last, "val") == [metrics(every, "val")[epoch] for epoch in (1, 2)]
+    for name in ("epoch_0001.pt", "epoch_0002.pt", "epoch_0003.pt"):
+        assert same_weights(every / "checkpoints" / name, last / "checkpoints" / name), name
+    first, *others = (load(last / "checkpoints" / f"epoch_000{epoch}.pt", "")["metadata"] for epoch in (1, 2, 3))
+    assert first["evaluation"] == {}  # not that of other weights
+    assert [each["evaluation"]["top1"] for each in others] == [line["top1"] for line in metrics(last, "val")]
 
 
 def test_a_complete_run_is_left_alone_and_another_configuration_is_refused(fashion, tmp_path, capsys):
