@@ -1,0 +1,221 @@
+"""The students that the study of races is made of: those of every checkpoint of several teachers, of several lengths.
+
+  python -m ckd_dist.studies.trajectories RUN_DIR [--photographs FOLDER] [--teachers 0,1,2]
+
+Three tasks of images of 16 px: a part of Fashion-MNIST, stacked Fashion-MNIST of a thousand classes, and tiles of the
+photographs in FOLDER, any pictures, whose classes are the pictures. Of each of several trainings of a resnet20 teacher
+ten checkpoints are kept. Two kinds of students, resnet8 and a plain network, learn from every checkpoint, an ensemble
+and none: five seeds of 20 epochs, which tell what is true, and shorter schedules. Of the first teacher there are
+students of a trapezoidal schedule too, and what the long ones are after every epoch, with their moving averages. Every
+teacher has controls: the last checkpoint at other temperatures, and the like.
+
+All of them are asked about the same 8,000 held-out images; answers.npz of a teacher has what they say. About 20 minutes
+a teacher on two CPU cores; run again, what is complete is not repeated.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from ckd_dist.core.files import write_bytes_atomically
+from ckd_dist.core.options import Parser, load_config
+from ckd_dist.core.process import run_process
+from ckd_dist.search.options import SearchConfig
+from ckd_dist.studies.commands import console, run_module
+
+EPOCHS, SHORT = 20, {1: 3, 2: 5, 4: 3, 8: 5}
+"""Epochs of the students; of the shorter ones, and how many seeds these have."""
+SEEDS = 5
+KEPT = (6, 12, 18, 24, 30, 36, 42, 48, 54, 60)
+"""Epochs of the teacher's checkpoints."""
+HALF, LAST = 30, 60
+CANDIDATES = [[], *([epoch] for epoch in KEPT), [HALF, LAST]]
+MODELS = ("resnet8", "ckd_dist.studies.plain:PlainNet")
+SIDE, TILES = 16, 120
+"""Pixels of a tile's side, and tiles of a picture."""
+
+
+@dataclass(frozen=True)
+class Task:
+    """Images: what data_prep reads, and how many of them teachers and students learn from."""
+
+    name: str
+    dataset: str
+    holdout: float
+    train: int
+    held_out: int = 8000
+
+
+TASKS = (
+    Task("fashion", "fashion_mnist", 0.2, 2000),
+    Task("stacked", "stacked_fashion_mnist", 0.5, 3000),
+    Task("tiles", "imagefolder", 0.7, 2000),
+)
+
+
+def main() -> None:
+    """Train what is missing."""
+    parser = Parser(prog="python -m ckd_dist.studies.trajectories", description=__doc__)
+    parser.add_argument("run_dir", type=Path, metavar="RUN_DIR")
+    parser.add_argument("--photographs", type=Path, metavar="FOLDER", help="pictures; without it: no tiles")
+    parser.add_argument("--teachers", default="0,1,2", help="their seeds (default: 0,1,2)")
+    options = parser.parse_args(sys.argv[1:])
+    tasks = [task for task in TASKS if task.dataset != "imagefolder" or options.photographs]
+    for task in tasks:
+        write_images(options.run_dir / task.name, task, options.photographs)
+    for seed in options.teachers.split(","):
+        for task in tasks:
+            train(options.run_dir / task.name, task, int(seed))
+
+
+# ------------------------------------------------------------------------------------------- images
+
+
+def write_images(folder: Path, task: Task, photographs: Path | None) -> None:
+    """Write the .beton files of a task, unless they are there."""
+    root: list[object] = []
+    if task.dataset == "imagefolder" and photographs:
+        root = ["--root", folder / "tiles"]
+        if not (folder / "tiles").exists():
+            write_tiles(photographs, folder / "tiles")
+    for split, count in (("train", task.train), ("holdout", task.held_out)):
+        path = folder / f"{split}.beton"
+        if not path.exists():
+            words = ["--dataset", task.dataset, *root, "--split", split, "--holdout", task.holdout, "--subset", count]
+            words += ["--max-resolution", SIDE, "--out", path]
+            run_module(f"{task.name}: {count} images for {split}", "data_prep.write_beton", *words)
+
+
+def write_tiles(photographs: Path, out: Path) -> None:
+    """Cut every picture, scaled to hold about `TILES`, into tiles: a class of an image folder."""
+    from PIL import Image
+
+    partial = out.with_name(f"{out.name}.partial")
+    for path in sorted(photographs.iterdir()):
+        with Image.open(path) as file:
+            picture = file.convert("RGB")
+        scale = (TILES * SIDE**2 / (picture.width * picture.height)) ** 0.5
+        columns, rows = (max(1, round(each * scale / SIDE)) for each in picture.size)
+        picture = picture.resize((columns * SIDE, rows * SIDE), Image.Resampling.BOX)
+        (partial / path.stem).mkdir(parents=True, exist_ok=True)
+        for tile in range(columns * rows):
+            x, y = tile % columns * SIDE, tile // columns * SIDE
+            picture.crop((x, y, x + SIDE, y + SIDE)).save(partial / path.stem / f"{tile:03}.png")
+    partial.rename(out)
+
+
+# ------------------------------------------------------------------------------------------- teachers and students
+
+
+def train(folder: Path, task: Task, seed: int) -> None:
+    """A teacher, its store and all students, and what they answer."""
+    run = folder / str(seed)
+    if (run / "answers.npz").exists():
+        return
+    images: list[object] = ["--data.train", folder / "train.beton", "--data.val", folder / "holdout.beton"]
+    for name, (teacher_seed, more) in teachers(seed).items():
+        own, kept = run / f"teacher{name and '_'}{name}", LAST if name else KEPT[0]
+        words = [*images, *TEACHER, "--save_every", kept, "--val_every", kept, "--seed", teacher_seed, *more]
+        run_module(f"{task.name} {seed}: teacher {name}", "ckd_dist.train_teacher", *words, "--run_dir", own)
+        words = ["--teacher.run", own, *(["--teacher.name", name] if name else []), "--views", EPOCHS]
+        words += ["--store", run / "store", "--data.batch_size", 500, *CROPS]
+        run_module(f"{task.name} {seed}: its logits", "ckd_dist.cache_logits", *images[:2], *words)
+    probe = ["--data.batch_size", 50, "--probe.steps", 50, "--probe.lr", 0.01, "--probe.repeats", 2]
+    select = [*probe, "--student", "resnet8", "--student_epochs", EPOCHS, "--run_dir", run / "selection"]
+    run_module(
+        f"{task.name} {seed}: scores", "ckd_dist.select_teacher", *images, "--teacher.run", run / "teacher", *select
+    )
+    searches = [(name, words) for name, words in all_searches(folder, seed)]
+    for name, words in searches:
+        run_module(f"{task.name} {seed}: {name}", "ckd_dist.search", *words)
+    console.rule(f"{task.name} {seed}: answers")
+    found: dict[str, np.ndarray] = {}
+    for name, words in searches:
+        found |= {f"{name}/{key}": value for key, value in answers(words).items()}
+    file = io.BytesIO()
+    np.savez_compressed(file, allow_pickle=False, **found)
+    write_bytes_atomically(run / "answers.npz", file.getvalue())
+
+
+CROPS: list[object] = ["--data.augment", "random_resized_crop", "--data.crop_scale_min", 0.8, "--data.image_size", SIDE]
+TEACHER: list[object] = [
+    *("--model.name", "resnet20", "--epochs", LAST, "--data.batch_size", 64, *CROPS),
+    *("--optim.lr", 0.05, "--optim.schedule", "multistep", "--optim.milestones", "[20]", "--optim.gamma", 0.2),
+    *("--optim.weight_decay", 0, "--log_every", 1000),
+]
+"""With little augmentation, no decay and many epochs at a small rate: it is to have the time to learn by heart."""
+
+
+def teachers(seed: int) -> dict[str, tuple[int, list[object]]]:
+    """Name -> (seed, options) of the teacher, which has none, and of those that it is compared with."""
+    return {
+        "": (seed, []),
+        "smooth": (seed, ["--label_smoothing", 0.1]),
+        "average": (seed, ["--ema_decay", 0.998]),
+        "other": (seed + 100, []),
+    }
+
+
+def all_searches(folder: Path, seed: int) -> Iterator[tuple[str, list[object]]]:
+    """(Name, options) of the searches that a teacher's students are trained by."""
+
+    def words(name: str, candidates: Sequence[object], seeds: int, *more: object) -> tuple[str, list[object]]:
+        run = folder / str(seed)
+        grid = ["--grid.teachers", json.dumps(candidates), "--grid.seeds", json.dumps([*range(seeds)])]
+        images = ["--data.train", folder / "train.beton", "--data.val", folder / "holdout.beton"]
+        options = [*images, *STUDENTS, "--teacher.store", run / "store", *grid, *more]
+        return name, [*options, "--run_dir", run / "students" / name]
+
+    for epochs, seeds in {**SHORT, EPOCHS: SEEDS}.items():
+        yield words(f"whole_{epochs}", CANDIDATES, seeds, "--epochs", epochs)
+    for temperature in (1, 2, 8):
+        yield words(f"last_T_{temperature}", [[LAST]], SEEDS, "--epochs", EPOCHS, "--kd.temperature", temperature)
+    controls = [[f"smooth/{LAST}"], [f"average/{LAST}"], [LAST, f"other/{LAST}"]]
+    yield words("controls", controls, SEEDS, "--epochs", EPOCHS)
+    yield words("sequence", [[HALF, LAST]], SEEDS, "--epochs", EPOCHS, "--teacher.combine", "sequence")
+    if seed == 0:
+        for epochs in SHORT:
+            more = ["--epochs", epochs, "--optim.schedule", "trapezoid"]
+            yield words(f"trapezoid_{epochs}", CANDIDATES, 3, *more)
+        yield words("running", CANDIDATES, 2, "--epochs", EPOCHS, "--ema_decay", 0.99, "--val_every", 1)
+
+
+STUDENTS: list[object] = [
+    *("--model.name", MODELS[0], "--grid.models", json.dumps(MODELS), "--kd.alpha", 0.1, "--kd.temperature", 4),
+    *("--data.batch_size", 64, "--data.views", EPOCHS, "--val_every", EPOCHS, "--log_every", 1000),
+    *("--students_at_once", 24, "--processes", 2),
+]
+
+
+def answers(words: list[object]) -> dict[str, np.ndarray]:
+    """Of the students of a search, by model and figure: whether an image is answered right, as bits uint8 [candidates,
+    seeds, images / 8], and the mean loss at the best temperature, float32 [candidates, seeds]. The order of candidates
+    and seeds is that of the search."""
+    from ckd_dist.core import dist
+    from ckd_dist.search.held_out import read_answers, write_answers
+    from ckd_dist.search.trials import prepare
+
+    search = prepare(load_config(SearchConfig, [str(word) for word in words]))
+    with dist.process_group() as device:
+        write_answers(search, search.trials, device)
+    found: dict[str, np.ndarray] = {}
+    seeds = len(search.config.grid.seeds)
+    for model in search.config.grid.models:
+        known = [read_answers(trial) for trial in search.trials if trial.model == model]
+        assert all(each is not None for each in known)
+        correct = np.stack([each.correct for each in known if each]).reshape(-1, seeds, search.images["data.val"].count)
+        losses = np.array([each.loss.mean() for each in known if each], dtype=np.float32).reshape(-1, seeds)
+        short = model.rpartition(":")[2]
+        found |= {f"{short}/correct": np.packbits(correct, axis=2), f"{short}/loss": losses}
+    return found
+
+
+if __name__ == "__main__":
+    run_process(main)
