@@ -80,6 +80,7 @@ def main() -> None:
 
 def write_images(folder: Path, task: Task, photographs: Path | None) -> None:
     """Write the .beton files of a task, unless they are there."""
+    folder.mkdir(parents=True, exist_ok=True)
     root: list[object] = []
     if task.dataset == "imagefolder" and photographs:
         root = ["--root", folder / "tiles"]
