@@ -84,7 +84,8 @@ def show(config: SelectConfig, result: results.Selection, cost: results.Cost) ->
         "I(Y;F), nats",
         "score",
         "top-1 %",
-        "calibration",
+        "calibrated loss",
+        "calibration error",
         "entropy",
         "CMI",
     ):
@@ -102,6 +103,7 @@ def show(config: SelectConfig, result: results.Selection, cost: results.Cost) ->
             *cells,
             f"{each.scores[config.scaling]:.3f}",
             f"{each.top1:.2f}",
+            f"{each.calibrated_loss:.4f}",
             f"{each.calibration_error:.4f}",
             f"{each.entropy:.4f}",
             f"{each.conditional_mutual_information:.4f}",

@@ -130,6 +130,8 @@ class Candidate:
     calibration_error: float
     conditional_mutual_information: float
     agreement_with_last: float
+    calibrated_loss: float | None = None
+    """Cross entropy in nats at the temperature that suits the checkpoint best; files of older versions have none."""
 
     __pydantic_config__ = _FINITE
 

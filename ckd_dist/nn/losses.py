@@ -20,6 +20,18 @@ def cross_entropy(
     )
 
 
+SCALES = [2 ** (step / 4) for step in range(-12, 13)]
+"""Factors of logits, from 1/8 to 8, among which the one that suits a network best is sought: what it was taught at sets
+the scale of its logits, which says nothing of how good it is."""
+
+
+def scaled_cross_entropies(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    """Cross entropy with the label in nats of the logits times each of `SCALES`: logits float [n, classes], labels
+    int64 [n] -> [n, scales]. The scale of the least mean is the temperature scaling of Guo et al. (arXiv 1706.04599).
+    """
+    return torch.stack([F.cross_entropy(scale * logits, labels, reduction="none") for scale in SCALES], dim=1)
+
+
 def soft_target_divergence(student: torch.Tensor, teacher: torch.Tensor, temperature: float) -> torch.Tensor:
     """T^2 * KL(softmax(teacher / T) || softmax(student / T)), in nats: logits float [n, classes] twice -> [n].
 

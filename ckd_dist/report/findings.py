@@ -271,7 +271,9 @@ def ways_to_choose(pairs: Sequence[tuple[Candidate, StudentGroup]], selection: S
     found = [
         _scored(f"I(X;F) + I(Y;F), {s}", epochs, scores(image, label, s, selection.weight), top1) for s in SCALINGS
     ]
+    known = all(found.calibrated_loss is not None for found, _ in pairs)
     for name, values in (
+        *([("least calibrated loss", -column("calibrated_loss"))] if known else []),
         ("I(X;F)", image),
         ("I(Y;F)", label),
         ("teacher's top-1", column("top1")),

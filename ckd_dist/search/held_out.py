@@ -18,10 +18,6 @@ if TYPE_CHECKING:
     import torch
     from torch import nn
 
-TEMPERATURES = np.geomspace(1 / 8, 8, 25)
-"""Of a student's softmax, among which the one that suits it best is sought: what it was taught at sets its scale, which
-says nothing of how good it is."""
-
 
 @dataclass(frozen=True)
 class Answers:
@@ -30,9 +26,9 @@ class Answers:
     correct: np.ndarray
     """Whether the most probable class is the label's, bool [images]."""
     loss: np.ndarray
-    """Cross entropy in nats of the softmax at `temperature`, float32 [images]."""
-    temperature: float
-    """Of `TEMPERATURES`, that with the least mean cross entropy."""
+    """Cross entropy in nats of the logits times `scale`, float32 [images]."""
+    scale: float
+    """Of `losses.SCALES`, that with the least mean cross entropy."""
 
 
 def read_answers(trial: Trial) -> Answers | None:
@@ -41,7 +37,7 @@ def read_answers(trial: Trial) -> Answers | None:
         with np.load(_path(trial), allow_pickle=False) as file:
             if int(file["epochs"]) != trial.config.epochs:
                 return None
-            return Answers(file["correct"], file["loss"], float(file["temperature"]))
+            return Answers(file["correct"], file["loss"], float(file["scale"]))
     except (OSError, ValueError, KeyError, EOFError):
         return None
 
@@ -65,25 +61,23 @@ def _ask(search: Search, trials: Sequence[Trial], device: torch.device) -> None:
 
     from ckd_dist.data.loader import BetonLoader
     from ckd_dist.nn.forward import forward_logits
+    from ckd_dist.nn.losses import SCALES, scaled_cross_entropies
 
     networks, metadata = load_students(trials, device)
     info = search.images["data.val"]
     as_evaluated = replace(search.config.data, image_size=None)
     loader = BetonLoader.for_evaluation(info, as_evaluated, metadata, device)
-    temperatures = torch.tensor(TEMPERATURES, dtype=torch.float32, device=device)
     found: list[list[tuple[torch.Tensor, torch.Tensor]]] = [[] for _ in trials]
     for batch in loader.batches(np.arange(info.count)):
         for own, network in zip(found, networks, strict=True):
             logits = forward_logits(network, batch.images, search.config.amp)
-            scaled = (logits[:, None] / temperatures[:, None]).log_softmax(dim=2)  # [n, temperatures, classes]
-            losses = -scaled.gather(2, batch.labels[:, None, None].expand(-1, len(temperatures), 1))[:, :, 0]
-            own.append((logits.argmax(dim=1) == batch.labels, losses))
+            own.append((logits.argmax(dim=1) == batch.labels, scaled_cross_entropies(logits, batch.labels)))
     for trial, own in zip(trials, found, strict=True):
         correct, losses = (torch.cat(each).cpu() for each in zip(*own, strict=True))
         best = int(losses.double().mean(dim=0).argmin())
         file = io.BytesIO()
-        answers = {"correct": correct.numpy(), "loss": losses[:, best].numpy(), "temperature": TEMPERATURES[best]}
-        np.savez(file, epochs=trial.config.epochs, **answers)
+        loss = losses[:, best].numpy()
+        np.savez(file, epochs=trial.config.epochs, correct=correct.numpy(), loss=loss, scale=SCALES[best])
         write_bytes_atomically(_path(trial), file.getvalue())
 
 

@@ -18,6 +18,7 @@ from ckd_dist.data import dataset
 from ckd_dist.data.dataset import DatasetInfo
 from ckd_dist.data.options import LoaderConfig
 from ckd_dist.nn import forward, models, probe
+from ckd_dist.nn.losses import scaled_cross_entropies
 from ckd_dist.selection import mi
 from ckd_dist.selection.options import SelectConfig
 from ckd_dist.selection.probes import Trajectory, probe_loader
@@ -32,7 +33,7 @@ class Estimates:
     label: list[float]
     """I(Y;F) in nats, one value a probe."""
     logits: dict[str, float]
-    """Scores of the logits alone: top1, entropy, calibration_error, conditional_mutual_information."""
+    """Scores of the logits alone: top1, calibrated_loss, entropy, and so on."""
 
 
 @torch.no_grad()
@@ -83,6 +84,7 @@ def estimate(
             logits={
                 "top1": 100 * (everyones.argmax(1) == everyones_labels).double().mean().item(),
                 "entropy": mi.mean_entropy(everyones),
+                "calibrated_loss": scaled_cross_entropies(everyones, everyones_labels).double().mean(0).min().item(),
                 "calibration_error": mi.calibration_error(everyones, everyones_labels),
                 "conditional_mutual_information": mi.conditional_mutual_information(everyones, everyones_labels),
                 "agreement_with_last": 100 * (everyones.argmax(1) == last.argmax(1)).double().mean().item(),

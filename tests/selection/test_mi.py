@@ -7,6 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from ckd_dist.nn.losses import SCALES, scaled_cross_entropies
 from ckd_dist.selection import mi
 from data_prep.sources.datasets import load_source
 
@@ -130,6 +131,10 @@ def test_scores_of_logits_are_what_their_definitions_say():
     labels = torch.randint(7, (500,), generator=generator)
     p = logits.double().softmax(1).numpy()
     assert mi.mean_entropy(logits) == pytest.approx(-(p * np.log(p)).sum(1).mean())
+    scaled = scaled_cross_entropies(logits, labels)
+    assert scaled.shape == (500, 25) and SCALES[::12] == [1 / 8, 1, 8]
+    right = np.log(torch.softmax(8 * logits.double(), 1).numpy()[range(500), labels.numpy()])
+    np.testing.assert_allclose(scaled[:, -1].numpy(), -right, rtol=1e-4, atol=1e-5)
     confidence, right = p.max(1), p.argmax(1) == labels.numpy()
     expected = 0.0
     for low in np.arange(15) / 15:
