@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import statistics
 import time
 from collections.abc import Iterator, Sequence
@@ -20,7 +21,7 @@ from ckd_dist.core.run_folder import read_summary
 from ckd_dist.nn.options import OptimConfig
 from ckd_dist.search import rule
 from ckd_dist.search.held_out import read_answers, write_answers
-from ckd_dist.search.rule import Outcome, Rung, Student
+from ckd_dist.search.rule import Outcome, Rung, Scores, Student
 from ckd_dist.search.trials import Search, Trial, side_by_side
 
 if TYPE_CHECKING:
@@ -48,16 +49,20 @@ class Race:
 
 def prepare(search: Search) -> Race:
     """The race among the trials of a search, all of one seed."""
-    config, candidates = search.config, search.trials
-    rungs: list[Rung] = []
-    for share, spent in RUNGS:
-        epochs = max(1, round(share * config.epochs))
-        rungs = [*(each for each in rungs if each.epochs < epochs), Rung(epochs, spent)]
+    candidates = search.trials
     singles = [each for trial in candidates if len(each := trial.config.teacher.checkpoints) == 1]
     last = max(singles, key=lambda names: _order(names[0]), default=None)
-    return Race(
-        search, candidates, rungs, [k for k, t in enumerate(candidates) if t.config.teacher.checkpoints == last]
-    )
+    lasts = [k for k, trial in enumerate(candidates) if trial.config.teacher.checkpoints == last]
+    return Race(search, candidates, rungs_of(search.config.epochs), lasts)
+
+
+def rungs_of(epochs: int) -> list[Rung]:
+    """Of students of so many epochs."""
+    rungs: list[Rung] = []
+    for share, spent in RUNGS:
+        length = max(1, round(share * epochs))
+        rungs = [*(each for each in rungs if each.epochs < length), Rung(length, spent)]
+    return rungs
 
 
 def everything(candidates: Sequence[Trial]) -> float:
@@ -112,17 +117,15 @@ def run(race: Race, device: torch.device, number: int, parts: int) -> Outcome:
     """Run the race to its end, together with other processes that do the same: of `parts` of them, this is `number`.
     Collective."""
     dist.on_main(lambda: require_same(Path(race.search.config.run_dir), race.search.origin))
-    error = race.search.config.race_error
-    play = rule.race(len(race.candidates), race.rungs, lambda: budget(race), error, race.last)
-    wanted, look = next(play), 1
-    while True:
+    looks = itertools.count(1)
+
+    def scores_of(wanted: list[Student]) -> Scores:
         trials = [student_of(race, each) for each in wanted]
-        _train(race.search, trials, device, number, parts, look)
-        scores = {student: _score(trial) for student, trial in zip(wanted, trials, strict=True)}
-        try:
-            wanted, look = play.send(scores), look + 1
-        except StopIteration as end:
-            return end.value
+        _train(race.search, trials, device, number, parts, next(looks))
+        return {student: _score(trial) for student, trial in zip(wanted, trials, strict=True)}
+
+    error = race.search.config.race_error
+    return rule.race(len(race.candidates), race.rungs, scores_of, lambda: budget(race), error, race.last)
 
 
 def _train(search: Search, trials: list[Trial], device: torch.device, number: int, parts: int, look: int) -> None:

@@ -12,7 +12,7 @@ of a look is dropped with probability `error` at most; look k has 6 / (pi k)^2 o
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -114,9 +114,14 @@ def behind(comparisons: dict[int, Comparison], error: float) -> list[int]:
 
 
 def race(
-    candidates: int, rungs: Sequence[Rung], budget: Callable[[], float], error: float, keep: Sequence[int] = ()
-) -> Generator[list[Student], Scores, Outcome]:
-    """Yields students that are to be trained and scored, and is sent the scores of all of them; returns how it ended.
+    candidates: int,
+    rungs: Sequence[Rung],
+    scores_of: Callable[[list[Student]], Scores],
+    budget: Callable[[], float],
+    error: float,
+    keep: Sequence[int] = (),
+) -> Outcome:
+    """How a race ends. `scores_of` trains these students, at every look others, and gives the scores of all of them.
 
     `budget`: in students of the last rung's length; it is asked for after the first look, two seeds of every candidate
     on the first rung, which is taken in any case. `keep`: of these, the best goes on where there is room for three, to
@@ -139,7 +144,7 @@ def race(
                 goes_on, limit = _limit(rungs, number, budget(), spent)
             if spent + cost > limit + 1e-9:
                 break
-            scores |= yield [Student(c, rung.epochs, s) for c in running for s in range(seeds, seeds + more)]
+            scores |= scores_of([Student(c, rung.epochs, s) for c in running for s in range(seeds, seeds + more)])
             seeds, looks, spent = seeds + more, looks + 1, spent + cost
             of = np.stack([[scores[Student(c, rung.epochs, s)] for s in range(seeds)] for c in running])
             leader, noise = int(of.mean(axis=(1, 2)).argmax()), residuals(of.mean(axis=2))

@@ -15,17 +15,16 @@ def play(effects, rng, *, budget, error=0.05, keep=(), seeds=0.007, images=500, 
     """How a race ends whose students are right on an image with a probability that depends on the image, on the
     candidate's effect and, by a deviation `seeds`, on the student."""
     likely = np.where(rng.random(images) < 0.8, 0.9, 0.4)
-    rule = race(len(effects), RUNGS, lambda: budget, error, keep)
-    wanted = next(rule)
-    while True:
+
+    def scores_of(wanted):
         if asked is not None:
-            asked += wanted
+            asked.extend(wanted)
         chances = [likely + effects[each.candidate] + rng.normal(0, seeds) for each in wanted]
-        scores = [(rng.random(images) < chance).astype(np.float32) for chance in chances]
-        try:
-            wanted = rule.send(dict(zip(wanted, scores, strict=True)))
-        except StopIteration as end:
-            return end.value
+        return {
+            each: (rng.random(images) < chance).astype(np.float32) for each, chance in zip(wanted, chances, strict=True)
+        }
+
+    return race(len(effects), RUNGS, scores_of, lambda: budget, error, keep)
 
 
 def test_a_planted_teacher_is_found_for_a_tenth_of_the_cost():
