@@ -18,7 +18,9 @@ from ckd_dist.selection.mi import SCALINGS
 BLUE, ORANGE, GREEN, PURPLE, GREY = "#0072b2", "#d55e00", "#009e73", "#8d5a99", "#777777"
 
 
-def _axes(columns: int = 1, rows: int = 1, width: float = 8.0, height: float = 4.2, **more: Any) -> tuple[Figure, Any]:
+def plain_axes(
+    columns: int = 1, rows: int = 1, width: float = 8.0, height: float = 4.2, **more: Any
+) -> tuple[Figure, Any]:
     """A figure that belongs to no window, with plain axes."""
     figure = Figure(figsize=(width, height), layout="constrained")
     axes = figure.subplots(rows, columns, squeeze=False, **more)
@@ -38,7 +40,7 @@ def checkpoints(
     each: list[StudentGroup], singles: list[StudentGroup], selection: Selection | None, split: str
 ) -> Figure:
     """Students' top-1 against the epoch of their teacher, and below it the teacher's own."""
-    figure, axes = _axes(
+    figure, axes = plain_axes(
         rows=2 if selection else 1,
         height=5.6 if selection else 4.2,
         sharex=True,
@@ -76,7 +78,7 @@ def _plain(each: Sequence[StudentGroup]) -> StudentGroup | None:
 
 def ensembles(base: StudentGroup, ensembles: list[StudentGroup], split: str) -> Figure:
     """Students' top-1 against the number of checkpoints in the ensemble: of one run, and of several."""
-    figure, axes = _axes()
+    figure, axes = plain_axes()
     ax = axes[0, 0]
     kinds: dict[str, tuple[str, Callable[[str], bool]]] = {
         "snapshot: checkpoints of one run": (BLUE, lambda teacher: "/" not in teacher),
@@ -114,7 +116,7 @@ def information(selections: list[Selection]) -> Figure:
     """I(Y;F) against I(X;F), the checkpoints joined in the order of training, the chosen one a star; a panel for each
     selection."""
     count = len(selections)
-    figure, axes = _axes(columns=count, width=max(6.0, 4.6 * count), height=4.4)
+    figure, axes = plain_axes(columns=count, width=max(6.0, 4.6 * count), height=4.4)
     for ax, selection in zip(axes[0], selections, strict=True):
         rows = selection.checkpoints
         x, y = [row.image_information for row in rows], [row.label_information for row in rows]
@@ -145,7 +147,7 @@ def choice(selections: list[Selection]) -> Figure:
     """The chosen epoch against the weight of I(Y;F), for every scaling; a panel for each selection."""
     weights = np.logspace(-2, 2, 161).tolist()
     count = len(selections)
-    figure, axes = _axes(columns=count, width=max(6.0, 4.6 * count), height=3.6, sharey=True)
+    figure, axes = plain_axes(columns=count, width=max(6.0, 4.6 * count), height=3.6, sharey=True)
     styles = zip(SCALINGS, (GREY, BLUE, ORANGE), (1.0, 4.5, 2.0), strict=True)
     for scaling, color, width in styles:
         for ax, selection in zip(axes[0], selections, strict=True):
@@ -172,7 +174,7 @@ def regret(ways: Sequence[WayToChoose], singles: list[StudentGroup]) -> Figure:
     best = max(one.mean for one in singles)
     bars = sorted(((way.name, way.regret) for way in ways), key=lambda pair: -pair[1])
     at_random = statistics.mean(best - one.mean for one in singles)
-    figure, axes = _axes(height=0.32 * len(bars) + 1.2)
+    figure, axes = plain_axes(height=0.32 * len(bars) + 1.2)
     ax = axes[0, 0]
     ax.barh([name for name, _ in bars], [regret for _, regret in bars], color=BLUE, height=0.6)
     ax.axvline(at_random, color=ORANGE, linestyle="--", label="a checkpoint at random, on average")
@@ -187,7 +189,7 @@ def race(found: Race) -> Figure:
     """How long each candidate was in a race, in what all of it had cost by then, and why it is out."""
     out = {drop.candidate: drop for drop in found.drops}
     order = [*(d.candidate for d in sorted(found.drops, key=lambda d: (d.cost, -d.behind))), *found.standing[::-1]]
-    figure, axes = _axes(height=0.3 * len(order) + 1.4, width=9.0)
+    figure, axes = plain_axes(height=0.3 * len(order) + 1.4, width=9.0)
     ax = axes[0, 0]
     kinds = {
         "behind by more than the noise": GREY,
@@ -213,7 +215,7 @@ def race(found: Race) -> Figure:
 def curves(study: Study, best_first: list[StudentGroup], base: StudentGroup | None) -> Figure | None:
     """Held-out top-1 after every epoch, the mean over seeds: the best teachers, the last checkpoint, no teacher."""
     wanted = list(dict.fromkeys([*best_first[:3], *(one for one in (base, _plain(best_first)) if one)]))
-    figure, axes = _axes()
+    figure, axes = plain_axes()
     ax = axes[0, 0]
     drawn = False
     for one, color in zip(wanted, (BLUE, GREEN, PURPLE, ORANGE, GREY), strict=False):
@@ -239,7 +241,7 @@ def time(bench: Bench) -> Figure | None:
     cases = [(row.what, row.ratio) for row in bench.rows[::-1] if row.case.startswith("epoch") and row.ratio]
     if not cases:
         return None
-    figure, axes = _axes(height=0.5 * len(cases) + 1.2)
+    figure, axes = plain_axes(height=0.5 * len(cases) + 1.2)
     ax = axes[0, 0]
     middle = [1 / ratio.median for _, ratio in cases]
     errors = [[1 / r.median - 1 / r.max for _, r in cases], [1 / r.min - 1 / r.median for _, r in cases]]

@@ -1,0 +1,191 @@
+"""What a study of several teachers found: evidence.json as tables and pictures."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from matplotlib.figure import Figure
+from scipy import stats
+
+from ckd_dist.core.results import Case, Evidence, Way
+from ckd_dist.report.figures import BLUE, GREEN, GREY, ORANGE, plain_axes
+
+
+@dataclass(frozen=True)
+class Summary:
+    """Of a quantity over the trainings of teachers, each the mean over its kinds of students."""
+
+    mean: float
+    error: float | None
+    """Standard error; None of one training."""
+    count: int
+
+    @property
+    def half(self) -> float:
+        """Half of the 95 % interval, by Student's t; infinite for one training."""
+        return float(stats.t.ppf(0.975, self.count - 1)) * self.error if self.error is not None else math.inf
+
+    @property
+    def detectable(self) -> float:
+        """Size of a difference that would have been found in four of five studies like this, two-sided at 5 %."""
+        return self.half + float(stats.t.ppf(0.8, self.count - 1)) * self.error if self.error is not None else math.inf
+
+    @property
+    def words(self) -> str:
+        """Mean and interval."""
+        return f"{self.mean:+.2f} ± {self.half:.2f}" if self.error is not None else f"{self.mean:+.2f}"
+
+
+def summary(cases: Sequence[Case]) -> Summary:
+    """Over teachers; raises `ValueError` where there is none."""
+    trainings: dict[tuple, list[float]] = {}
+    for case in cases:
+        trainings.setdefault((case.task, case.teacher), []).append(case.value)
+    means = [statistics.mean(values) for values in trainings.values()]
+    error = statistics.stdev(means) / math.sqrt(len(means)) if len(means) > 1 else None
+    return Summary(statistics.mean(means), error, len(means))
+
+
+class Table(NamedTuple):
+    """With what is to be known of it."""
+
+    title: str
+    text: str
+    head: list[str]
+    rows: list[list[str]]
+
+    def markdown(self) -> list[str]:
+        """Its lines, for a README."""
+        return [f"| {' | '.join(line)} |" for line in (self.head, ["---"] * len(self.head), *self.rows)]
+
+
+def tables(found: Evidence) -> list[Table]:
+    """All that there are."""
+    return [_ways(found), _claims(found), _predictors(found)]
+
+
+def _ways(found: Evidence) -> Table:
+    judged = fresh(found)
+    rows = []
+    for way in judged:
+        cells = [way.name, f"{100 * way.cost:.0f}", summary(way.behind).words, summary(way.regret).words]
+        rows.append([*cells, *(f"{summary(cases).mean:+.2f}" for cases in _by_task(way.behind).values())])
+    text = (
+        f"Points of top-1 below the choice of trying all {found.candidates} with {found.seeds} seeds each, by students "
+        "and images that neither looked at; regret: below the best mean of all. Mean and 95 % interval over "
+        f"{summary(judged[0].behind).count} trainings of teachers"
+        f"{', none of which the race was tuned on' if judged is not found.ways else ''}; the last columns are the "
+        "first one by tasks."
+    )
+    head = ["choice by", "cost, %", "behind trying all", "regret", *_by_task(judged[0].behind)]
+    return Table("What each way to choose a teacher costs", text, head, rows)
+
+
+def _claims(found: Evidence) -> Table:
+    rows = []
+    for claim in found.claims:
+        of = summary(claim.cases)
+        verdict, seen = "", ""
+        if of.error is not None:
+            verdict, seen = "differs" if abs(of.mean) > of.half else "within noise", f"{of.detectable:.2f}"
+        tasks = [f"{summary(cases).mean:+.2f}" for cases in _by_task(claim.cases).values()]
+        rows.append([claim.name, of.words, verdict, *tasks, seen])
+    text = (
+        "Differences of students' top-1 in points, paired by seeds and images; what had to be chosen was chosen by "
+        f"others than those that judge. Mean and 95 % interval over {summary(found.claims[0].cases).count} trainings "
+        "of teachers, then by tasks; a difference of the size in the last column would have been found in four of five "
+        "such studies."
+    )
+    head = ["difference", "points", "", *_by_task(found.claims[0].cases), "could be seen"]
+    return Table("Which teacher teaches better", text, head, rows)
+
+
+def _predictors(found: Evidence) -> Table:
+    shares = list(dict.fromkeys(series.name.rpartition(", ")[2] for series in found.predictors))
+    kinds: dict[str, dict[str, str]] = {}
+    for series in found.predictors:
+        kind, _, share = series.name.rpartition(", ")
+        kinds.setdefault(kind, {})[share] = f"{statistics.mean(case.value for case in series.cases):.2f}"
+    text = (
+        "Spearman's rank correlation, over the candidates, of two seeds at a share of the epochs with what other seeds "
+        f"reach in the end: mean over {len(found.predictors[0].cases)} pairs of teacher and student."
+    )
+    rows = [[kind, *(of.get(share, "") for share in shares)] for kind, of in kinds.items()]
+    return Table("What tells beforehand", text, ["looked at", *shares], rows)
+
+
+def fresh(found: Evidence) -> list[Way]:
+    """Ways judged without the teachers that the race was tuned on, unless there are no others."""
+    ways = [
+        Way(way.name, way.cost, *(_without(found.tuned_on, cases) for cases in (way.behind, way.regret)))
+        for way in found.ways
+    ]
+    return ways if all(way.behind for way in ways) else found.ways
+
+
+def _without(teachers: Sequence[int], cases: Sequence[Case]) -> list[Case]:
+    return [case for case in cases if case.teacher not in teachers]
+
+
+def _by_task(cases: Sequence[Case]) -> dict[str, list[Case]]:
+    found: dict[str, list[Case]] = {}
+    for case in cases:
+        found.setdefault(case.task, []).append(case)
+    return found
+
+
+# ------------------------------------------------------------------------------------------- pictures
+
+
+def plane(found: Evidence) -> Figure:
+    """How far each way to choose is behind trying all, against its cost."""
+    figure, axes = plain_axes(width=9.0, height=5.4)
+    ax = axes[0, 0]
+    kinds = {"race": (GREEN, "o", "-"), "trying all": (BLUE, "s", "-"), "free": (GREY, "x", "")}
+    ways = fresh(found)
+    for kind, (color, marker, line) in kinds.items():
+        own = [way for way in ways if (way.cost == 0 if kind == "free" else way.name.startswith(kind))]
+        of = [summary(way.behind) for way in own]
+        errors = [each.half if each.error is not None else 0 for each in of]
+        ax.errorbar(
+            [100 * way.cost for way in own],
+            [each.mean for each in of],
+            errors,
+            color=color,
+            marker=marker,
+            linestyle=line,
+            capsize=3,
+            label=kind,
+        )
+        for way, each in zip(own, of, strict=True):
+            if kind == "free":
+                place = (100 * way.cost, each.mean)
+                ax.annotate(way.name, place, textcoords="offset points", xytext=(8, -3), fontsize=7)
+    ax.axhline(0, color="black", linewidth=0.8)
+    ax.set_xlabel("students trained, % of trying all")
+    ax.set_ylabel("points of top-1 behind trying all")
+    ax.legend(frameon=False, fontsize=9)
+    return figure
+
+
+def own_losses(found: Evidence) -> Figure:
+    """Held-out loss of the teachers themselves over their training."""
+    tasks = list(_by_task(found.losses[0].cases))
+    figure, axes = plain_axes(columns=len(tasks), width=3.2 * len(tasks), height=3.0)
+    for ax, task in zip(axes[0], tasks, strict=True):
+        for teacher in dict.fromkeys(case.teacher for case in found.losses[0].cases if case.task == task):
+            curve = [
+                (int(series.name), case.value)
+                for series in found.losses
+                for case in series.cases
+                if (case.task, case.teacher) == (task, teacher)
+            ]
+            ax.plot(*zip(*curve, strict=True), marker=".", color=ORANGE, alpha=0.7)
+        ax.set_title(task, fontsize=10)
+        ax.set_xlabel("epoch of the teacher")
+    axes[0, 0].set_ylabel("held-out loss, nats")
+    return figure
