@@ -101,12 +101,14 @@ class Study:
     search: Path
     """Folder of the search, of all runs where there is none."""
     rows: list[dict]
-    """Its results.csv, empty where there are but races."""
+    """Its results.csv, empty where there is none."""
     selections: list[Selected]
     """Of the checkpoints that students were distilled from, or might have been; that of the last feature map first."""
     bench: results.Bench | None
     races: dict[str, results.Race]
     """By their folders under that of the runs."""
+    evidence: results.Evidence | None
+    """Of a study of several teachers."""
     notes: list[str]
     """What is left out, and why."""
     files: list[Path]
@@ -128,15 +130,17 @@ def _is_of(folder: Path, row: dict) -> bool:
 
 
 def read_study(runs: Path) -> Study:
-    """Read all there is under `runs`; raises `UserError` when there is no search and no race, or more than one search,
-    or a file is damaged."""
+    """Read all there is under `runs`; raises `UserError` when there is no search, no race and no evidence, or more
+    than one search, or a file is damaged."""
     require(runs.is_dir(), f"RUNS: no such folder: {runs}")
     tables = sorted(runs.rglob("results.csv"))
     found = sorted(runs.rglob("race.json"))
     races = {str(path.parent.relative_to(runs)): results.read_race(path, "RUNS") for path in found}
-    require(bool(tables or races), f"RUNS: no results.csv under {runs}: let ckd_dist.search finish first")
+    studies = sorted(runs.rglob("evidence.json"))[:1]
+    evidence = results.read_evidence(studies[0], "RUNS") if studies else None
+    require(bool(tables or races or evidence), f"RUNS: no results.csv under {runs}: let ckd_dist.search finish first")
     if not tables:
-        return Study(runs, [], [], None, races, [], found)
+        return Study(runs, [], [], None, races, evidence, [], [*found, *studies])
     require(len(tables) == 1, f"RUNS: {', '.join(map(str, tables))}: name a folder with one search")
     rows = results.read_table(tables[0], "RUNS")
     require(any(row["chosen"] for row in rows), f"RUNS: {tables[0]} has no chosen students")
@@ -166,7 +170,8 @@ def read_study(runs: Path) -> Study:
     selections.sort(key=lambda selected: selected.result.layer.count("."))
     benches = sorted(runs.rglob("bench.json"))[:1]
     bench = results.read_bench(benches[0], "RUNS") if benches else None
-    return Study(tables[0].parent, rows, selections, bench, races, notes, [tables[0], *taken, *benches, *found])
+    files = [tables[0], *taken, *benches, *found, *studies]
+    return Study(tables[0].parent, rows, selections, bench, races, evidence, notes, files)
 
 
 # ------------------------------------------------------------------------------------------- differences

@@ -10,8 +10,8 @@ from pathlib import Path
 
 from matplotlib.figure import Figure
 
-from ckd_dist.core.results import mean_and_deviation
-from ckd_dist.report import figures
+from ckd_dist.core.results import Evidence, mean_and_deviation
+from ckd_dist.report import evidence, figures
 from ckd_dist.report.findings import (
     Difference,
     StudentGroup,
@@ -34,6 +34,8 @@ def write(study: Study, out: Path) -> None:
     for name, race in study.races.items():
         shown = _picture(figures.race(race), f"race_{name.replace('/', '_')}".removesuffix("_."), pictures)
         sections.append(_section(f"The race {name}".removesuffix(" ."), *map(_paragraph, race.verdict), shown))
+    if study.evidence:
+        sections += list(_evidence_sections(study.evidence, pictures))
     sections += list(_selection_sections(study, pictures))
     if study.bench and (figure := figures.time(study.bench)):
         sections.append(_section("Cached against online", _picture(figure, "time", pictures), TIME_TEXT))
@@ -191,6 +193,14 @@ def _headline(each: Sequence[StudentGroup], split: str) -> str:
             noise = "within noise" if found.within_noise else f"p {_p_value(found.adjusted_p or 0.0)}"
             parts.append(f"{what.format(one.teacher)} {one.mean:.2f} %, {found.mean:+.2f} ({noise})")
     return f"Students' top-1 on {split} images: {'; '.join(parts)}."
+
+
+def _evidence_sections(found: Evidence, pictures: dict[str, bytes]) -> Iterator[str]:
+    """Everything about a study of several teachers."""
+    shown = {"ways": [evidence.plane(found)], "claims": [evidence.own_losses(found)], "predictors": []}
+    for (name, own), table in zip(shown.items(), evidence.tables(found), strict=True):
+        drawn = [_picture(figure, f"evidence_{name}", pictures) for figure in own]
+        yield _section(table.title, _paragraph(table.text), *drawn, _table(table.head, table.rows))
 
 
 def _selection_sections(study: Study, pictures: dict[str, bytes]) -> Iterator[str]:

@@ -89,6 +89,11 @@ class SearchConfig(DistillConfig):
         )
         require(not self.race or not self.grid.seeds, "grid.seeds is not for a race, which takes as many as it needs")
         require(not self.race or len(self.grid.models) <= 1, "grid.models: a race is for one student: run one for each")
+        require(
+            not self.race or [] not in self.grid.teachers,
+            "grid.teachers: [], no teacher, is not for a race: labels teach faster at first, so that short schedules "
+            "would say that it is best; train it beside, with distill or search",
+        )
         for name in ("race_budget", "race_hours"):
             require(self.race or getattr(self, name) is None, f"{name} goes with --race")
         require(self.race_budget is None or self.race_hours is None, "race_budget and race_hours are both given")

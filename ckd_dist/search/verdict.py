@@ -33,7 +33,7 @@ def report(race: Race, outcome: Outcome) -> None:
     values = {
         "format": 1,
         "choice": weights,
-        "setting": {key: getattr(setting, key) for key in ("loss", "alpha", "temperature")} if setting else None,
+        "setting": {key: getattr(setting, key) for key in ("loss", "alpha", "temperature")},
         "model": chosen.model,
         "candidates": [name_of(trial) for trial in race.candidates],
         "verdict": words,
@@ -47,12 +47,10 @@ def report(race: Race, outcome: Outcome) -> None:
 
 def name_of(trial: Trial) -> str:
     """A candidate, in words."""
-    taught = f"checkpoint {trial.teacher}" if trial.config.teacher.checkpoints else "no teacher"
-    if not trial.setting:
-        return f"{trial.model}, {taught}"
-    return (
-        f"{trial.model}, {taught}, {trial.setting.loss}, alpha {trial.setting.alpha:g}, T {trial.setting.temperature:g}"
-    )
+    setting = trial.setting
+    assert setting
+    of = f"alpha {setting.alpha:g}, T {setting.temperature:g}"
+    return f"{trial.model}, checkpoint {trial.teacher}, {setting.loss}, {of}"
 
 
 def verdict(race: Race, outcome: Outcome) -> list[str]:

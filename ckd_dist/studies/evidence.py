@@ -201,18 +201,18 @@ def _best_of(case: Students, seeds: int, fold: Fold) -> int:
 
 
 def _winner(case: Students, budget: float, fold: Fold) -> int:
-    return race(case, fold, budget).leader
+    return race(case, fold, budget).leader + 1
 
 
 def race(case: Students, fold: Fold, budget: float) -> rule.Outcome:
-    """A race as `search --race` runs it, on the answers of a fold."""
+    """A race as `search --race` runs it, on the answers of a fold, among all candidates but the first, no teacher."""
     correct = {epochs: case.correct[f"whole_{epochs}"][:, :, fold.half :: 2] for epochs in (*SHORT, EPOCHS)}
 
     def scores_of(wanted: list[Student]) -> Scores:
-        return {s: correct[s.epochs][s.candidate, _seed(fold, s)].astype(np.float32) for s in wanted}
+        return {s: correct[s.epochs][s.candidate + 1, _seed(fold, s)].astype(np.float32) for s in wanted}
 
-    last = [CANDIDATES.index([LAST])]
-    return rule.race(len(CANDIDATES), racing.rungs_of(EPOCHS), scores_of, lambda: budget, 0.05, last)
+    last = [CANDIDATES.index([LAST]) - 1]
+    return rule.race(len(CANDIDATES) - 1, racing.rungs_of(EPOCHS), scores_of, lambda: budget, 0.05, last)
 
 
 def _seed(fold: Fold, student: Student) -> int:

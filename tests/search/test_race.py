@@ -166,6 +166,7 @@ def test_a_budget_in_hours_is_kept_to(whole, fashion, two_runs):
     [
         (["--grid.seeds", "[0,1]"], r"grid\.seeds is not for a race"),
         (["--grid.models", "[resnet8,resnet20]"], r"grid\.models: a race is for one student"),
+        (["--grid.teachers", "[[],[1]]"], r"grid\.teachers: \[\], no teacher, is not for a race"),
         (["--race_error", 0], r"race_error is 0"),
         (["--race", "false"], r"race_budget goes with --race"),
         (["--race_hours", 2], r"race_budget and race_hours are both given"),

@@ -1,0 +1,85 @@
+"""Write the tables of README.md and docs/ that come from results, from the results that are kept in configs/study.
+
+  python -m ckd_dist.studies.tables        at the root of the repository
+
+A table stands between the lines <!-- table: NAME --> and <!-- end of table -->, which is where it is written anew.
+"""
+
+from __future__ import annotations
+
+import re
+import sys
+from collections.abc import Callable
+from functools import cache, partial
+from pathlib import Path
+
+from ckd_dist.core.errors import require
+from ckd_dist.core.files import write_bytes_atomically
+from ckd_dist.core.process import run_process
+from ckd_dist.core.results import read_evidence, read_table
+from ckd_dist.report import evidence, page
+from ckd_dist.report.findings import StudentGroup, student_groups
+
+RESULTS = Path("configs/study/results")
+BLOCK = re.compile(r"(?<=<!-- table: )([\w ]+) -->\n.*?(?=<!-- end of table -->)", re.DOTALL)
+
+
+def main() -> None:
+    """Write what is not as it should be, and say so."""
+    if sys.argv[1:]:
+        print(__doc__)
+        sys.exit(0 if sys.argv[1:] in (["-h"], ["--help"]) else 2)
+    require(RESULTS.is_dir(), f"{RESULTS} is not here: run it at the root of the repository")
+    for path in (Path("README.md"), *sorted(Path("docs").glob("*.md"))):
+        text = path.read_text(encoding="utf-8")
+        made = written(text)
+        if made != text:
+            write_bytes_atomically(path, made.encode())
+        print(f"{path}: {len(BLOCK.findall(text))} tables{', written anew' if made != text else ''}")
+
+
+def written(text: str) -> str:
+    """A page with its tables made anew; raises `UserError` for one that has no such name."""
+
+    def table(match: re.Match) -> str:
+        name = match[1]
+        require(name in TABLES, f"<!-- table: {name} -->: there are {', '.join(TABLES)}")
+        return "\n".join([f"{name} -->", "", *TABLES[name](), "", ""])
+
+    return BLOCK.sub(table, text)
+
+
+@cache
+def _students() -> list[StudentGroup]:
+    return student_groups(read_table(RESULTS / "results.csv", "results"))
+
+
+@cache
+def _evidence() -> dict[str, evidence.Table]:
+    tables = evidence.tables(read_evidence(RESULTS / "evidence.json", "results"))
+    return dict(zip(("ways", "claims", "predictors"), tables, strict=True))
+
+
+def _of_evidence(name: str) -> list[str]:
+    table = _evidence()[name]
+    return [*table.markdown(), "", table.text]
+
+
+def _few_columns() -> list[str]:
+    """The comparison, as far as it is of interest to somebody who looks in."""
+    return [
+        "| " + " | ".join(cells[place] for place in (1, 7, 8, 9, 10)) + " |"
+        for cells in ([each.strip() for each in line.strip("|").split("|")] for line in page.markdown(_students()))
+    ]
+
+
+TABLES: dict[str, Callable[[], list[str]]] = {
+    "students": lambda: page.markdown(_students()),
+    "students in short": _few_columns,
+    **{name: partial(_of_evidence, name) for name in ("ways", "claims", "predictors")},
+}
+"""Name -> its lines."""
+
+
+if __name__ == "__main__":
+    run_process(main)
