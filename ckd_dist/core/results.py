@@ -211,8 +211,8 @@ class RaceDrop:
     epochs: int
     """Of its students."""
     seeds: int
-    behind: float
-    """The leader's share of right answers less its own."""
+    behind: float | None
+    """The leader's share of right answers less its own; None of one that was not begun."""
     tested: bool
     """Whether by the test, else for want of budget."""
     cost: float

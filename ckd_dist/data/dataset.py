@@ -164,7 +164,7 @@ def train_recipe(config: ViewDataConfig, info: DatasetInfo, cached: ViewRecipe |
         "flip": None if config.flip is None else 0.5 * config.flip,
         **{name: getattr(config, name) for name in _SAME_IN_BOTH},
     }
-    default = cached or ViewRecipe(kind=kind)
+    default = cached or (eval_recipe(info, kind) if kind == "center_crop" else ViewRecipe(kind=kind))
     recipe = replace(default, **{name: value for name, value in selected.items() if value is not None})
     if cached is not None:
         ours, held = recipe.to_dict(), cached.to_dict()
@@ -193,8 +193,8 @@ _SAME_IN_BOTH = ("color_jitter", "erase", "mixup", "cutmix")
 
 def eval_recipe(info: DatasetInfo, augment: str | None, crop_share: float | None = None) -> ViewRecipe:
     """The recipe of evaluation. Of small images the whole, resized to a square as pad_crop does in training, or, where
-    `augment`, the kind of the training views, is random_resized_crop, the central square; of photographs the central
-    square of `crop_share`, by default 224/256, of the shorter side."""
-    if info.small and augment != "random_resized_crop":
+    `augment`, the kind of the training views, is another, the central square; of photographs the central square of
+    `crop_share`, by default 224/256, of the shorter side."""
+    if info.small and augment in (None, "pad_crop"):
         return ViewRecipe(kind="pad_crop", padding=0, flip=0.0)
     return ViewRecipe(kind="center_crop", center_share=1.0 if info.small else crop_share or 224 / 256, flip=0.0)

@@ -41,9 +41,9 @@ class ViewDataConfig(LoaderConfig):
 
     train: str
     """Training images: a .beton file of data_prep.write_beton."""
-    augment: Literal["random_resized_crop", "pad_crop"] | None = None
-    """Kind of view; default: the store's, else pad_crop for images of one size up to 64 px, else
-    random_resized_crop."""
+    augment: Literal["random_resized_crop", "pad_crop", "center_crop"] | None = None
+    """Kind of view; default: the store's, else pad_crop for images of one size up to 64 px, else random_resized_crop;
+    center_crop: the square that is evaluated, nothing drawn."""
     crop_scale_min: float | None = None
     """Smallest share of the area that random_resized_crop keeps; default: the store's, else 0.08."""
     flip: bool | None = None

@@ -74,6 +74,10 @@ class SearchConfig(DistillConfig):
     """What a race may cost, in students of the full length; default: 15 % of three seeds of every setting."""
     race_hours: float | None = None
     """The same in hours of training, those of all processes together."""
+    race_prior: str | None = None
+    """Store of the teachers' own answers to the images of data.val: cache_logits --data.train VAL --data.augment
+    center_crop. The race is then run among those that answer best, as many as the budget has room for at the full
+    length."""
     race_error: float = 0.05
     """Probability at most that a race drops the best by its test."""
 
@@ -94,7 +98,7 @@ class SearchConfig(DistillConfig):
             "grid.teachers: [], no teacher, is not for a race: labels teach faster at first, so that short schedules "
             "would say that it is best; train it beside, with distill or search",
         )
-        for name in ("race_budget", "race_hours"):
+        for name in ("race_budget", "race_hours", "race_prior"):
             require(self.race or getattr(self, name) is None, f"{name} goes with --race")
         require(self.race_budget is None or self.race_hours is None, "race_budget and race_hours are both given")
         require(self.teacher.store is not None, "teacher.store is missing: a search reads cached logits")

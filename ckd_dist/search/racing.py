@@ -19,7 +19,7 @@ from ckd_dist.core.files import lock
 from ckd_dist.core.identity import require_same
 from ckd_dist.core.run_folder import read_summary
 from ckd_dist.nn.options import OptimConfig
-from ckd_dist.search import rule
+from ckd_dist.search import prior, rule
 from ckd_dist.search.held_out import read_answers, write_answers
 from ckd_dist.search.rule import Outcome, Rung, Scores, Student
 from ckd_dist.search.trials import Search, Trial, side_by_side
@@ -45,15 +45,29 @@ class Race:
     rungs: list[Rung]
     last: list[int]
     """Candidates of the last checkpoint alone, which the best is compared with."""
+    order: list[int] | None
+    """The likeliest to teach best first, where that is known."""
+
+    @property
+    def first(self) -> list[Student]:
+        """Students of the first look."""
+        rung = self.rungs[0]
+        candidates: Sequence[int] = range(len(self.candidates))
+        if self.order:
+            rung, candidates = self.rungs[-1], self.order[:2]
+        return [Student(k, rung.epochs, seed) for k in candidates for seed in (0, 1)]
 
 
 def prepare(search: Search) -> Race:
-    """The race among the trials of a search, all of one seed."""
+    """The race among the trials of a search, all of one seed; collective."""
     candidates = search.trials
     singles = [each for trial in candidates if len(each := trial.config.teacher.checkpoints) == 1]
     last = max(singles, key=lambda names: _order(names[0]), default=None)
     lasts = [k for k, trial in enumerate(candidates) if trial.config.teacher.checkpoints == last]
-    return Race(search, candidates, rungs_of(search.config.epochs), lasts)
+    order = None
+    if search.config.race_prior is not None:
+        order = dist.on_main(lambda: prior.order(search, candidates))
+    return Race(search, candidates, rungs_of(search.config.epochs), lasts, order)
 
 
 def rungs_of(epochs: int) -> list[Rung]:
@@ -101,9 +115,7 @@ def budget(race: Race) -> float:
     config = race.search.config
     if config.race_hours is None:
         return config.race_budget or DEFAULT_BUDGET * everything(race.candidates)
-    rung = race.rungs[0]
-    first = [Student(k, rung.epochs, s) for k in range(len(race.candidates)) for s in (0, 1)]
-    return 3600 * config.race_hours / statistics.mean(seconds(race, student) for student in first)
+    return 3600 * config.race_hours / statistics.mean(seconds(race, student) for student in race.first)
 
 
 def seconds(race: Race, student: Student) -> float:
@@ -124,8 +136,10 @@ def run(race: Race, device: torch.device, number: int, parts: int) -> Outcome:
         _train(race.search, trials, device, number, parts, next(looks))
         return {student: _score(trial) for student, trial in zip(wanted, trials, strict=True)}
 
-    error = race.search.config.race_error
-    return rule.race(len(race.candidates), race.rungs, scores_of, lambda: budget(race), error, race.last)
+    error, count = race.search.config.race_error, len(race.candidates)
+    if race.order:
+        return rule.race_in_order(race.order, race.rungs[-1].epochs, scores_of, lambda: budget(race), error)
+    return rule.race(count, race.rungs, scores_of, lambda: budget(race), error, race.last)
 
 
 def _train(search: Search, trials: list[Trial], device: torch.device, number: int, parts: int, look: int) -> None:

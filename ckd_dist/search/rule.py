@@ -113,6 +113,55 @@ def behind(comparisons: dict[int, Comparison], error: float) -> list[int]:
     return found
 
 
+class _Play:
+    """A race as it stands."""
+
+    def __init__(self, running: list[int], length: int, scores_of: Callable[[list[Student]], Scores], error: float):
+        """`length`: epochs of the full length."""
+        self.running, self.spent, self.looks = running, 0.0, 0
+        self.outcome = Outcome(running[0], running, 0, 0)
+        self._length, self._scores_of, self._error = length, scores_of, error
+        self._scores = Scores()
+        self._before = Residuals(0.0, 0)  # of shorter rungs: what seeds do there is no less
+        self._noise = Residuals(0.0, 0)
+
+    def price(self, epochs: int, seeds: int) -> float:
+        """Of so many seeds of all that run."""
+        return seeds * len(self.running) * epochs / self._length
+
+    def next_rung(self) -> None:
+        """What comes is of another length."""
+        self._before, self._noise = self._before + self._noise, Residuals(0.0, 0)
+
+    def look(self, epochs: int, seeds: int, new: Sequence[int] = ()) -> None:
+        """Train what is missing for all that run, and for those that are `new`, to have so many seeds, and drop who is
+        behind."""
+        self.running = [*self.running, *new]
+        wanted = [Student(c, epochs, s) for c in self.running for s in range(seeds)]
+        missing = [each for each in wanted if each not in self._scores]
+        self._scores |= self._scores_of(missing)
+        self.looks, self.spent = self.looks + 1, self.spent + len(missing) * epochs / self._length
+        running, outcome = self.running, self.outcome
+        of = np.stack([[self._scores[Student(c, epochs, s)] for s in range(seeds)] for c in running])
+        leader, self._noise = int(of.mean(axis=(1, 2)).argmax()), residuals(of.mean(axis=2))
+        found = compare(of, leader, self._before + self._noise)
+        out = behind(found, self._error * 6 / (math.pi * self.looks) ** 2)
+        outcome.drops += [RaceDrop(running[k], epochs, seeds, found[k].difference, True, self.spent) for k in out]
+        outcome.leader, outcome.epochs, outcome.seeds, outcome.cost = running[leader], epochs, seeds, self.spent
+        outcome.against = {running[k]: each for k, each in found.items()}
+        rest = sorted((k for k in range(len(running)) if k not in out), key=lambda k: -of[k].mean())
+        self.running = outcome.standing = [running[k] for k in rest]
+
+    def leave(self, candidates: Sequence[int]) -> None:
+        """These are out for want of budget."""
+        for candidate in candidates:
+            known = self.outcome.against.get(candidate)
+            epochs, seeds = (self.outcome.epochs, self.outcome.seeds) if known else (0, 0)
+            behind = known.difference if known else None
+            self.outcome.drops.append(RaceDrop(candidate, epochs, seeds, behind, False, self.spent))
+        self.running = [each for each in self.running if each not in candidates]
+
+
 def race(
     candidates: int,
     rungs: Sequence[Rung],
@@ -121,45 +170,57 @@ def race(
     error: float,
     keep: Sequence[int] = (),
 ) -> Outcome:
-    """How a race ends. `scores_of` trains these students, at every look others, and gives the scores of all of them.
+    """How a race of all candidates ends. `scores_of` trains students, at every look others, and gives their scores.
 
     `budget`: in students of the last rung's length; it is asked for after the first look, two seeds of every candidate
     on the first rung, which is taken in any case. `keep`: of these, the best goes on where there is room for three, to
     be compared with.
     """
-    running, scores, looks, spent = list(range(candidates)), Scores(), 0, 0.0
-    outcome = Outcome(0, running, rungs[0].epochs, 0)
-    before = Residuals(0.0, 0)  # of shorter rungs: what seeds do there is no less
+    play = _Play([*range(candidates)], rungs[-1].epochs, scores_of, error)
     for number, rung in enumerate(rungs):
         price = rung.epochs / rungs[-1].epochs
         goes_on, limit = True, math.inf
         if number:
-            goes_on, limit = _limit(rungs, number, budget(), spent + 4 * price)
-            running = _cut(outcome, running, max(2, int((limit - spent) / (2 * price) + 1e-9)), keep, spent)
-        seeds, noise = 0, Residuals(0.0, 0)
-        while len(running) > 1:
+            goes_on, limit = _limit(rungs, number, budget(), play.spent + 4 * price)
+            room = max(2, int((limit - play.spent) / (2 * price) + 1e-9))
+            play.leave([each for each in play.running if each not in _kept(play.running, room, keep)])
+            play.next_rung()
+        seeds = 0
+        while len(play.running) > 1:
             more = 2 if seeds == 0 else 1
-            cost = more * price * len(running)
-            if looks == 1 and not number:
-                goes_on, limit = _limit(rungs, number, budget(), spent)
-            if spent + cost > limit + 1e-9:
+            if play.looks == 1 and not number:
+                goes_on, limit = _limit(rungs, number, budget(), play.spent)
+            if play.spent + play.price(rung.epochs, more) > limit + 1e-9:
                 break
-            scores |= scores_of([Student(c, rung.epochs, s) for c in running for s in range(seeds, seeds + more)])
-            seeds, looks, spent = seeds + more, looks + 1, spent + cost
-            of = np.stack([[scores[Student(c, rung.epochs, s)] for s in range(seeds)] for c in running])
-            leader, noise = int(of.mean(axis=(1, 2)).argmax()), residuals(of.mean(axis=2))
-            found = compare(of, leader, before + noise)
-            out = behind(found, error * 6 / (math.pi * looks) ** 2)
-            outcome.drops += [RaceDrop(running[k], rung.epochs, seeds, found[k].difference, True, spent) for k in out]
-            outcome.leader, outcome.epochs, outcome.seeds, outcome.cost = running[leader], rung.epochs, seeds, spent
-            outcome.against = {running[k]: each for k, each in found.items()}
-            rest = sorted((k for k in range(len(running)) if k not in out), key=lambda k: -of[k].mean())
-            running = [running[k] for k in rest]
-            outcome.standing = running
-        before = before + noise
-        if len(running) == 1 or not goes_on:
+            seeds += more
+            play.look(rung.epochs, seeds)
+        if len(play.running) == 1 or not goes_on:
             break
-    return outcome
+    return play.outcome
+
+
+def race_in_order(
+    order: Sequence[int],
+    epochs: int,
+    scores_of: Callable[[list[Student]], Scores],
+    budget: Callable[[], float],
+    error: float,
+) -> Outcome:
+    """How a race ends among candidates of which something is known, the likeliest first: there are students of the full
+    length only, two seeds of as many candidates as the budget has room for, and more of those that are not told apart.
+
+    The first two run in any case, and the budget is asked for then.
+    """
+    play = _Play([*order[:2]], epochs, scores_of, error)
+    play.look(epochs, 2)
+    limit = budget() + 1e-9
+    room = 2 + max(0, int((limit - play.spent) / 2))
+    play.leave(order[room:])
+    if order[2:room]:
+        play.look(epochs, 2, order[2:room])
+    while len(play.running) > 1 and play.spent + play.price(epochs, 1) <= limit:
+        play.look(epochs, play.outcome.seeds + 1)
+    return play.outcome
 
 
 def _limit(rungs: Sequence[Rung], number: int, budget: float, least: float) -> tuple[bool, float]:
@@ -172,15 +233,11 @@ def _limit(rungs: Sequence[Rung], number: int, budget: float, least: float) -> t
     return goes_on, min(budget * rungs[number].share, rest) if goes_on else budget
 
 
-def _cut(outcome: Outcome, running: list[int], most: int, keep: Sequence[int], spent: float) -> list[int]:
+def _kept(running: list[int], most: int, keep: Sequence[int]) -> list[int]:
     """The best of those that run, whose order is that of their scores; where there is room for three, the best of those
     to keep among them."""
     going_on = running[:most]
     kept = next((candidate for candidate in running if candidate in keep), None)
     if kept is not None and kept not in going_on and most > 2:
         going_on = [*going_on[:-1], kept]
-    for candidate in running:
-        if candidate not in going_on:
-            difference = outcome.against[candidate].difference
-            outcome.drops.append(RaceDrop(candidate, outcome.epochs, outcome.seeds, difference, False, spent))
     return going_on

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from ckd_dist.train.teachers import CachedTeacher
 
 
-HOW = ("processes", "part", "students_at_once", "race", "race_budget", "race_hours", "race_error")
+HOW = ("processes", "part", "students_at_once", "race", "race_budget", "race_hours", "race_prior", "race_error")
 """Options of a search that say nothing of its students."""
 
 

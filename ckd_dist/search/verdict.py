@@ -57,7 +57,8 @@ def verdict(race: Race, outcome: Outcome) -> list[str]:
     """What is known when a race has ended, and how well."""
     full, leader = race.search.config.epochs, name_of(race.candidates[outcome.leader])
     schedule = f"{outcome.seeds} seeds of {outcome.epochs} epochs" + f" of {full}" * (outcome.epochs < full)
-    untested = [drop for drop in outcome.drops if not drop.tested]
+    behind = [drop.behind for drop in outcome.drops if not drop.tested and drop.behind is not None]
+    not_begun = sum(drop.behind is None for drop in outcome.drops)
     others = [each for each in outcome.standing if each != outcome.leader]
     lines = []
     if not others:
@@ -69,12 +70,13 @@ def verdict(race: Race, outcome: Outcome) -> list[str]:
         if any(each in race.last for each in outcome.standing):
             lines.append("the last checkpoint is one of them, and costs least: no other needs to be kept or cached")
         lines.append(_more(race, outcome, len(others)))
-    if untested:
-        worst = max(drop.behind for drop in untested)
+    if behind:
         lines.append(
-            f"{len(untested)} more were left behind by up to {100 * worst:.2f} points without being told apart, for "
-            "want of budget"
+            f"{len(behind)} more were left behind by up to {100 * max(behind):.2f} points without being told apart, "
+            "for want of budget"
         )
+    if not_begun:
+        lines.append(f"{not_begun} were not begun: their own answers to held-out images are worse")
     share = outcome.cost / everything(race.candidates)
     lines.append(
         f"cost: {outcome.cost:.2f} of {budget(race):.2f} students of the full length, {100 * share:.1f} % of trying "

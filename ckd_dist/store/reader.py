@@ -37,7 +37,7 @@ def require_images(manifest: Manifest, info: DatasetInfo, option: str, store: Pa
     """Raise `UserError` unless `store` is of the images of `info`."""
     for key, ours in (("content_hash", info.content_hash), ("count", info.count), ("num_classes", info.num_classes)):
         found = manifest.dataset[key]
-        require(found == ours, f"{option}: {store} is of images with {key} {found}, data.train has {ours}")
+        require(found == ours, f"{option}: {store} is of images with {key} {found}, {info.path} has {ours}")
     label_map = manifest.dataset.get("label_map")
     require(
         label_map == (None if info.label_map is None else list(info.label_map)),
@@ -69,18 +69,19 @@ class StoreReader:
         store: str,
         checkpoints: list[int | str],
         info: DatasetInfo | None = None,
+        option: str = "teacher.store",
     ):
         """Open `store`, if given for the images of `info`; `checkpoints` as users call them (`Manifest.members`),
-        default: the last. Shards are not looked at yet.
+        default: the last. Shards are not looked at yet. Errors name the `option`.
 
         Raises `UserError` for a store of other images, or a checkpoint that it lacks.
         """
-        self.store = Path(store)
-        self.manifest = Manifest.load(self.store, "teacher.store")
+        self.store, self._option = Path(store), option
+        self.manifest = Manifest.load(self.store, option)
         if info:
-            require_images(self.manifest, info, "teacher.store", self.store)
-        available = self.manifest.members
-        self.checkpoints = checkpoint.choose(available, checkpoints, "teacher.checkpoints")
+            require_images(self.manifest, info, option, self.store)
+        available, named = self.manifest.members, "teacher.checkpoints" if option == "teacher.store" else option
+        self.checkpoints = checkpoint.choose(available, checkpoints, named)
         self._members = [available[name] for name in self.checkpoints]
         self.codec = self.manifest.recorded
         """Of the records; where it is fitted to checkpoints, each has its own of `codecs`."""
@@ -165,7 +166,7 @@ class StoreReader:
     def require_no(self, found: list[str]) -> None:
         """Raise `UserError` where shards have faults."""
         more = f" (and {len(found) - 1} more)" if len(found) > 1 else ""
-        require(not found, f"teacher.store: {found and found[0]}{more}: run python -m ckd_dist.store repair")
+        require(not found, f"{self._option}: {found and found[0]}{more}: run python -m ckd_dist.store repair")
 
     def take(self, views: Mapping[View, HeldView | None]) -> None:
         """Views that were checked, and those that are in memory."""

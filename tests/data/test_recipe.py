@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import fields
+from dataclasses import fields, replace
 
 from ckd_dist.data import dataset
 from ckd_dist.data.options import LoaderConfig, ViewDataConfig
@@ -18,3 +18,13 @@ def test_the_options_of_a_recipe_ask_for_it_and_name_all_that_training_can_vary(
     views, elsewhere = ({field.name for field in fields(cls)} for cls in (ViewDataConfig, LoaderConfig))
     assert options.keys() == views - elsewhere - {"train"}
     assert {field.name for field in fields(ViewRecipe)} == {"kind", *varied, "ratio", "padding", "center_share"}
+
+
+def test_views_may_be_what_is_evaluated(fashion):
+    info = dataset.read_info(fashion["train"], "data.train")
+    recipe = dataset.train_recipe(ViewDataConfig(train="", augment="center_crop"), info)
+    assert recipe == ViewRecipe(kind="center_crop", center_share=1.0, flip=0.0)
+    assert dataset.train_recipe(ViewDataConfig(train="", **dataset.view_options(recipe)), info) == recipe
+    assert dataset.train_recipe(ViewDataConfig(train=""), info, recipe) == recipe
+    photographs = replace(info, max_size=500)
+    assert dataset.train_recipe(ViewDataConfig(train="", augment="center_crop"), photographs).center_share == 224 / 256

@@ -10,13 +10,20 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
+import torch.nn.functional as F
 
 from ckd_dist import distill
 from ckd_dist.core.errors import UserError
 from ckd_dist.core.options import load_config
+from ckd_dist.data.beton import open_beton
+from ckd_dist.data.loader import BetonLoader
+from ckd_dist.data.options import LoaderConfig
+from ckd_dist.nn import forward, models
 from ckd_dist.search import __main__ as command
-from ckd_dist.search import racing
+from ckd_dist.search import prior, racing
 from ckd_dist.search.held_out import read_answers
 from ckd_dist.search.options import SearchConfig
 from ckd_dist.train.options import DistillConfig
@@ -176,3 +183,58 @@ def test_what_is_no_race_is_refused(fashion, two_runs, tmp_path, more, expected)
     with pytest.raises(UserError, match=expected):
         race_here(*options(fashion, two_runs, tmp_path / "race", *GRID, *more))
     assert not (tmp_path / "race").exists()
+
+
+@pytest.fixture(scope="module")
+def own_answers(fashion, teacher, tmp_path_factory):
+    """A store of what the teacher's checkpoints answer to the held-out images."""
+    store = tmp_path_factory.mktemp("prior") / "held_out"
+    words = cache_options(fashion, teacher, store, "--data.train", fashion["holdout"], "--data.augment", "center_crop")
+    cache_here(*words, "--views", 1)
+    return store
+
+
+def test_a_race_begins_with_those_whose_own_answers_are_best(fashion, store, teacher, own_answers, tmp_path):
+    grid = [*GRID, "--grid.teachers", "[[1],[2],[3],[1,3]]", "--epochs", 2, "--race_budget", 6]
+    words = options(fashion, store, tmp_path / "race", *grid, "--race_prior", own_answers)
+    values, said = race_here(*words)
+    search = command.prepare(load_config(SearchConfig, [str(word) for word in words]))
+    found = prior.losses(search, [trial.config.teacher.checkpoints for trial in search.trials])
+    for number, epoch in enumerate((1, 2, 3)):
+        logits, labels = answers_of(teacher, epoch, fashion["holdout"])
+        scaled = [F.cross_entropy(scale * logits, labels).item() for scale in np.geomspace(1 / 8, 8, 25)]
+        assert found[number] == pytest.approx(min(scaled), rel=0.01)
+    begun = sorted(range(4), key=lambda number: found[number])[:3]
+    assert {drop["candidate"] for drop in values["drops"] if drop["behind"] is None} == {*range(4)} - {*begun}
+    students = [path.name for path in (tmp_path / "race" / "students").iterdir()]
+    assert len(students) == values["cost"] == 6 and not any("epochs" in name for name in students)
+    assert "1 were not begun: their own answers to held-out images are worse" in said
+    again = racing.prepare(replace_config(search, race_prior=str(own_answers), race_budget=None, race_hours=1.0))
+    assert [each.candidate for each in again.first] == [begun[0], begun[0], begun[1], begun[1]]
+
+
+def answers_of(run, epoch, beton):
+    """(Logits, labels) of a teacher's checkpoint, as it is evaluated."""
+    info = open_beton(beton, "images")
+    model, metadata = models.load_model(run / "checkpoints" / f"epoch_{epoch:04d}.pt", "")
+    loader = BetonLoader.for_evaluation(info, LoaderConfig(), metadata, torch.device("cpu"))
+    network = forward.to_device(model, torch.device("cpu"))
+    batches = list(loader.batches(np.arange(info.count)))
+    logits = torch.cat([forward.forward_logits(network, batch.images, "off") for batch in batches])
+    return logits, torch.cat([batch.labels for batch in batches])
+
+
+def replace_config(search, **values):
+    return replace(search, config=replace(search.config, **values))
+
+
+def test_a_prior_of_other_images_or_checkpoints_is_refused(fashion, two_runs, store, own_answers, tmp_path):
+    grid = [*GRID, "--grid.teachers", "[[1],[3]]"]
+    words = options(fashion, store, tmp_path / "race", *grid)
+    with pytest.raises(UserError, match=r"race_prior: .* is of images with content_hash"):
+        race_here(*words, "--race_prior", store)
+    with pytest.raises(UserError, match=r"race_prior: .*no checkpoint of epoch other/1"):
+        more = ["--grid.teachers", "[[1],[other/1]]", "--race_prior", own_answers]
+        race_here(*options(fashion, two_runs, tmp_path / "race", *GRID, *more))
+    with pytest.raises(UserError, match=r"race_prior goes with --race"):
+        race_here(*options(fashion, store, tmp_path / "race", "--race_prior", own_answers))

@@ -6,12 +6,12 @@ import numpy as np
 import pytest
 
 from ckd_dist.core.blocks import residuals
-from ckd_dist.search.rule import Rung, Student, behind, compare, race
+from ckd_dist.search.rule import Rung, Student, behind, compare, race, race_in_order
 
 RUNGS = [Rung(2, 0.5), Rung(8, 0.8), Rung(20, 1.0)]
 
 
-def play(effects, rng, *, budget, error=0.05, keep=(), seeds=0.007, images=500, asked=None):
+def play(effects, rng, *, budget, error=0.05, keep=(), seeds=0.007, images=500, asked=None, order=None):
     """How a race ends whose students are right on an image with a probability that depends on the image, on the
     candidate's effect and, by a deviation `seeds`, on the student."""
     likely = np.where(rng.random(images) < 0.8, 0.9, 0.4)
@@ -24,6 +24,8 @@ def play(effects, rng, *, budget, error=0.05, keep=(), seeds=0.007, images=500, 
             each: (rng.random(images) < chance).astype(np.float32) for each, chance in zip(wanted, chances, strict=True)
         }
 
+    if order is not None:
+        return race_in_order([*order], RUNGS[-1].epochs, scores_of, lambda: budget, error)
     return race(len(effects), RUNGS, scores_of, lambda: budget, error, keep)
 
 
@@ -96,3 +98,23 @@ def test_the_best_of_those_to_be_compared_with_goes_on_where_there_is_room():
         assert not room or second & {4, 5} or {4, 5} <= dropped
         assert len(second & {4, 5}) <= 1 or len(second) == 6
         assert end.cost <= budget + 1e-9
+
+
+def test_in_order_the_likeliest_run_at_the_full_length_and_the_rest_is_not_begun():
+    effects, asked = np.array([-0.1, -0.002, 0, -0.05, -0.004, 0.2]), []
+    end = play(effects, np.random.default_rng(6), budget=7, asked=asked, images=2000, order=[4, 1, 2, 0, 3, 5])
+    assert end.cost <= 7 and all(each.epochs == 20 for each in asked) and len(set(asked)) == len(asked)
+    assert [each.candidate for each in asked[:4]] == [4, 4, 1, 1] and {each.candidate for each in asked} == {1, 2, 4}
+    assert {drop.candidate for drop in end.drops if drop.behind is None} == {0, 3, 5}  # however good the last is
+    assert len(end.standing) + len(end.drops) == 6
+    few = play(effects, np.random.default_rng(6), budget=1, order=[4, 1, 2, 0, 3, 5])
+    assert few.cost == 4 and few.seeds == 2  # two of two are the least that can be told apart
+    rich = play(effects, np.random.default_rng(6), budget=60, order=[4, 1, 2, 0, 3, 5], images=2000)
+    assert rich.leader == 5 and not any(drop.behind is None for drop in rich.drops)
+
+
+def test_in_order_equals_are_told_apart_no_more_often_than_the_error_says():
+    rng = np.random.default_rng(7)
+    ends = [play(np.zeros(6), rng, budget=20, order=range(6)) for _ in range(200)]
+    assert sum(len(end.standing) == 1 for end in ends) <= 10
+    assert sum(any(drop.tested and drop.candidate == 0 for drop in end.drops) for end in ends) <= 10

@@ -280,9 +280,9 @@ def test_an_edited_manifest_is_refused(copy, fashion, field):
             if key.split(".")[0] in ("recipe", "view_seed", "forward") or key == "dataset.name"
             if key not in ("recipe.kind", "forward.amp")
         ),
-        (lambda m: assign(m, "dataset.content_hash", "x"), "is of images with content_hash x, data.train has"),
-        (lambda m: assign(m, "dataset.count", 1200), "is of images with count 1200, data.train has 1201"),
-        (lambda m: assign(m, "dataset.num_classes", 11), "is of images with num_classes 11, data.train has 10"),
+        (lambda m: assign(m, "dataset.content_hash", "x"), "is of images with content_hash x, .*train.beton has"),
+        (lambda m: assign(m, "dataset.count", 1200), "is of images with count 1200, .*train.beton has 1201"),
+        (lambda m: assign(m, "dataset.num_classes", 11), "is of images with num_classes 11, .*train.beton has 10"),
         (lambda m: assign(m, "recipe.kind", "center_crop"), r"epoch_0001.* has identity"),
         (lambda m: assign(m, "forward.amp", "float16"), r"epoch_0001.* has identity"),
         *(
@@ -366,9 +366,9 @@ def test_a_damaged_manifest_is_refused(copy, fashion, damage, expected):
     ("asked", "expected"),
     [
         ({"split": "holdout"}, "is of images with content_hash"),
-        ({"content_hash": "sha256:other"}, "is of images with content_hash .*, data.train has sha256:other"),
-        ({"count": 1200}, "is of images with count 1201, data.train has 1200"),
-        ({"num_classes": 100}, "is of images with num_classes 10, data.train has 100"),
+        ({"content_hash": "sha256:other"}, "is of images with content_hash .*, .* has sha256:other"),
+        ({"count": 1200}, "is of images with count 1201, .* has 1200"),
+        ({"num_classes": 100}, "is of images with num_classes 10, .* has 100"),
     ],
 )
 def test_a_store_of_other_images_is_refused(store, fashion, asked, expected):
