@@ -145,10 +145,15 @@ def plane(found: Evidence) -> Figure:
     """How far each way to choose is behind trying all, against its cost."""
     figure, axes = plain_axes(width=9.0, height=5.4)
     ax = axes[0, 0]
-    kinds = {"race": (GREEN, "o", "-"), "trying all": (BLUE, "s", "-"), "free": (GREY, "x", "")}
+    kinds = {
+        "race": (ORANGE, "o", "-"),
+        "race in order": (GREEN, "o", "-"),
+        "trying all": (BLUE, "s", "-"),
+        "free": (GREY, "x", ""),
+    }
     ways = fresh(found)
     for kind, (color, marker, line) in kinds.items():
-        own = [way for way in ways if (way.cost == 0 if kind == "free" else way.name.startswith(kind))]
+        own = [way for way in ways if (way.cost == 0 if kind == "free" else way.name.startswith(f"{kind},"))]
         of = [summary(way.behind) for way in own]
         errors = [each.half if each.error is not None else 0 for each in of]
         ax.errorbar(

@@ -100,7 +100,12 @@ class Students:
     @cached_property
     def searches(self) -> list[str]:
         """Names of those that there are."""
-        return list(dict.fromkeys(key.split("/")[0] for key in self._file))
+        return list(dict.fromkeys(key.split("/")[0] for key in self._file if not key.startswith("own/")))
+
+    @cached_property
+    def own_loss(self) -> np.ndarray:
+        """Calibrated, of the teachers among the candidates, on each half of the images, float32 [candidates - 1, 2]."""
+        return self._file["own/loss"]
 
     @cached_property
     def correct(self) -> dict[str, np.ndarray]:
@@ -170,6 +175,7 @@ def ways_of(case: Students) -> Iterator[tuple[str, float, Choice]]:
     for percent in BUDGETS:
         budget = percent / 100 * TRIED * len(CANDIDATES)
         yield f"race, {percent} %", percent / 100, partial(_winner, case, budget)
+        yield f"race in order, {percent} %", percent / 100, partial(_winner, case, budget, in_order=True)
     singles = [CANDIDATES.index([epoch]) for epoch in KEPT]
     selection = read_selection(case.run / "selection" / "selection.json", "RUN_DIR")
     of = {each.epoch: each for each in selection.checkpoints}
@@ -200,17 +206,20 @@ def _best_of(case: Students, seeds: int, fold: Fold) -> int:
     return int(case.looked_at(fold, FULL, seeds).argmax())
 
 
-def _winner(case: Students, budget: float, fold: Fold) -> int:
-    return race(case, fold, budget).leader + 1
+def _winner(case: Students, budget: float, fold: Fold, in_order: bool = False) -> int:
+    return race(case, fold, budget, in_order).leader + 1
 
 
-def race(case: Students, fold: Fold, budget: float) -> rule.Outcome:
+def race(case: Students, fold: Fold, budget: float, in_order: bool) -> rule.Outcome:
     """A race as `search --race` runs it, on the answers of a fold, among all candidates but the first, no teacher."""
     correct = {epochs: case.correct[f"whole_{epochs}"][:, :, fold.half :: 2] for epochs in (*SHORT, EPOCHS)}
 
     def scores_of(wanted: list[Student]) -> Scores:
         return {s: correct[s.epochs][s.candidate + 1, _seed(fold, s)].astype(np.float32) for s in wanted}
 
+    if in_order:
+        order = case.own_loss[:, fold.half].argsort(kind="stable").tolist()
+        return rule.race_in_order(order, EPOCHS, scores_of, lambda: budget, 0.05)
     last = [CANDIDATES.index([LAST]) - 1]
     return rule.race(len(CANDIDATES) - 1, racing.rungs_of(EPOCHS), scores_of, lambda: budget, 0.05, last)
 

@@ -128,6 +128,9 @@ def train(folder: Path, task: Task, seed: int) -> None:
         words = ["--teacher.run", own, *(["--teacher.name", name] if name else []), "--views", EPOCHS]
         words += ["--store", run / "store", "--data.batch_size", 500, *CROPS]
         run_module(f"{task.name} {seed}: its logits", "ckd_dist.cache_logits", *images[:2], *words)
+    held_out = ["--data.train", folder / "holdout.beton", "--data.augment", "center_crop", "--data.image_size", SIDE]
+    held_out += ["--teacher.run", run / "teacher", "--views", 1, "--store", run / "held_out", "--data.batch_size", 500]
+    run_module(f"{task.name} {seed}: its own answers", "ckd_dist.cache_logits", *held_out)
     probe = ["--data.batch_size", 50, "--probe.steps", 50, "--probe.lr", 0.01, "--probe.repeats", 2]
     select = [*probe, "--student", "resnet8", "--student_epochs", EPOCHS, "--run_dir", run / "selection"]
     run_module(
@@ -137,7 +140,7 @@ def train(folder: Path, task: Task, seed: int) -> None:
     for name, words in searches:
         run_module(f"{task.name} {seed}: {name}", "ckd_dist.search", *words)
     console.rule(f"{task.name} {seed}: answers")
-    found: dict[str, np.ndarray] = {}
+    found = own_answers(run / "held_out", folder / "holdout.beton")
     for name, words in searches:
         found |= {f"{name}/{key}": value for key, value in answers(words).items()}
     file = io.BytesIO()
@@ -216,6 +219,27 @@ def answers(words: list[object]) -> dict[str, np.ndarray]:
         short = model.rpartition(":")[2]
         found |= {f"{short}/correct": np.packbits(correct, axis=2), f"{short}/loss": losses}
     return found
+
+
+def own_answers(store: Path, images: Path) -> dict[str, np.ndarray]:
+    """Of the teachers among the candidates: whether an image is answered right, as bits uint8 [candidates, images / 8],
+    and the loss at the best temperature on every second image, and on the others, float32 [candidates, 2]."""
+    import torch
+
+    from ckd_dist.data.beton import open_beton
+    from ckd_dist.data.loader import read_labels
+    from ckd_dist.nn.losses import ensemble_logits, scaled_cross_entropies
+    from ckd_dist.store.reader import StoreReader
+
+    reader = StoreReader(str(store), list(KEPT))
+    labels = torch.from_numpy(read_labels(open_beton(images, "images")))
+    ids, correct, losses = np.arange(len(labels)), [], []
+    for members in CANDIDATES[1:]:
+        logits = ensemble_logits([reader.logits(ids, 0, KEPT.index(epoch)) for epoch in members])
+        correct.append((logits.argmax(dim=1) == labels).numpy())
+        scaled = scaled_cross_entropies(logits, labels)
+        losses.append([scaled[half::2].mean(dim=0).min().item() for half in (0, 1)])
+    return {"own/correct": np.packbits(correct, axis=1), "own/loss": np.array(losses, dtype=np.float32)}
 
 
 if __name__ == "__main__":
