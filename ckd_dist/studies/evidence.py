@@ -103,9 +103,10 @@ class Students:
         return list(dict.fromkeys(key.split("/")[0] for key in self._file if not key.startswith("own/")))
 
     @cached_property
-    def own_loss(self) -> np.ndarray:
-        """Calibrated, of the teachers among the candidates, on each half of the images, float32 [candidates - 1, 2]."""
-        return self._file["own/loss"]
+    def own_top1(self) -> np.ndarray:
+        """Of the teachers among the candidates, on each half of the images, float [candidates - 1, 2]."""
+        own = np.unpackbits(self._file["own/correct"], axis=1)
+        return np.stack([own[:, half::2].mean(axis=1) for half in (0, 1)], axis=1)
 
     @cached_property
     def correct(self) -> dict[str, np.ndarray]:
@@ -218,7 +219,7 @@ def race(case: Students, fold: Fold, budget: float, in_order: bool) -> rule.Outc
         return {s: correct[s.epochs][s.candidate + 1, _seed(fold, s)].astype(np.float32) for s in wanted}
 
     if in_order:
-        order = case.own_loss[:, fold.half].argsort(kind="stable").tolist()
+        order = (-case.own_top1[:, fold.half]).argsort(kind="stable").tolist()
         return rule.race_in_order(order, EPOCHS, scores_of, lambda: budget, 0.05)
     last = [CANDIDATES.index([LAST]) - 1]
     return rule.race(len(CANDIDATES) - 1, racing.rungs_of(EPOCHS), scores_of, lambda: budget, 0.05, last)

@@ -222,24 +222,19 @@ def answers(words: list[object]) -> dict[str, np.ndarray]:
 
 
 def own_answers(store: Path, images: Path) -> dict[str, np.ndarray]:
-    """Of the teachers among the candidates: whether an image is answered right, as bits uint8 [candidates, images / 8],
-    and the loss at the best temperature on every second image, and on the others, float32 [candidates, 2]."""
+    """Whether the teachers among the candidates answer an image right, as bits uint8 [candidates, images / 8]."""
     import torch
 
     from ckd_dist.data.beton import open_beton
     from ckd_dist.data.loader import read_labels
-    from ckd_dist.nn.losses import ensemble_logits, scaled_cross_entropies
+    from ckd_dist.nn.losses import ensemble_logits
     from ckd_dist.store.reader import StoreReader
 
     reader = StoreReader(str(store), list(KEPT))
     labels = torch.from_numpy(read_labels(open_beton(images, "images")))
-    ids, correct, losses = np.arange(len(labels)), [], []
-    for members in CANDIDATES[1:]:
-        logits = ensemble_logits([reader.logits(ids, 0, KEPT.index(epoch)) for epoch in members])
-        correct.append((logits.argmax(dim=1) == labels).numpy())
-        scaled = scaled_cross_entropies(logits, labels)
-        losses.append([scaled[half::2].mean(dim=0).min().item() for half in (0, 1)])
-    return {"own/correct": np.packbits(correct, axis=1), "own/loss": np.array(losses, dtype=np.float32)}
+    logits = {epoch: reader.logits(np.arange(len(labels)), 0, member) for member, epoch in enumerate(KEPT)}
+    together = [ensemble_logits([logits[epoch] for epoch in members]) for members in CANDIDATES if members]
+    return {"own/correct": np.packbits([(each.argmax(dim=1) == labels).numpy() for each in together], axis=1)}
 
 
 if __name__ == "__main__":
