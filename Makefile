@@ -10,7 +10,7 @@ SHELL := bash
 .SHELLFLAGS := -euo pipefail -c
 .ONESHELL:
 .DEFAULT_GOAL := help
-.PHONY: help quickstart test soak codecs study bench lint docs wheelhouse setup testbed clean
+.PHONY: help quickstart test soak codecs study checkpoints trajectories bench lint docs wheelhouse setup testbed clean
 
 help:  ## list the targets
 	@sed -nE 's/^([a-z]+):.*## (.*)/make \1|\2/p' Makefile | while IFS='|' read -r target text; do
@@ -29,8 +29,15 @@ soak: setup  ## set up, then kill a caching 60 times at random moments, 7 minute
 codecs: setup  ## set up, then make the documentation's table of codecs, 2 hours on two cores
 	@.venv/bin/python -m ckd_dist.studies.codecs $(ARGS)
 
-study: setup  ## set up, then the study of the documentation and its report, 100 minutes on two cores
+study: setup  ## set up, then write the documentation's tables anew, from the results in configs/study
+	@.venv/bin/python -m ckd_dist.studies.tables $(ARGS)
+
+checkpoints: setup  ## set up, then the study of one teacher anew, with its report, 100 minutes on two cores
 	@.venv/bin/python -m ckd_dist.studies.checkpoints $(ARGS)
+
+trajectories: setup  ## set up, then the study of several teachers anew, three hours on two cores
+	@.venv/bin/python -m ckd_dist.studies.trajectories runs/trajectories $(ARGS)
+	.venv/bin/python -m ckd_dist.studies.evidence runs/trajectories
 
 bench: setup  ## set up, then measure the speed of this machine
 	@.venv/bin/python -m ckd_dist.bench $(ARGS)

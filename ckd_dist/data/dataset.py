@@ -148,8 +148,11 @@ def read_info(path: str | Path, option: str) -> DatasetInfo:
     )
 
 
-def train_recipe(config: ViewDataConfig, info: DatasetInfo, cached: ViewRecipe | None = None) -> ViewRecipe:
+def train_recipe(
+    config: ViewDataConfig, info: DatasetInfo, cached: ViewRecipe | None = None, crop_share: float | None = None
+) -> ViewRecipe:
     """The recipe of the training views: from the options, else the `cached` recipe, else a default for the images.
+    `crop_share`: of center_crop, as in `eval_recipe`.
 
     Raises `UserError` where an option contradicts `cached` or the images.
     """
@@ -164,7 +167,7 @@ def train_recipe(config: ViewDataConfig, info: DatasetInfo, cached: ViewRecipe |
         "flip": None if config.flip is None else 0.5 * config.flip,
         **{name: getattr(config, name) for name in _SAME_IN_BOTH},
     }
-    default = cached or (eval_recipe(info, kind) if kind == "center_crop" else ViewRecipe(kind=kind))
+    default = cached or (eval_recipe(info, kind, crop_share) if kind == "center_crop" else ViewRecipe(kind=kind))
     recipe = replace(default, **{name: value for name, value in selected.items() if value is not None})
     if cached is not None:
         ours, held = recipe.to_dict(), cached.to_dict()

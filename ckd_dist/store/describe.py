@@ -27,7 +27,6 @@ def describe(config: CacheConfig, device: torch.device) -> tuple[Manifest, Recor
     """(manifest, recorder): what a store of the options `config` holds, and what computes its records; collective.
     Raises `UserError` where options, images and the teacher's run do not go together."""
     info = open_beton(config.data.train, "data.train", verify=config.data.verify)
-    recipe = train_recipe(config.data, info)
     trajectory = checkpoint.trajectory(config.teacher.run, "teacher.run")
     epochs = checkpoint.choose(trajectory, config.teacher.checkpoints or list(trajectory), "teacher.checkpoints")
     members = {}
@@ -47,7 +46,10 @@ def describe(config: CacheConfig, device: torch.device) -> tuple[Manifest, Recor
         metadata = {**metadata, **kept}
     info = classes.match_model(info, "data.train", metadata, config.teacher.run, config.data.map_classes)
     codec = factory.from_config(config, info.num_classes)
+    recipe = train_recipe(config.data, info, crop_share=metadata.get("crop_share"))
     image_size = config.data.image_size or metadata["image_size"]
+    if recipe.kind == "center_crop" and config.data.image_size is None:
+        image_size = metadata.get("val_image_size") or image_size
     probe.require_fits(model, metadata["model"], num_classes, image_size, "data.image_size")
     manifest = Manifest(
         dataset={
