@@ -40,24 +40,34 @@ def main() -> None:
     print(json.dumps(found, indent=2))
 
 
-def equal(run: Path) -> dict[str, float]:
-    """Shares of races of equal candidates in which one was dropped by the test, a given one, and all but one."""
+def equal(run: Path) -> list[dict[str, float | str]]:
+    """Of races of equal candidates the shares in which a given one was dropped by the test, and all but one."""
     rungs = racing.rungs_of(EPOCHS)
     pool = {rung.epochs: np.unpackbits(_pool(run, rung.epochs), axis=2)[0].astype(np.float32) for rung in rungs}
-    budget = racing.DEFAULT_BUDGET * racing.FULL_SEEDS * EQUAL
-    given = alone = 0
-    generator = np.random.default_rng(0)
+    found = []
+    for share, in_order in ((racing.DEFAULT_BUDGET, False), (racing.DEFAULT_BUDGET, True), (0.6, True)):
+        ends = _games(pool, share * racing.FULL_SEEDS * EQUAL, in_order)
+        tested = [[drop.candidate for drop in end.drops if drop.tested] for end in ends]
+        row = {"rule": "in order" if in_order else "all begin", "budget": share, "races": GAMES}
+        row |= {"given one dropped": sum(0 in each for each in tested) / GAMES}
+        found.append({**row, "all told apart": sum(len(end.standing) == 1 for end in ends) / GAMES})
+    return found
+
+
+def _games(pool: dict[int, np.ndarray], budget: float, in_order: bool) -> list[rule.Outcome]:
+    """Races of candidates that students of `pool`, epochs -> float32 [students, images], are dealt out among."""
+    generator, ends = np.random.default_rng(0), []
     for _ in range(GAMES):
         dealt = {epochs: generator.permutation(len(own)).reshape(EQUAL, -1) for epochs, own in pool.items()}
 
         def scores_of(wanted: list[Student], dealt: dict[int, np.ndarray] = dealt) -> Scores:
             return {each: pool[each.epochs][dealt[each.epochs][each.candidate, each.seed]] for each in wanted}
 
-        outcome = rule.race(EQUAL, rungs, scores_of, lambda: budget, ERROR)
-        tested = [drop.candidate for drop in outcome.drops if drop.tested]
-        given += 0 in tested
-        alone += len(tested) == EQUAL - 1
-    return {"races": GAMES, "given one dropped": given / GAMES, "all told apart": alone / GAMES}
+        if in_order:
+            ends.append(rule.race_in_order(range(EQUAL), EPOCHS, scores_of, lambda: budget, ERROR))
+        else:
+            ends.append(rule.race(EQUAL, racing.rungs_of(EPOCHS), scores_of, lambda: budget, ERROR))
+    return ends
 
 
 def _pool(run: Path, epochs: int) -> np.ndarray:
