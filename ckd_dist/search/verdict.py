@@ -91,7 +91,8 @@ def _over_last(race: Race, outcome: Outcome) -> str:
         return "it is the last checkpoint"
     known = {each: outcome.against[each] for each in race.last if each in outcome.against}
     if not known:
-        return "the last checkpoint was behind before"
+        not_begun = {drop.candidate for drop in outcome.drops if drop.behind is None}
+        return f"the last checkpoint was {'not begun' if not_begun.issuperset(race.last) else 'behind before'}"
     best = min(known.values(), key=lambda each: each.difference)
     low, high = best.interval(0.95)
     return (
