@@ -151,10 +151,9 @@ def train(folder: Path, task: Task, seed: int) -> None:
 CROPS: list[object] = ["--data.augment", "random_resized_crop", "--data.crop_scale_min", 0.8, "--data.image_size", SIDE]
 TEACHER: list[object] = [
     *("--model.name", "resnet20", "--epochs", LAST, "--data.batch_size", 64, *CROPS),
-    *("--optim.lr", 0.05, "--optim.schedule", "multistep", "--optim.milestones", "[20]", "--optim.gamma", 0.2),
-    *("--optim.weight_decay", 0, "--log_every", 1000),
+    *("--optim.schedule", "multistep", "--optim.milestones", "[30,45]", "--log_every", 1000),
 ]
-"""With little augmentation, no decay and many epochs at a small rate: it is to have the time to learn by heart."""
+"""With little augmentation and many epochs at a small rate, so that it has the time to learn by heart."""
 
 
 def teachers(seed: int) -> dict[str, tuple[int, list[object]]]:
