@@ -187,28 +187,28 @@ def regret(ways: Sequence[WayToChoose], singles: list[StudentGroup]) -> Figure:
 
 def race(found: Race) -> Figure:
     """How long each candidate was in a race, in what all of it had cost by then, and why it is out."""
-    out = {drop.candidate: drop for drop in found.drops}
-    order = [
-        *(d.candidate for d in sorted(found.drops, key=lambda d: (d.cost, -(d.behind or 0)))),
-        *found.standing[::-1],
-    ]
+    begun = sorted((each for each in found.drops if each.behind is not None), key=lambda d: (d.cost, -(d.behind or 0)))
+    not_begun = [each for each in found.drops if each.behind is None][::-1]
+    out = {drop.candidate: drop for drop in (*not_begun, *begun)}
+    order = [*out, *found.standing[::-1]]
     figure, axes = plain_axes(height=0.3 * len(order) + 1.4, width=9.0)
     ax = axes[0, 0]
     kinds = {
         "behind by more than the noise": GREY,
-        "behind or not begun, for want of budget": ORANGE,
+        "behind, no budget to go on": ORANGE,
         "not told apart from the leader": BLUE,
         "leader": GREEN,
     }
     for place, candidate in enumerate(order):
         drop = out.get(candidate)
         kind = list(kinds)[not drop.tested] if drop else list(kinds)[2 + (candidate == found.leader)]
-        ax.barh(place, drop.cost if drop else found.cost, color=kinds[kind], height=0.6)
+        length = 0 if drop and drop.behind is None else drop.cost if drop else found.cost
+        ax.barh(place, length, color=kinds[kind], height=0.6)
         if drop:
             text = "not begun: its own answers are worse"
             if drop.behind is not None:
                 text = f"{100 * drop.behind:.1f} points behind, {drop.seeds} x {drop.epochs} epochs"
-            ax.annotate(text, (drop.cost, place), textcoords="offset points", xytext=(4, -3), fontsize=7)
+            ax.annotate(text, (length, place), textcoords="offset points", xytext=(4, -3), fontsize=7)
     ax.set_yticks(range(len(order)), [found.candidates[candidate] for candidate in order], fontsize=8)
     ax.set_xlabel("cost of the race, in students of the full length")
     ax.margins(x=0.25)

@@ -64,7 +64,14 @@ def test_a_race_is_shown_alone_and_beside_a_search(tmp_path, capsys, monkeypatch
         {"candidate": 0, "epochs": 2, "seeds": 2, "behind": 0.1, "tested": True, "cost": 1.5},
         {"candidate": 2, "epochs": 8, "seeds": 3, "behind": 0.01, "tested": False, "cost": 4.0},
     ]
-    race = {"format": 1, "choice": {"4": "x"}, "candidates": ["A & B", "C", "D", "E"], "leader": 1, "standing": [1, 3]}
+    race = {
+        "format": 1,
+        "choice": {"4": "x"},
+        "candidates": ["A & B", "C", "D", "E", "F"],
+        "leader": 1,
+        "standing": [1, 3],
+    }
+    drops.append({"candidate": 4, "epochs": 0, "seeds": 0, "behind": None, "tested": False, "cost": 4.0})
     race |= {"drops": drops, "cost": 6.0, "verdict": ["these 2 cannot be told apart at this budget: C; E"], "seeds": 2}
     (tmp_path / "race").mkdir()
     (tmp_path / "race" / "race.json").write_text(json.dumps(race))
@@ -73,7 +80,7 @@ def test_a_race_is_shown_alone_and_beside_a_search(tmp_path, capsys, monkeypatch
     text = (tmp_path / "report" / "report.html").read_text()
     assert "The race race" in text and "cannot be told apart" in text and "race_race" in text
     assert (tmp_path / "report" / "race_race.png").stat().st_size > 10_000
-    (tmp_path / "race" / "race.json").write_text(json.dumps({**race, "leader": 4}))
+    (tmp_path / "race" / "race.json").write_text(json.dumps({**race, "leader": 5}))
     with pytest.raises(UserError, match=r"RUNS: .*race\.json is damaged .*a number is of no candidate"):
         report.main()
 
