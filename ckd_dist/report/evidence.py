@@ -142,39 +142,31 @@ def _by_task(cases: Sequence[Case]) -> dict[str, list[Case]]:
 
 
 def plane(found: Evidence) -> Figure:
-    """How far each way to choose is behind trying all, against its cost."""
-    figure, axes = plain_axes(width=9.0, height=5.4)
-    ax = axes[0, 0]
-    kinds = {
-        "race": (ORANGE, "o", "-"),
-        "race in order": (GREEN, "o", "-"),
-        "trying all": (BLUE, "s", "-"),
-        "free": (GREY, "x", ""),
-    }
+    """How far each way to choose is behind trying all, against its cost; beside it those that cost no student."""
+    figure, axes = plain_axes(columns=2, width=11.0, height=4.2)
+    costly, free = axes[0]
     ways = fresh(found)
-    for kind, (color, marker, line) in kinds.items():
-        own = [way for way in ways if (way.cost == 0 if kind == "free" else way.name.startswith(f"{kind},"))]
+    for kind, color in {"race": ORANGE, "race in order": GREEN, "trying all": BLUE}.items():
+        own = [way for way in ways if way.name.startswith(f"{kind},")]
         of = [summary(way.behind) for way in own]
-        errors = [each.half if each.error is not None else 0 for each in of]
-        ax.errorbar(
-            [100 * way.cost for way in own],
-            [each.mean for each in of],
-            errors,
-            color=color,
-            marker=marker,
-            linestyle=line,
-            capsize=3,
-            label=kind,
-        )
-        for way, each in zip(own, of, strict=True):
-            if kind == "free":
-                place = (100 * way.cost, each.mean)
-                ax.annotate(way.name, place, textcoords="offset points", xytext=(8, -3), fontsize=7)
-    ax.axhline(0, color="black", linewidth=0.8)
-    ax.set_xlabel("students trained, % of trying all")
-    ax.set_ylabel("points of top-1 behind trying all")
-    ax.legend(frameon=False, fontsize=9)
+        x, y, errors = [100 * way.cost for way in own], [each.mean for each in of], list(map(_bar, of))
+        costly.errorbar(x, y, errors, color=color, marker="o", capsize=3, label=kind)
+    costly.axhline(0, color="black", linewidth=0.8)
+    costly.set_xlabel("students trained, % of trying all")
+    costly.set_ylabel("points of top-1 behind trying all")
+    costly.legend(frameon=False, fontsize=9)
+    known = {way.name: summary(way.behind) for way in ways if way.cost == 0}
+    names = sorted(known, key=lambda name: -known[name].mean)
+    means, errors = [known[name].mean for name in names], [_bar(known[name]) for name in names]
+    free.errorbar(means, range(len(names)), xerr=errors, color=GREY, marker="o", linestyle="", capsize=3)
+    free.set_yticks(range(len(names)), names, fontsize=8)
+    free.axvline(0, color="black", linewidth=0.8)
+    free.set_xlabel("points behind, for no student")
     return figure
+
+
+def _bar(of: Summary) -> float:
+    return of.half if of.error is not None else 0.0
 
 
 def own_losses(found: Evidence) -> Figure:
