@@ -4,11 +4,16 @@ best."""
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from ckd_dist.core.errors import require
 from ckd_dist.search.trials import Search, Trial
+
+if TYPE_CHECKING:
+    from ckd_dist.data.dataset import DatasetInfo
+    from ckd_dist.store.reader import StoreReader
 
 OPTION = "race_prior"
 
@@ -26,10 +31,6 @@ def order(search: Search, candidates: Sequence[Trial]) -> list[int]:
 def top1(search: Search, teachers: Sequence[Sequence[int | str]]) -> list[float]:
     """Of each teacher, some checkpoints together, the percentage of the images of data.val that it answers right; of a
     sequence of checkpoints the mean of theirs."""
-    import torch
-
-    from ckd_dist.data.loader import read_labels
-    from ckd_dist.nn.losses import ensemble_logits
     from ckd_dist.store.reader import StoreReader
 
     info, combine = search.images["data.val"], search.config.teacher.combine
@@ -40,14 +41,29 @@ def top1(search: Search, teachers: Sequence[Sequence[int | str]]) -> list[float]
         require(
             theirs == search.teacher.weights_sha256(name),
             f"{OPTION}: checkpoint {name} of {reader.store} is another than that of {search.teacher.path}: write one "
-            f"of the two anew",
+            "of the two anew",
         )
-    labels = torch.from_numpy(read_labels(info))
     parts = [[[name] for name in members] if combine == "sequence" else [members] for members in teachers]
-    right: dict[tuple, int] = {tuple(part): 0 for each in parts for part in each}
+    asked = list(dict.fromkeys(tuple(part) for each in parts for part in each))
+    found = dict(zip(asked, (100 * correct(reader, info, asked, combine).mean(axis=1)).tolist(), strict=True))
+    return [sum(found[tuple(part)] for part in each) / len(each) for each in parts]
+
+
+def correct(
+    reader: StoreReader, info: DatasetInfo, teachers: Sequence[Sequence[int | str]], combine: str = "logits"
+) -> np.ndarray:
+    """Whether each teacher, some checkpoints that `reader` has of the images of `info`, answers an image right, bool
+    [teachers, images]."""
+    import torch
+
+    from ckd_dist.data.loader import read_labels
+    from ckd_dist.nn.losses import ensemble_logits
+
+    labels = torch.from_numpy(read_labels(info))
+    right = np.empty((len(teachers), info.count), dtype=bool)
     for ids in np.array_split(np.arange(info.count), -(-info.count // 4096)):
-        logits = {name: reader.logits(ids, 0, member) for member, name in enumerate(names)}
-        for part in right:
-            together = ensemble_logits([logits[name] for name in part], combine=combine)
-            right[part] += int((together.argmax(dim=1) == labels[ids]).sum())
-    return [sum(100 * right[tuple(part)] / info.count for part in each) / len(each) for each in parts]
+        logits = {name: reader.logits(ids, 0, member) for member, name in enumerate(reader.checkpoints)}
+        for own, members in zip(right, teachers, strict=True):
+            together = ensemble_logits([logits[name] for name in members], combine=combine)
+            own[ids] = (together.argmax(dim=1) == labels[ids]).numpy()
+    return right

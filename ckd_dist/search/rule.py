@@ -183,7 +183,8 @@ def race(
         if number:
             goes_on, limit = _limit(rungs, number, budget(), play.spent + 4 * price)
             room = max(2, int((limit - play.spent) / (2 * price) + 1e-9))
-            play.leave([each for each in play.running if each not in _kept(play.running, room, keep)])
+            going_on = _kept(play.running, room, keep)
+            play.leave([each for each in play.running if each not in going_on])
             play.next_rung()
         seeds = 0
         while len(play.running) > 1:

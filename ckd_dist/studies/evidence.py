@@ -282,8 +282,12 @@ def claims(case: Students) -> Iterator[tuple[str, float]]:
 
 def _own_losses(case: Students) -> dict[int, float]:
     """Checkpoint -> held-out loss of the teacher itself."""
-    lines = map(json.loads, (case.run / "teacher" / "metrics.jsonl").read_text(encoding="utf-8").splitlines())
-    return {line["epoch"] + 1: line["loss"] for line in lines if line["split"] == "val"}
+    return {line["epoch"] + 1: line["loss"] for line in _evaluations(case.run / "teacher")}
+
+
+def _evaluations(run: Path) -> list[dict]:
+    lines = map(json.loads, (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines())
+    return [line for line in lines if line["split"] == "val"]
 
 
 def losses(case: Students) -> Iterator[tuple[str, float]]:
@@ -327,8 +331,7 @@ def _running(case: Students) -> list[list[list[dict]]]:
     for members in CANDIDATES:
         name = f"{case.model.replace(':', '.')}_teacher_{'+'.join(map(str, members)) or 'none'}"
         paths = sorted(folder.glob(f"{name}_kd_*_seed_*") if members else folder.glob(f"{name}_seed_*"))
-        logs = [(path / "metrics.jsonl").read_text(encoding="utf-8").splitlines() for path in paths]
-        found.append([[each for each in map(json.loads, log) if each["split"] == "val"] for log in logs])
+        found.append([_evaluations(path) for path in paths])
     return found
 
 

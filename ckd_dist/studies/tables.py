@@ -67,10 +67,8 @@ def _of_evidence(name: str) -> list[str]:
 
 def _few_columns() -> list[str]:
     """The comparison, as far as it is of interest to somebody who looks in."""
-    return [
-        "| " + " | ".join(cells[place] for place in (1, 7, 8, 9, 10)) + " |"
-        for cells in ([each.strip() for each in line.strip("|").split("|")] for line in page.markdown(_students()))
-    ]
+    head, *rows = [[row[place] for place in (0, 6, 7, 8, 9)] for row in (page.HEAD, *page.comparison(_students()))]
+    return evidence.Table("", "", head, rows).markdown()
 
 
 TABLES: dict[str, Callable[[], list[str]]] = {

@@ -27,6 +27,7 @@ import numpy as np
 from ckd_dist.core.files import write_bytes_atomically
 from ckd_dist.core.options import Parser, load_config
 from ckd_dist.core.process import run_process
+from ckd_dist.search import prior
 from ckd_dist.search.options import SearchConfig
 from ckd_dist.studies.commands import console, run_module
 
@@ -136,7 +137,7 @@ def train(folder: Path, task: Task, seed: int) -> None:
     run_module(
         f"{task.name} {seed}: scores", "ckd_dist.select_teacher", *images, "--teacher.run", run / "teacher", *select
     )
-    searches = [(name, words) for name, words in all_searches(folder, seed)]
+    searches = list(all_searches(folder, seed))
     for name, words in searches:
         run_module(f"{task.name} {seed}: {name}", "ckd_dist.search", *words)
     console.rule(f"{task.name} {seed}: answers")
@@ -222,18 +223,12 @@ def answers(words: list[object]) -> dict[str, np.ndarray]:
 
 def own_answers(store: Path, images: Path) -> dict[str, np.ndarray]:
     """Whether the teachers among the candidates answer an image right, as bits uint8 [candidates, images / 8]."""
-    import torch
-
     from ckd_dist.data.beton import open_beton
-    from ckd_dist.data.loader import read_labels
-    from ckd_dist.nn.losses import ensemble_logits
     from ckd_dist.store.reader import StoreReader
 
-    reader = StoreReader(str(store), list(KEPT))
-    labels = torch.from_numpy(read_labels(open_beton(images, "images")))
-    logits = {epoch: reader.logits(np.arange(len(labels)), 0, member) for member, epoch in enumerate(KEPT)}
-    together = [ensemble_logits([logits[epoch] for epoch in members]) for members in CANDIDATES if members]
-    return {"own/correct": np.packbits([(each.argmax(dim=1) == labels).numpy() for each in together], axis=1)}
+    info = open_beton(images, "images")
+    right = prior.correct(StoreReader(str(store), list(KEPT), info), info, CANDIDATES[1:])
+    return {"own/correct": np.packbits(right, axis=1)}
 
 
 if __name__ == "__main__":
