@@ -308,67 +308,6 @@ def read_bench(path: Path, option: str) -> Bench:
 
 
 @dataclass(frozen=True)
-class Case:
-    """One training of a teacher, and one kind of student."""
-
-    task: str
-    teacher: int
-    """Seed of its training."""
-    student: str
-    value: float
-
-    __pydantic_config__ = _FINITE
-
-
-@dataclass(frozen=True)
-class Series:
-    """A quantity in many cases."""
-
-    name: str
-    cases: list[Case]
-
-
-@dataclass(frozen=True)
-class Way:
-    """To choose a teacher."""
-
-    name: str
-    cost: float
-    """In students trained, as a share of trying all with three seeds."""
-    behind: list[Case]
-    """Points of top-1 that its choice is below that of trying all, by students that neither looked at."""
-    regret: list[Case]
-    """Points that its choice is below the best mean of all five seeds."""
-
-    __pydantic_config__ = _FINITE
-
-
-@dataclass(frozen=True)
-class Evidence:
-    """evidence.json: what the study of several teachers found."""
-
-    format: Literal[1]
-    candidates: int
-    """Among which was chosen."""
-    seeds: int
-    """Of trying all of them."""
-    tuned_on: list[int]
-    """Teachers that the race was tuned on."""
-    ways: list[Way]
-    claims: list[Series]
-    """Differences in points of top-1."""
-    predictors: list[Series]
-    """Rank correlations with what students are in the end; the name ends with the percentage of the epochs."""
-    losses: list[Series]
-    """Of a teacher over its own training, on held-out images: a series for each checkpoint."""
-
-
-def read_evidence(path: Path, option: str) -> Evidence:
-    """evidence.json; raises `UserError` where it is damaged."""
-    return read_json(path, Evidence, option, "remove it, or run ckd_dist.studies.evidence again")
-
-
-@dataclass(frozen=True)
 class Metric:
     """What the report reads of a line of metrics.jsonl."""
 

@@ -11,7 +11,7 @@ from typing import NamedTuple
 from matplotlib.figure import Figure
 from scipy import stats
 
-from ckd_dist.core.results import Case, Evidence, Way
+from ckd_dist.core.evidence import Case, Errors, Evidence, Way
 from ckd_dist.report.figures import BLUE, GREEN, GREY, ORANGE, plain_axes
 
 
@@ -63,9 +63,10 @@ class Table(NamedTuple):
         return [f"| {' | '.join(line)} |" for line in (self.head, ["---"] * len(self.head), *self.rows)]
 
 
-def tables(found: Evidence) -> list[Table]:
-    """All that there are."""
-    return [_ways(found), _claims(found), _predictors(found)]
+def tables(found: Evidence) -> dict[str, Table]:
+    """All that there are, by short names."""
+    made = {"ways": _ways(found), "claims": _claims(found), "predictors": _predictors(found)}
+    return made | ({"errors": _errors(found.errors)} if found.errors else {})
 
 
 def _ways(found: Evidence) -> Table:
@@ -116,6 +117,28 @@ def _predictors(found: Evidence) -> Table:
     )
     rows = [[kind, *(of.get(share, "") for share in shares)] for kind, of in kinds.items()]
     return Table("What tells beforehand", text, ["looked at", *shares], rows)
+
+
+def _errors(found: Errors) -> Table:
+    rows = [
+        [f"{of.rule}, {100 * of.budget:.0f} %", _share(of.dropped, of.races), _share(of.told_apart, of.races)]
+        for of in found.equal
+    ]
+    good = found.planted
+    text = (
+        f"Ten equal teachers: students of one checkpoint are dealt out among ten candidates, {found.equal[0].races} "
+        "times; the races in which a given one of them was dropped by the test, and in which all but one were. One "
+        f"good teacher among nine that were trained for a few epochs, {good.races} races without a prior at "
+        f"{100 * good.cost:.1f} % of the cost of trying all: it was chosen in {_share(good.found, good.races)}, and "
+        f"all others dropped in {_share(good.alone, good.races)}. In brackets 95 % intervals (Clopper and Pearson)."
+    )
+    return Table("How often a race errs", text, ["equal teachers", "one dropped", "one alone left"], rows)
+
+
+def _share(count: int, of: int) -> str:
+    """A percentage with its interval."""
+    low, high = stats.binomtest(count, of).proportion_ci()
+    return f"{100 * count / of:.1f} % ({100 * low:.1f} to {100 * high:.1f})"
 
 
 def fresh(found: Evidence) -> list[Way]:

@@ -13,6 +13,7 @@ from scipy import stats
 from ckd_dist.core import results
 from ckd_dist.core.blocks import residuals
 from ckd_dist.core.errors import require
+from ckd_dist.core.evidence import Evidence, read_evidence
 from ckd_dist.core.identity import read_lineage
 from ckd_dist.core.options import Scaling
 from ckd_dist.core.results import Candidate, Selection
@@ -107,7 +108,7 @@ class Study:
     bench: results.Bench | None
     races: dict[str, results.Race]
     """By their folders under that of the runs."""
-    evidence: results.Evidence | None
+    evidence: Evidence | None
     """Of a study of several teachers."""
     notes: list[str]
     """What is left out, and why."""
@@ -137,7 +138,7 @@ def read_study(runs: Path) -> Study:
     found = sorted(runs.rglob("race.json"))
     races = {str(path.parent.relative_to(runs)): results.read_race(path, "RUNS") for path in found}
     studies = sorted(runs.rglob("evidence.json"))[:1]
-    evidence = results.read_evidence(studies[0], "RUNS") if studies else None
+    evidence = read_evidence(studies[0], "RUNS") if studies else None
     require(bool(tables or races or evidence), f"RUNS: no results.csv under {runs}: let ckd_dist.search finish first")
     if not tables:
         return Study(runs, [], [], None, races, evidence, [], [*found, *studies])

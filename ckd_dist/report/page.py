@@ -10,7 +10,8 @@ from pathlib import Path
 
 from matplotlib.figure import Figure
 
-from ckd_dist.core.results import Evidence, mean_and_deviation
+from ckd_dist.core.evidence import Evidence
+from ckd_dist.core.results import mean_and_deviation
 from ckd_dist.report import evidence, figures
 from ckd_dist.report.findings import (
     Difference,
@@ -197,9 +198,9 @@ def _headline(each: Sequence[StudentGroup], split: str) -> str:
 
 def _evidence_sections(found: Evidence, pictures: dict[str, bytes]) -> Iterator[str]:
     """Everything about a study of several teachers."""
-    shown = {"ways": [evidence.plane(found)], "claims": [evidence.own_losses(found)], "predictors": []}
-    for (name, own), table in zip(shown.items(), evidence.tables(found), strict=True):
-        drawn = [_picture(figure, f"evidence_{name}", pictures) for figure in own]
+    shown = {"ways": [evidence.plane(found)], "claims": [evidence.own_losses(found)]}
+    for name, table in evidence.tables(found).items():
+        drawn = [_picture(figure, f"evidence_{name}", pictures) for figure in shown.get(name, [])]
         yield _section(table.title, _paragraph(table.text), *drawn, _table(table.head, table.rows))
 
 

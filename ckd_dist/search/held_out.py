@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -59,19 +59,12 @@ def _path(trial: Trial) -> Path:
 def _ask(search: Search, trials: Sequence[Trial], device: torch.device) -> None:
     import torch
 
-    from ckd_dist.data.loader import BetonLoader
-    from ckd_dist.nn.forward import forward_logits
     from ckd_dist.nn.losses import SCALES, scaled_cross_entropies
 
-    networks, metadata = load_students(trials, device)
-    info = search.images["data.val"]
-    as_evaluated = replace(search.config.data, image_size=None)
-    loader = BetonLoader.for_evaluation(info, as_evaluated, metadata, device)
     found: list[list[tuple[torch.Tensor, torch.Tensor]]] = [[] for _ in trials]
-    for batch in loader.batches(np.arange(info.count)):
-        for own, network in zip(found, networks, strict=True):
-            logits = forward_logits(network, batch.images, search.config.amp)
-            own.append((logits.argmax(dim=1) == batch.labels, scaled_cross_entropies(logits, batch.labels)))
+    for labels, answered in held_out_logits(search, trials, device):
+        for own, logits in zip(found, answered, strict=True):
+            own.append((logits.argmax(dim=1) == labels, scaled_cross_entropies(logits, labels)))
     for trial, own in zip(trials, found, strict=True):
         correct, losses = (torch.cat(each).cpu() for each in zip(*own, strict=True))
         best = int(losses.double().mean(dim=0).argmin())
@@ -79,6 +72,22 @@ def _ask(search: Search, trials: Sequence[Trial], device: torch.device) -> None:
         loss = losses[:, best].numpy()
         np.savez(file, epochs=trial.config.epochs, correct=correct.numpy(), loss=loss, scale=SCALES[best])
         write_bytes_atomically(_path(trial), file.getvalue())
+
+
+def held_out_logits(
+    search: Search, trials: Sequence[Trial], device: torch.device
+) -> Iterator[tuple[torch.Tensor, Iterator[torch.Tensor]]]:
+    """Of the images of data.val, a batch at a time and in their order: the labels int64 [n], and what each of these
+    trained students says, float32 [n, classes]."""
+    from ckd_dist.data.loader import BetonLoader
+    from ckd_dist.nn.forward import forward_logits
+
+    networks, metadata = load_students(trials, device)
+    info = search.images["data.val"]
+    as_evaluated = replace(search.config.data, image_size=None)
+    loader = BetonLoader.for_evaluation(info, as_evaluated, metadata, device)
+    for batch in loader.batches(np.arange(info.count)):
+        yield batch.labels, (forward_logits(network, batch.images, search.config.amp) for network in networks)
 
 
 def load_students(trials: Sequence[Trial], device: torch.device) -> tuple[list[nn.Module], dict]:

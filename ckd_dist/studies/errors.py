@@ -13,10 +13,12 @@ from __future__ import annotations
 
 import json
 import sys
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
 
+from ckd_dist.core.evidence import Equal, Errors, Planted
 from ckd_dist.core.files import write_bytes_atomically
 from ckd_dist.core.process import run_process
 from ckd_dist.core.results import read_race
@@ -35,22 +37,22 @@ def main() -> None:
         print(__doc__)
         sys.exit(0 if len(sys.argv) == 2 else 2)
     run = Path(sys.argv[1])
-    found = {"equal": equal(run), "planted": planted(run)}
-    write_bytes_atomically(run / "errors.json", (json.dumps(found, indent=2) + "\n").encode())
-    print(json.dumps(found, indent=2))
+    text = json.dumps(asdict(Errors(equal(run), planted(run))), indent=1) + "\n"
+    write_bytes_atomically(run / "errors.json", text.encode())
+    print(text, end="")
 
 
-def equal(run: Path) -> list[dict[str, float | str]]:
-    """Of races of equal candidates the shares in which a given one was dropped by the test, and all but one."""
+def equal(run: Path) -> list[Equal]:
+    """Races of equal candidates, of both rules."""
     rungs = racing.rungs_of(EPOCHS)
     pool = {rung.epochs: np.unpackbits(_pool(run, rung.epochs), axis=2)[0].astype(np.float32) for rung in rungs}
     found = []
     for share, in_order in ((racing.DEFAULT_BUDGET, False), (racing.DEFAULT_BUDGET, True), (0.6, True)):
         ends = _games(pool, share * racing.FULL_SEEDS * EQUAL, in_order)
         tested = [[drop.candidate for drop in end.drops if drop.tested] for end in ends]
-        row = {"rule": "in order" if in_order else "all begin", "budget": share, "races": GAMES}
-        row |= {"given one dropped": sum(0 in each for each in tested) / GAMES}
-        found.append({**row, "all told apart": sum(len(end.standing) == 1 for end in ends) / GAMES})
+        told_apart = sum(len(each) == EQUAL - 1 for each in tested)
+        of = "race in order" if in_order else "race"
+        found.append(Equal(of, share, GAMES, dropped=sum(0 in each for each in tested), told_apart=told_apart))
     return found
 
 
@@ -79,8 +81,8 @@ def _pool(run: Path, epochs: int) -> np.ndarray:
     return next(value for key, value in answers(words).items() if key.endswith("correct"))
 
 
-def planted(run: Path) -> dict[str, float]:
-    """In how many races the one good teacher among ten was found, and what it cost."""
+def planted(run: Path) -> Planted:
+    """Races of one good teacher among ten."""
     images = ["--data.train", run.parent / "train.beton", "--data.val", run.parent / "holdout.beton"]
     young = [*TEACHER, "--epochs", 9, "--save_every", 1, "--seed", 200, "--run_dir", run / "errors" / "young"]
     run_module("a teacher of nine epochs", "ckd_dist.train_teacher", *images, *young)
@@ -97,7 +99,7 @@ def planted(run: Path) -> dict[str, float]:
     found = [list(race.choice) == [str(LAST)] for race in races]
     alone = [right and len(race.standing) == 1 for right, race in zip(found, races, strict=True)]
     cost = [race.cost / racing.FULL_SEEDS / 10 for race in races]
-    return {"races": RACES, "found": sum(found), "alone": sum(alone), "cost": float(np.mean(cost))}
+    return Planted(RACES, sum(found), sum(alone), float(np.mean(cost)))
 
 
 def _images(run: Path) -> list[object]:

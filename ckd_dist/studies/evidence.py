@@ -22,9 +22,10 @@ from pathlib import Path
 import numpy as np
 from scipy import stats
 
+from ckd_dist.core.evidence import Case, Evidence, Series, Way, read_errors
 from ckd_dist.core.files import write_bytes_atomically
 from ckd_dist.core.process import run_process
-from ckd_dist.core.results import Case, Evidence, Series, Way, read_selection
+from ckd_dist.core.results import read_selection
 from ckd_dist.search import racing, rule
 from ckd_dist.search.rule import Scores, Student
 from ckd_dist.studies.trajectories import CANDIDATES, EPOCHS, HALF, KEPT, LAST, MODELS, SEEDS, SHORT
@@ -44,6 +45,7 @@ def main() -> None:
         sys.exit(0 if len(sys.argv) == 2 else 2)
     run_dir = Path(sys.argv[1])
     cases = [Students(path.parent, model) for path in sorted(run_dir.glob("*/*/answers.npz")) for model in MODELS]
+    errors = next(iter(sorted(run_dir.glob("*/*/errors.json"))), None)
     evidence = Evidence(
         format=1,
         candidates=len(CANDIDATES),
@@ -53,6 +55,7 @@ def main() -> None:
         claims=series(cases, claims),
         predictors=series([case for case in cases if case.teacher == TUNED_ON], predictors),
         losses=series([case for case in cases if case.model == MODELS[0]], losses),
+        errors=read_errors(errors, "RUN_DIR") if errors else None,
     )
     out = Path(sys.argv[2]) if len(sys.argv) == 3 else run_dir / "evidence.json"
     write_bytes_atomically(out, (json.dumps(asdict(evidence), indent=1) + "\n").encode())
@@ -121,6 +124,10 @@ class Students:
         """Calibrated, float32 [candidates, seeds]."""
         return self._file[f"{search}/{self.model.rpartition(':')[2]}/loss"]
 
+    def agreement(self, search: str) -> np.ndarray:
+        """With the teacher, float64 [candidates, seeds]."""
+        return self._file[f"{search}/{self.model.rpartition(':')[2]}/agreement"]
+
     @cached_property
     def top1(self) -> dict[str, np.ndarray]:
         """Search -> percent by candidate, seed and half of the images, float [candidates, seeds, 2]."""
@@ -133,6 +140,11 @@ class Students:
     def truth(self) -> np.ndarray:
         """Top-1 of every candidate by all that there is, float [candidates]."""
         return self.top1[FULL].mean(axis=(1, 2))
+
+    @cached_property
+    def divergences(self) -> dict[str, np.ndarray]:
+        """Of every checkpoint from the one before, and to a student that had no teacher, in nats [checkpoints]."""
+        return {"step": self._file["own/step"], "plain": self._file[f"own/{self.model.rpartition(':')[2]}"]}
 
     def looked_at(self, fold: Fold, search: str, seeds: int = TRIED) -> np.ndarray:
         """Top-1 by what a choice may look at, float [candidates]."""
@@ -187,6 +199,8 @@ def ways_of(case: Students) -> Iterator[tuple[str, float, Choice]]:
         "least calibration error": [-of[e].calibration_error for e in KEPT],
         "largest entropy": [of[e].entropy for e in KEPT],
         "largest conditional mutual information": [of[e].conditional_mutual_information for e in KEPT],
+        "smallest step from the one before": (-case.divergences["step"]).tolist(),
+        "nearest to a student without a teacher": (-case.divergences["plain"]).tolist(),
     }.items():
         yield name, 0.0, partial(_always, singles[int(np.argmax(scores))])
     for name, members in {
@@ -303,18 +317,21 @@ FIRST = 2
 
 
 def predictors(case: Students) -> Iterator[tuple[str, float]]:
-    """(What is looked at, its rank correlation over the candidates with the top-1 of other students in the end)."""
-    truth = case.top1[FULL][:, FIRST:].mean(axis=(1, 2))
+    """(What is looked at, its rank correlation over the teachers with the top-1 of other students in the end)."""
+    truth = case.top1[FULL][1:, FIRST:].mean(axis=(1, 2))
 
     def correlation(values: np.ndarray) -> float:
-        return float(stats.spearmanr(values, truth).statistic)
+        return float(stats.spearmanr(values[-len(truth) :], truth).statistic)
 
+    yield "the teacher: top-1, 0 %", correlation(case.own_top1.mean(axis=1))
     for kind, what in {"whole": "a short whole schedule", "trapezoid": "a constant rate and a decay"}.items():
         for epochs in SHORT:
             search = f"{kind}_{epochs}"
             share = f"{100 * epochs // EPOCHS} %"
             yield f"{what}: top-1, {share}", correlation(case.top1[search][:, :FIRST].mean(axis=(1, 2)))
             yield f"{what}: calibrated loss, {share}", correlation(-case.loss(search)[:, :FIRST].mean(axis=1))
+            if kind == "whole":
+                yield f"{what}: agreement, {share}", correlation(case.agreement(search)[:, :FIRST].mean(axis=1))
     lines = _running(case)
     for key, what in {"raw_": "the running student", "": "its moving average"}.items():
         for figure, sign in {"top1": 1, "loss": -1}.items():

@@ -14,9 +14,10 @@ from functools import cache, partial
 from pathlib import Path
 
 from ckd_dist.core.errors import require
+from ckd_dist.core.evidence import read_evidence
 from ckd_dist.core.files import write_bytes_atomically
 from ckd_dist.core.process import run_process
-from ckd_dist.core.results import read_evidence, read_table
+from ckd_dist.core.results import read_table
 from ckd_dist.report import evidence, page
 from ckd_dist.report.findings import StudentGroup, student_groups
 
@@ -56,8 +57,7 @@ def _students() -> list[StudentGroup]:
 
 @cache
 def _evidence() -> dict[str, evidence.Table]:
-    tables = evidence.tables(read_evidence(RESULTS / "evidence.json", "results"))
-    return dict(zip(("ways", "claims", "predictors"), tables, strict=True))
+    return evidence.tables(read_evidence(RESULTS / "evidence.json", "results"))
 
 
 def _of_evidence(name: str) -> list[str]:
@@ -74,7 +74,7 @@ def _few_columns() -> list[str]:
 TABLES: dict[str, Callable[[], list[str]]] = {
     "students": lambda: page.markdown(_students()),
     "students in short": _few_columns,
-    **{name: partial(_of_evidence, name) for name in ("ways", "claims", "predictors")},
+    **{name: partial(_of_evidence, name) for name in ("ways", "claims", "predictors", "errors")},
 }
 """Name -> its lines."""
 

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import io
 import json
+import math
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -117,36 +118,50 @@ def write_tiles(photographs: Path, out: Path) -> None:
 
 
 def train(folder: Path, task: Task, seed: int) -> None:
-    """A teacher, its store and all students, and what they answer."""
+    """A teacher and those that it is compared with, their students, and what all of them answer."""
     run = folder / str(seed)
     if (run / "answers.npz").exists():
         return
-    images: list[object] = ["--data.train", folder / "train.beton", "--data.val", folder / "holdout.beton"]
-    for name, (teacher_seed, more) in teachers(seed).items():
-        own, kept = run / f"teacher{name and '_'}{name}", LAST if name else KEPT[0]
-        words = [*images, *TEACHER, "--save_every", kept, "--val_every", kept, "--seed", teacher_seed, *more]
-        run_module(f"{task.name} {seed}: teacher {name}", "ckd_dist.train_teacher", *words, "--run_dir", own)
-        words = ["--teacher.run", own, *(["--teacher.name", name] if name else []), "--views", EPOCHS]
-        words += ["--store", run / "store", "--data.batch_size", 500, *CROPS]
-        run_module(f"{task.name} {seed}: its logits", "ckd_dist.cache_logits", *images[:2], *words)
-    held_out = ["--data.train", folder / "holdout.beton", "--data.augment", "center_crop", "--data.image_size", SIDE]
-    held_out += ["--teacher.run", run / "teacher", "--views", 1, "--store", run / "held_out", "--data.batch_size", 500]
-    run_module(f"{task.name} {seed}: its own answers", "ckd_dist.cache_logits", *held_out)
-    probe = ["--data.batch_size", 50, "--probe.steps", 50, "--probe.lr", 0.01, "--probe.repeats", 2]
-    select = [*probe, "--student", "resnet8", "--student_epochs", EPOCHS, "--run_dir", run / "selection"]
-    run_module(
-        f"{task.name} {seed}: scores", "ckd_dist.select_teacher", *images, "--teacher.run", run / "teacher", *select
-    )
+    train_teachers(folder, f"{task.name} {seed}", seed)
     searches = list(all_searches(folder, seed))
     for name, words in searches:
         run_module(f"{task.name} {seed}: {name}", "ckd_dist.search", *words)
+    for model in MODELS:
+        plain = [*plain_student(run, model), *held_out(folder, run)]
+        run_module(f"{task.name} {seed}: a plain student's answers", *plain)
     console.rule(f"{task.name} {seed}: answers")
     found = own_answers(run / "held_out", folder / "holdout.beton")
     for name, words in searches:
         found |= {f"{name}/{key}": value for key, value in answers(words).items()}
+        if seed == 0 and name.startswith("whole"):
+            found |= {f"{name}/{key}": value for key, value in agreements(words, run / "held_out").items()}
     file = io.BytesIO()
     np.savez_compressed(file, allow_pickle=False, **found)
     write_bytes_atomically(run / "answers.npz", file.getvalue())
+
+
+def train_teachers(folder: Path, title: str, seed: int) -> None:
+    """Teachers, their logits of the training images, and of one its answers to held-out images and its scores."""
+    run = folder / str(seed)
+    images: list[object] = ["--data.train", folder / "train.beton", "--data.val", folder / "holdout.beton"]
+    for name, (teacher_seed, more) in teachers(seed).items():
+        own, kept = run / f"teacher{name and '_'}{name}", LAST if name else KEPT[0]
+        words = [*images, *TEACHER, "--save_every", kept, "--val_every", kept, "--seed", teacher_seed, *more]
+        run_module(f"{title}: teacher {name}", "ckd_dist.train_teacher", *words, "--run_dir", own)
+        words = ["--teacher.run", own, *(["--teacher.name", name] if name else []), "--views", EPOCHS]
+        words += ["--store", run / "store", "--data.batch_size", 500, *CROPS]
+        run_module(f"{title}: its logits", "ckd_dist.cache_logits", *images[:2], *words)
+    teacher = ["--teacher.run", run / "teacher"]
+    run_module(f"{title}: its own answers", "ckd_dist.cache_logits", *teacher, *held_out(folder, run))
+    probe = ["--data.batch_size", 50, "--probe.steps", 50, "--probe.lr", 0.01, "--probe.repeats", 2]
+    select = [*images, *teacher, *probe, "--student", "resnet8", "--student_epochs", EPOCHS]
+    run_module(f"{title}: scores", "ckd_dist.select_teacher", *select, "--run_dir", run / "selection")
+
+
+def held_out(folder: Path, run: Path) -> list[object]:
+    """Options of a store of answers to the held-out images, as they are evaluated."""
+    images = ["--data.train", folder / "holdout.beton", "--data.augment", "center_crop", "--data.image_size", SIDE]
+    return [*images, "--views", 1, "--store", run / "held_out", "--data.batch_size", 500]
 
 
 CROPS: list[object] = ["--data.augment", "random_resized_crop", "--data.crop_scale_min", 0.8, "--data.image_size", SIDE]
@@ -216,19 +231,75 @@ def answers(words: list[object]) -> dict[str, np.ndarray]:
         assert all(each is not None for each in known)
         correct = np.stack([each.correct for each in known if each]).reshape(-1, seeds, search.images["data.val"].count)
         losses = np.array([each.loss.mean() for each in known if each], dtype=np.float32).reshape(-1, seeds)
-        short = model.rpartition(":")[2]
-        found |= {f"{short}/correct": np.packbits(correct, axis=2), f"{short}/loss": losses}
+        found |= {f"{_short(model)}/correct": np.packbits(correct, axis=2), f"{_short(model)}/loss": losses}
     return found
 
 
+PLAIN = EPOCHS // 10
+"""Epochs of the students without a teacher that the teachers are compared with."""
+
+
+def plain_student(run: Path, model: str) -> list[object]:
+    """The command that has the first of these answer the held-out images."""
+    student = run / "students" / f"whole_{PLAIN}" / "students" / f"{model.replace(':', '.')}_seed_0"
+    words: list[object] = ["ckd_dist.cache_logits", "--teacher.run", student, "--teacher.name", _short(model)]
+    return words + (["--teacher.model", model] if ":" in model else [])
+
+
 def own_answers(store: Path, images: Path) -> dict[str, np.ndarray]:
-    """Whether the teachers among the candidates answer an image right, as bits uint8 [candidates, images / 8]."""
+    """Of the teachers among the candidates whether they answer an image right, as bits uint8 [candidates, images / 8];
+    of every checkpoint the mean KL in nats from the one before to it, and from it to a student of each kind that had
+    no teacher, float64 [checkpoints]."""
     from ckd_dist.data.beton import open_beton
+    from ckd_dist.nn.losses import soft_target_divergence
     from ckd_dist.store.reader import StoreReader
 
     info = open_beton(images, "images")
     right = prior.correct(StoreReader(str(store), list(KEPT), info), info, CANDIDATES[1:])
-    return {"own/correct": np.packbits(right, axis=1)}
+    plain = [f"{_short(model)}/{PLAIN}" for model in MODELS]
+    reader, ids = StoreReader(str(store), [*KEPT, *plain], info), np.arange(info.count)
+    logits = [reader.logits(ids, 0, member) for member in range(len(KEPT) + len(plain))]
+
+    def divergence(teacher: int, other: int) -> float:
+        return float(soft_target_divergence(logits[other], logits[teacher], 1.0).double().mean())
+
+    found = {"own/correct": np.packbits(right, axis=1)}
+    found["own/step"] = np.array([math.inf, *(divergence(n - 1, n) for n in range(1, len(KEPT)))])
+    for n, model in enumerate(MODELS, start=len(KEPT)):
+        found[f"own/{_short(model)}"] = np.array([divergence(teacher, n) for teacher in range(len(KEPT))])
+    return found
+
+
+def agreements(words: list[object], store: Path) -> dict[str, np.ndarray]:
+    """Of the students of a search, by model: the share of the held-out images to which a student answers as its teacher
+    does, float64 [candidates, seeds]; nan without a teacher."""
+    import torch
+
+    from ckd_dist.nn.losses import ensemble_logits
+    from ckd_dist.search.held_out import held_out_logits
+    from ckd_dist.search.trials import prepare
+    from ckd_dist.store.reader import StoreReader
+
+    search = prepare(load_config(SearchConfig, [str(word) for word in words]))
+    info, seeds = search.images["data.val"], len(search.config.grid.seeds)
+    reader, ids = StoreReader(str(store), list(KEPT), info), np.arange(info.count)
+    own = {epoch: reader.logits(ids, 0, member) for member, epoch in enumerate(KEPT)}
+    found = {}
+    for model in search.config.grid.models:
+        taught = [trial for trial in search.trials if trial.model == model and trial.setting]
+        batches = [
+            torch.stack([logits.argmax(dim=1) for logits in answered])
+            for _, answered in held_out_logits(search, taught, torch.device("cpu"))
+        ]
+        teachers = [[own[int(epoch)] for epoch in trial.config.teacher.checkpoints or ()] for trial in taught]
+        theirs = torch.stack([ensemble_logits(members).argmax(dim=1) for members in teachers])
+        same = (torch.cat(batches, dim=1) == theirs).double().mean(dim=1).reshape(-1, seeds)
+        found[f"{_short(model)}/agreement"] = np.pad(same.numpy(), ((1, 0), (0, 0)), constant_values=math.nan)
+    return found
+
+
+def _short(model: str) -> str:
+    return model.rpartition(":")[2]
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ import pytest
 from scipy import stats
 
 from ckd_dist.core.errors import UserError
-from ckd_dist.core.results import Case, Evidence, Series, Way
+from ckd_dist.core.evidence import Case, Equal, Errors, Evidence, Planted, Series, Way
 from ckd_dist.report import __main__ as report
 from ckd_dist.report import evidence
 from ckd_dist.studies import tables
@@ -39,6 +39,7 @@ FOUND = Evidence(
     claims=[Series("this - that", cases(1, 2, 3, 4)), Series("these - those", cases(-1, 2, 1, -2))],
     predictors=[Series("top-1, 5 %", cases(0.2)), Series("top-1, 10 %", cases(0.6)), Series("loss, 10 %", cases(0.4))],
     losses=[Series("6", cases(1, 2, 3, 4)), Series("12", cases(2, 1, 4, 3))],
+    errors=Errors([Equal("race", 0.15, 100, dropped=5, told_apart=0)], Planted(20, 20, 10, 0.08)),
 )
 
 
@@ -52,7 +53,7 @@ def test_means_and_intervals_are_over_the_trainings_of_teachers():
 
 
 def test_tables_leave_out_the_teachers_that_the_race_was_tuned_on():
-    ways, claims, predictors = evidence.tables(FOUND)
+    ways, claims, predictors, errors = evidence.tables(FOUND).values()
     assert "2 trainings" in ways.text and "tuned on" in ways.text
     assert ways.head[-2:] == ["a", "b"]
     half = float(stats.t.ppf(0.975, 1)) * 0.1
@@ -60,6 +61,8 @@ def test_tables_leave_out_the_teachers_that_the_race_was_tuned_on():
     assert [row[2] for row in claims.rows] == ["differs", "within noise"]
     assert claims.rows[0][3:5] == ["+1.50", "+3.50"]
     assert predictors.rows == [["top-1", "0.20", "0.60"], ["loss", "", "0.40"]]
+    low, high = stats.beta.ppf(0.025, 5, 96), stats.beta.ppf(0.975, 6, 95)
+    assert errors.rows == [["race, 15 %", f"5.0 % ({100 * low:.1f} to {100 * high:.1f})", "0.0 % (0.0 to 3.6)"]]
     assert claims.markdown()[1] == "| --- | --- | --- | --- | --- | --- |"
 
 
@@ -68,7 +71,7 @@ def test_the_report_shows_evidence_alone(tmp_path, monkeypatch):
     monkeypatch.setattr("sys.argv", ["report", str(tmp_path)])
     report.main()
     text = (tmp_path / "report" / "report.html").read_text()
-    for table in evidence.tables(FOUND):
+    for table in evidence.tables(FOUND).values():
         assert table.title in text
     for name in ("ways", "claims"):
         assert (tmp_path / "report" / f"evidence_{name}.png").stat().st_size > 10_000

@@ -7,7 +7,7 @@ import json
 import numpy as np
 import pytest
 
-from ckd_dist.core.results import read_evidence
+from ckd_dist.core.evidence import read_evidence
 from ckd_dist.studies import evidence
 from ckd_dist.studies.trajectories import CANDIDATES, EPOCHS, KEPT, LAST, MODELS, SEEDS, SHORT
 
@@ -36,11 +36,13 @@ def run_dir(tmp_path_factory):
         searches |= {f"last_T_{temperature}": ([0.6 + 0.01 * temperature], SEEDS) for temperature in (1, 2, 8)}
         if seed == 0:
             searches |= {f"trapezoid_{epochs}": (early, 3) for epochs in SHORT}
-        found = {"own/correct": answers(generator, truth[1:], 1)[:, 0]}
+        found = {"own/correct": answers(generator, truth[1:], 1)[:, 0], "own/step": np.arange(10)[::-1]}
+        found |= {f"own/{model.rpartition(':')[2]}": abs(np.arange(10) - 4) for model in MODELS}
         for name, (top1, seeds) in searches.items():
             for model in MODELS:
                 key = f"{name}/{model.rpartition(':')[2]}"
                 found[f"{key}/correct"] = answers(generator, top1, seeds)
+                found[f"{key}/agreement"] = np.repeat([[np.nan], *truth[1:, None]], seeds, axis=1)
                 found[f"{key}/loss"] = np.repeat(1 - np.asarray(top1, np.float32)[:, None], seeds, axis=1)
         run.mkdir(parents=True)
         np.savez_compressed(run / "answers.npz", allow_pickle=False, **found)
@@ -102,6 +104,8 @@ def test_ways_are_judged_by_students_that_they_did_not_look_at(found):
     assert mean(of["last checkpoint"].behind) == pytest.approx(10, abs=0.5)
     assert mean(of["last checkpoint"].regret) == pytest.approx(10, abs=0.5)
     assert mean(of["teacher's top-1"].behind) == pytest.approx(0, abs=0.01)
+    assert mean(of["nearest to a student without a teacher"].behind) == pytest.approx(0, abs=0.01)
+    assert of["smallest step from the one before"].behind == of["last checkpoint"].behind
     assert mean(of["a checkpoint at random"].behind) == pytest.approx(9, abs=0.5)
     for race in ("race, 15 %", "race in order, 10 %"):
         assert mean(of[race].behind) == pytest.approx(0, abs=0.5)
@@ -124,5 +128,6 @@ def test_claims_are_the_differences_that_were_planted(found):
 def test_predictors_are_rank_correlations_with_other_seeds(found):
     of = {series.name: series for series in found.predictors}
     assert all(case.teacher == 0 for series in of.values() for case in series.cases)
-    assert len(of) == 8 * len(SHORT) + 1 and all(-1 <= case.value <= 1 for s in of.values() for case in s.cases)
+    assert len(of) == 9 * len(SHORT) + 2 and all(-1 <= case.value <= 1 for s in of.values() for case in s.cases)
+    assert mean(of["a short whole schedule: agreement, 5 %"].cases) > 0.3
     assert mean(of["the running student: top-1, 5 %"].cases) > mean(of["a short whole schedule: top-1, 5 %"].cases)
