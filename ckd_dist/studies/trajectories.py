@@ -241,7 +241,7 @@ PLAIN = EPOCHS // 10
 
 def plain_student(run: Path, model: str) -> list[object]:
     """The command that has the first of these answer the held-out images."""
-    student = run / "students" / f"whole_{PLAIN}" / "students" / f"{model.replace(':', '.')}_seed_0"
+    student = run / "students" / f"whole_{PLAIN}" / "students" / f"{model.replace(':', '.')}_teacher_none_seed_0"
     words: list[object] = ["ckd_dist.cache_logits", "--teacher.run", student, "--teacher.name", _short(model)]
     return words + (["--teacher.model", model] if ":" in model else [])
 
