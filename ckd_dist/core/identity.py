@@ -35,6 +35,8 @@ FREE = (
     "log_to",
 )
 """Options that change how a result comes about, not what it is."""
+ADDED: dict[str, Any] = {"accumulate": 1}
+"""Options that older versions lack, with what those did: what says the same has the same identity."""
 RESULTS = ("selection.json", "results.csv")
 """What a selection and a search leave when they are complete."""
 
@@ -126,7 +128,11 @@ class Origin:
     def identity(self) -> str:
         """sha256 of all that decides the result: options without paths, and the content of inputs."""
         left_out = {*FREE, *map(option_of, self.inputs), "run_dir"}
-        values = {key: value for key, value in self.options.items() if key not in left_out}
+        values = {
+            key: value
+            for key, value in self.options.items()
+            if key not in left_out and not (key in ADDED and value == ADDED[key])
+        }
         holds = {option: each.holds for option, each in self.inputs.items()}
         return hashlib.sha256(json.dumps([values, holds], sort_keys=True).encode()).hexdigest()
 
@@ -198,7 +204,8 @@ def require_same(folder: Path, origin: Origin) -> bool:
     new, requested = origin.options, flatten(origin.requested)
     compared = lineage.inputs.keys() & origin.inputs.keys() if lineage else set()
     for key in sorted((old.keys() | new.keys()) - {*FREE, "run_dir", *map(option_of, compared)}):
-        before, now, why = old.get(key), new.get(key), ""
+        before, now = (options.get(key, ADDED.get(key)) for options in (old, new))
+        why = ""
         if key == "epochs" and isinstance(before, int) and before < new[key] and "grid" not in origin.resolved:
             depends = _depends_on_epochs(new)
             if depends is None:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import pairwise
 from typing import NamedTuple
 
 import numpy as np
@@ -54,6 +55,24 @@ class Batch:
     """None unless the recipe has mixup or cutmix."""
     teacher_records: torch.Tensor | None = None
     """Encoded outputs of each of the teacher's checkpoints, from a store: uint8 [n, members, bytes]."""
+
+    def parts(self, count: int) -> list[Batch]:
+        """The batch in so many parts, whose sizes differ by one image at most."""
+        if count == 1:
+            return [self]
+        edges = [len(self.images) * part // count for part in range(count + 1)]
+        return [self._slice(slice(start, stop)) for start, stop in pairwise(edges)]
+
+    def _slice(self, part: slice) -> Batch:
+        mixed, records = self.mixed, self.teacher_records
+        return replace(
+            self,
+            images=self.images[part],
+            labels=self.labels[part],
+            ids=self.ids[part],
+            mixed=None if mixed is None else Mixed(mixed.labels[part], mixed.weights[part]),
+            teacher_records=None if records is None else records[part],
+        )
 
     def top1(self, predictions: torch.Tensor) -> torch.Tensor:
         """Accuracy of each prediction, a class int64 [n], in percent: 100 for the label, else 0; for a mixed image the

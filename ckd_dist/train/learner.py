@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import resource
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NoReturn
 
 import numpy as np
@@ -56,16 +57,18 @@ class Learner:
         self._load_last()
         self.model.train()
         self._forward: Callable[[torch.Tensor], Any] = self.model
+        self._gradients_stay: Callable[[], AbstractContextManager] = nullcontext
         if dist.world_size() > 1:
             # Batch-norm statistics need no broadcast at every step: a forward pass in train mode does not read them.
             known = inspect.signature(DistributedDataParallel).parameters
             sync_buffers = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"
-            self._forward = DistributedDataParallel(
+            self._forward = parallel = DistributedDataParallel(
                 self.model,
                 device_ids=[device.index] if device.type == "cuda" else None,
                 gradient_as_bucket_view=True,
                 **{sync_buffers: False},  # type: ignore[arg-type]
             )
+            self._gradients_stay = parallel.no_sync
         if config.compile:
             self._forward = torch.compile(self._forward, dynamic=False)
 
@@ -84,17 +87,10 @@ class Learner:
         for group in self.optimizer.param_groups:
             group["lr"] = rate
         torch.manual_seed(hash((config.seed, step, dist.rank())) % 2**63)  # dropout, the same after a resume
-        with autocast(self.device, config.amp):
-            output = self._forward(batch.images)
-        logits, epoch = logits_of(output).float(), step // self.steps_per_epoch
-        values = self.loss(logits, batch, epoch)
-        if config.model.auxiliary_weight:
-            for other in auxiliary_logits(output):
-                auxiliary = self.loss(other.float(), batch, epoch)["loss"]
-                values["loss"] = values["loss"] + config.model.auxiliary_weight * auxiliary
-        # DDP averages over ranks, so this is the gradient of the mean over the global batch, however it is shared out.
-        loss = values["loss"].sum() * (dist.world_size() / config.data.batch_size)
-        self.scaler.scale(loss).backward()
+        *parts, last = batch.parts(config.accumulate)
+        with self._gradients_stay():
+            sums = [self._add_gradient(part) for part in parts]
+        sums.append(self._add_gradient(last))
         if config.optim.clip_grad_norm is not None:
             self.scaler.unscale_(self.optimizer)
             nn.utils.clip_grad_norm_(self.model.parameters(), config.optim.clip_grad_norm)
@@ -103,13 +99,29 @@ class Learner:
         self.optimizer.zero_grad(set_to_none=True)
         if self.averaged is not None:
             self.averaged.update(step + 1)
+        # It stays on the device: the host waits for it only when a log line is due.
+        self._sums.append(torch.stack(sums).sum(dim=0))
+        self.step += 1
+
+    def _add_gradient(self, batch: Batch) -> torch.Tensor:
+        """Add the gradient of the loss of a part of the global batch; the sums of what is logged, float32 [values]."""
+        config, epoch = self.config, self.step // self.steps_per_epoch
+        with autocast(self.device, config.amp):
+            output = self._forward(batch.images)
+        logits = logits_of(output).float()
+        values = self.loss(logits, batch, epoch)
+        if config.model.auxiliary_weight:
+            for other in auxiliary_logits(output):
+                auxiliary = self.loss(other.float(), batch, epoch)["loss"]
+                values["loss"] = values["loss"] + config.model.auxiliary_weight * auxiliary
+        # DDP averages over ranks, so this is the gradient of the mean over the global batch, however it is shared out.
+        loss = values["loss"].sum() * (dist.world_size() / config.data.batch_size)
+        self.scaler.scale(loss).backward()
         with torch.no_grad():
             if batch.labelled:
                 values["top1"] = batch.top1(logits.argmax(dim=1))
             self._names = list(values)
-            # It stays on the device: the host waits for it only when a log line is due.
-            self._sums.append(torch.stack(list(values.values())).sum(dim=1))
-        self.step += 1
+            return torch.stack(list(values.values())).sum(dim=1)
 
     def log(self, seconds: float, waited: float) -> dict[str, float]:
         """Write the mean of every value over the steps since the last line, which took `seconds`, `waited` of them for

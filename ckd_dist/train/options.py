@@ -88,6 +88,9 @@ class TrainConfig:
     ema_decay: float | None = None
     """Evaluate and keep an exponential moving average of the weights, as 0.9999, instead of the weights; the decay
     rises to this with the number of steps. Figures of the weights themselves stand beside, as raw_top1 and so on."""
+    accumulate: int = 1
+    """Parts that a step's images go through the model in, one after another, for models whose batch does not fit into
+    memory: the gradients add up to the same, but batch norm sees each part alone."""
     compile: bool = False
     """Compile the model with torch.compile."""
     save_every: int | None = None
@@ -108,6 +111,7 @@ class TrainConfig:
         require_ranges(
             self,
             epochs=COUNT,
+            accumulate=COUNT,
             label_smoothing=(0, 0.999),
             seed=SEED,
             ema_decay=(1e-6, 0.9999999),

@@ -68,7 +68,7 @@ def train(
         config.data.batch_size <= info.count,
         f"data.batch_size {config.data.batch_size} is larger than the {info.count} images of {info.path}",
     )
-    rank_share(config.data.batch_size)  # refuses fewer images than ranks
+    least_share(config)
     networks = build_models(runs, info, device)  # before any run folder is made
     learners = open_run_folders(runs, networks, info, recipe, device)
     if not learners:
@@ -102,6 +102,18 @@ def image_sizes(config: TrainConfig, info: DatasetInfo) -> tuple[int, int]:
     return size, config.data.val_image_size or size
 
 
+def least_share(config: TrainConfig) -> int:
+    """How many images go through a model at once, at least; raises `UserError` where it would be none."""
+    rank_share(config.data.batch_size)  # refuses fewer images than ranks
+    least = config.data.batch_size // dist.world_size() // config.accumulate
+    require(
+        least > 0,
+        f"accumulate {config.accumulate}: data.batch_size {config.data.batch_size} leaves a process fewer images than "
+        "that: make it less",
+    )
+    return least
+
+
 def build_models(runs: Sequence[Run], info: DatasetInfo, device: torch.device) -> list[nn.Module]:
     """A model for each run, initialised from its seed or its weights; raises `UserError` for one that does not take
     the images."""
@@ -116,7 +128,7 @@ def build_models(runs: Sequence[Run], info: DatasetInfo, device: torch.device) -
             for note in weights.load_initial(model, options, list(probe.float32_modules(model))):
                 say(f"{options.weights}: {note}")
         networks.append(model)
-    least = config.data.batch_size // dist.world_size()
+    least = least_share(config)
     sides = {"data.image_size": (size, least), "data.val_image_size": (val_size, 0)}
     if config.data.start_image_size:
         sides["data.start_image_size"] = (config.data.start_image_size, least)

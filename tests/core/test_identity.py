@@ -268,6 +268,19 @@ def test_a_result_of_an_older_version_is_taken_as_it_is_and_that_is_said_once(
     assert capsys.readouterr().out.count("of an older version") == 1
 
 
+def test_options_that_came_later_are_as_if_they_had_always_been(tmp_path):
+    older = identity.Origin(requested={"lr": 1}, resolved={"lr": 1})
+    newer, other = (
+        identity.Origin(requested=each, resolved=each) for each in ({"lr": 1, "accumulate": n} for n in (1, 2))
+    )
+    assert older.identity == newer.identity != other.identity
+    older.write(tmp_path)
+    (tmp_path / "summary.json").touch()
+    assert identity.require_same(tmp_path, newer)
+    with pytest.raises(UserError, match="a run with accumulate 1, not 2"):
+        identity.require_same(tmp_path, other)
+
+
 # ------------------------------------------------------------------------------------------- parts of one set
 
 

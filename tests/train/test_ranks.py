@@ -29,14 +29,17 @@ def test_evaluation_counts_each_image_once_whatever_the_world_size(fashion, teac
     assert correct == pytest.approx(round(correct))
 
 
-def test_the_numbers_do_not_depend_on_the_world_size(fashion, tmp_path):
+def test_the_numbers_depend_neither_on_the_world_size_nor_on_the_parts_of_a_batch(fashion, tmp_path):
     losses = {}
-    for nproc in (0, 3):  # 3 does not divide the batch of 100
-        path = tmp_path / str(nproc)
+    for nproc, accumulate in ((0, 1), (0, 4), (3, 1), (3, 5)):  # 3 does not divide the batch of 100
+        path = tmp_path / f"{nproc}_{accumulate}"
         more = ["--model.name", "linear", "--amp", "off", "--log_every", 1, "--epochs", 2, "--optim.lr", 0.01]
+        more += ["--accumulate", accumulate]
         run(str(ROOT / "tests/programs/train_linear.py"), *options(fashion, path, *more), nproc=nproc)
-        losses[nproc] = [line["loss"] for line in metrics(path)]
-    assert losses[3] == pytest.approx(losses[0], rel=1e-4)
+        losses[nproc, accumulate] = [line["loss"] for line in metrics(path)]
+    one, *others = losses.values()
+    for other in others:
+        assert other == pytest.approx(one, rel=1e-4)
 
 
 def test_a_rank_that_dies_takes_the_others_down(fashion, tmp_path):

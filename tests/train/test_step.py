@@ -94,6 +94,27 @@ def test_a_train_step_does_not_wait(codec, loss, members, mixed, tmp_path):
         one.train_step(batch)
 
 
+def test_a_batch_in_parts_is_the_same_step(tmp_path):
+    batch, seen, options = memory_batch(15, 8, DEVICE), [], ["--amp=off", "--optim.momentum=0"]
+    batch.mixed = Mixed(batch.labels.flip(0), torch.rand(15, device=DEVICE))
+    batch.teacher_records = encoded(DENSE, torch.randn(15, CLASSES, device=DEVICE), batch.labels)[:, None]
+    config = load_config(DistillConfig, ["--data.train=-", "--model.name=resnet8", "--run_dir=-", "--epochs=1000"])
+    weights = []
+    for parts in (1, 4):
+        function = DistillationLoss(config, [[DENSE]] * 1000, [[0]] * 1000, weights=[1.0])
+        one = learner(tmp_path / "run", "resnet8", function, DEVICE, 15, f"--accumulate={parts}", *options)
+        for norm in [module for module in one.model.modules() if isinstance(module, torch.nn.BatchNorm2d)]:
+            norm.eval()  # with the statistics that it begins with, whatever the batch
+        one.model.register_forward_pre_hook(lambda model, arguments: seen.append(len(arguments[0])))
+        one.train_step(batch)
+        weights.append([p.detach().clone() for p in one.model.parameters()])
+        found = one.log(1.0, 0.0)
+        assert found["loss"] > 0 and found.keys() == {"loss", "ce", "kd", "top1", "teacher_top1", "agreement"}
+    assert seen == [15, 3, 4, 4, 4]
+    for whole, added in zip(*weights, strict=True):
+        torch.testing.assert_close(whole, added, rtol=1e-4, atol=1e-6)
+
+
 @pytest.mark.parametrize("codec", [DENSE, TRANSFORM, TOPK, SAMPLED], ids=lambda codec: codec.name)
 def test_a_teachers_pass_does_not_wait(codec):
     batch = memory_batch(16, 8, DEVICE)
