@@ -96,8 +96,8 @@ class Evidence:
     """Among which was chosen."""
     seeds: int
     """Of trying all of them."""
-    tuned_on: list[int]
-    """Teachers that the race was tuned on."""
+    tuned_on: list[tuple[str, int]]
+    """Tasks and teachers that the race was tuned on."""
     ways: list[Way]
     claims: list[Series]
     """Differences in points of top-1."""

@@ -150,8 +150,8 @@ def fresh(found: Evidence) -> list[Way]:
     return ways if all(way.behind for way in ways) else found.ways
 
 
-def _without(teachers: Sequence[int], cases: Sequence[Case]) -> list[Case]:
-    return [case for case in cases if case.teacher not in teachers]
+def _without(trainings: Sequence[tuple[str, int]], cases: Sequence[Case]) -> list[Case]:
+    return [case for case in cases if (case.task, case.teacher) not in trainings]
 
 
 def _by_task(cases: Sequence[Case]) -> dict[str, list[Case]]:

@@ -27,7 +27,7 @@ from ckd_dist.search.trials import Search, Trial, side_by_side
 if TYPE_CHECKING:
     import torch
 
-RUNGS = ((0.1, 0.5), (0.4, 0.8), (1.0, 1.0))
+RUNGS = ((0.1, 0.5), (1.0, 1.0))
 """Share of the epochs, and of the budget that may be spent by the end of that rung."""
 FULL_SEEDS = 3
 """Of trying all, against which the budget is told."""

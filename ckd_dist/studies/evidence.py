@@ -28,14 +28,12 @@ from ckd_dist.core.process import run_process
 from ckd_dist.core.results import read_selection
 from ckd_dist.search import racing, rule
 from ckd_dist.search.rule import Scores, Student
-from ckd_dist.studies.trajectories import CANDIDATES, EPOCHS, HALF, KEPT, LAST, MODELS, SEEDS, SHORT
+from ckd_dist.studies.trajectories import CANDIDATES, EPOCHS, HALF, KEPT, LAST, MODELS, RUNGS, SEEDS, SHORT, TUNED_ON
 
 TRIED = 3
 """Seeds of trying all."""
 BUDGETS = (5, 10, 15, 20, 30)
 """Of races, in percent of trying all."""
-TUNED_ON = 0
-"""The teacher whose students the race's lengths and shares were chosen by."""
 
 
 def main() -> None:
@@ -53,7 +51,7 @@ def main() -> None:
         tuned_on=[TUNED_ON],
         ways=ways(cases),
         claims=series(cases, claims),
-        predictors=series([case for case in cases if case.teacher == TUNED_ON], predictors),
+        predictors=series([case for case in cases if (case.task, case.teacher) == TUNED_ON], predictors),
         losses=series([case for case in cases if case.model == MODELS[0]], losses),
         errors=read_errors(errors, "RUN_DIR") if errors else None,
     )
@@ -87,13 +85,18 @@ class Students:
     model: str
 
     @property
+    def task(self) -> str:
+        """Its name."""
+        return self.run.parent.name
+
+    @property
     def teacher(self) -> int:
         """Seed of its training."""
         return int(self.run.name)
 
     def case(self, value: float) -> Case:
         """A value, with what it is of."""
-        return Case(self.run.parent.name, self.teacher, self.model.rpartition(":")[2], float(value))
+        return Case(self.task, self.teacher, self.model.rpartition(":")[2], float(value))
 
     @cached_property
     def _file(self) -> dict[str, np.ndarray]:
@@ -227,7 +230,7 @@ def _winner(case: Students, budget: float, fold: Fold, in_order: bool = False) -
 
 def race(case: Students, fold: Fold, budget: float, in_order: bool) -> rule.Outcome:
     """A race as `search --race` runs it, on the answers of a fold, among all candidates but the first, no teacher."""
-    correct = {epochs: case.correct[f"whole_{epochs}"][:, :, fold.half :: 2] for epochs in (*SHORT, EPOCHS)}
+    correct = {epochs: case.correct[f"whole_{epochs}"][:, :, fold.half :: 2] for epochs in RUNGS}
 
     def scores_of(wanted: list[Student]) -> Scores:
         return {s: correct[s.epochs][s.candidate + 1, _seed(fold, s)].astype(np.float32) for s in wanted}

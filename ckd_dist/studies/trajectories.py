@@ -5,8 +5,8 @@
 Three tasks of images of 16 px: a part of Fashion-MNIST, stacked Fashion-MNIST of a thousand classes, and tiles of the
 photographs in FOLDER, any pictures, whose classes are the pictures. Of each of several trainings of a resnet20 teacher
 ten checkpoints are kept. Two kinds of students, resnet8 and a plain network, learn from every checkpoint, an ensemble
-and none: five seeds of 20 epochs, which tell what is true, and shorter schedules. Of the first teacher there are
-students of a trapezoidal schedule too, and what the long ones are after every epoch, with their moving averages. Every
+and none: five seeds of 20 epochs, which tell what is true, and of 2. Of one teacher there are students of other lengths
+and of a trapezoidal schedule too, and what the long ones are after every epoch, with their moving averages. Every
 teacher has controls: the last checkpoint at other temperatures, and the like.
 
 All of them are asked about the same 8,000 held-out images; answers.npz of a teacher has what they say. About 20 minutes
@@ -28,12 +28,16 @@ import numpy as np
 from ckd_dist.core.files import write_bytes_atomically
 from ckd_dist.core.options import Parser, load_config
 from ckd_dist.core.process import run_process
-from ckd_dist.search import prior
+from ckd_dist.search import prior, racing
 from ckd_dist.search.options import SearchConfig
 from ckd_dist.studies.commands import console, run_module
 
 EPOCHS, SHORT = 20, {1: 3, 2: 5, 4: 3, 8: 5}
 """Epochs of the students; of the shorter ones, and how many seeds these have."""
+RUNGS = [rung.epochs for rung in racing.rungs_of(EPOCHS)]
+"""Lengths that a race needs."""
+TUNED_ON = ("fashion", 0)
+"""The task and the teacher that have students of all lengths and kinds, which the race was chosen by."""
 SEEDS = 5
 KEPT = (6, 12, 18, 24, 30, 36, 42, 48, 54, 60)
 """Epochs of the teacher's checkpoints."""
@@ -133,7 +137,7 @@ def train(folder: Path, task: Task, seed: int) -> None:
     found = own_answers(run / "held_out", folder / "holdout.beton")
     for name, words in searches:
         found |= {f"{name}/{key}": value for key, value in answers(words).items()}
-        if seed == 0 and name.startswith("whole"):
+        if (folder.name, seed) == TUNED_ON and name.startswith("whole"):
             found |= {f"{name}/{key}": value for key, value in agreements(words, run / "held_out").items()}
     file = io.BytesIO()
     np.savez_compressed(file, allow_pickle=False, **found)
@@ -192,14 +196,16 @@ def all_searches(folder: Path, seed: int) -> Iterator[tuple[str, list[object]]]:
         options = [*images, *STUDENTS, "--teacher.store", run / "store", *grid, *more]
         return name, [*options, "--run_dir", run / "students" / name]
 
+    tuned_on = (folder.name, seed) == TUNED_ON
     for epochs, seeds in {**SHORT, EPOCHS: SEEDS}.items():
-        yield words(f"whole_{epochs}", CANDIDATES, seeds, "--epochs", epochs)
+        if tuned_on or epochs in RUNGS:
+            yield words(f"whole_{epochs}", CANDIDATES, seeds, "--epochs", epochs)
     for temperature in (1, 2, 8):
         yield words(f"last_T_{temperature}", [[LAST]], SEEDS, "--epochs", EPOCHS, "--kd.temperature", temperature)
     controls = [[f"smooth/{LAST}"], [f"average/{LAST}"], [LAST, f"other/{LAST}"]]
     yield words("controls", controls, SEEDS, "--epochs", EPOCHS)
     yield words("sequence", [[HALF, LAST]], SEEDS, "--epochs", EPOCHS, "--teacher.combine", "sequence")
-    if seed == 0:
+    if tuned_on:
         for epochs in SHORT:
             more = ["--epochs", epochs, "--optim.schedule", "trapezoid"]
             yield words(f"trapezoid_{epochs}", CANDIDATES, 3, *more)

@@ -30,7 +30,7 @@ FOUND = Evidence(
     format=1,
     candidates=12,
     seeds=3,
-    tuned_on=[0],
+    tuned_on=[("a", 0), ("b", 0)],
     ways=[
         Way("trying all, 3 seeds", 1.0, cases(0, 0, 0, 0), cases(0.1, 0.1, 0.1, 0.1)),
         Way("race, 15 %", 0.15, cases(9, 0.2, 9, 0.4), cases(9, 0.3, 9, 0.5)),

@@ -9,7 +9,7 @@ import pytest
 
 from ckd_dist.core.evidence import read_evidence
 from ckd_dist.studies import evidence
-from ckd_dist.studies.trajectories import CANDIDATES, EPOCHS, KEPT, LAST, MODELS, SEEDS, SHORT
+from ckd_dist.studies.trajectories import CANDIDATES, EPOCHS, KEPT, LAST, MODELS, RUNGS, SEEDS, SHORT
 
 IMAGES = 4000
 BEST = CANDIDATES.index([KEPT[4]])
@@ -26,12 +26,14 @@ def run_dir(tmp_path_factory):
     the student without a teacher leads."""
     folder = tmp_path_factory.mktemp("bank")
     for seed in (0, 1):
-        run, generator = folder / "task" / str(seed), np.random.default_rng(seed)
+        run, generator = folder / "fashion" / str(seed), np.random.default_rng(seed)
         truth = np.full(len(CANDIDATES), 0.6)
         truth[BEST] = 0.7
         early = truth - 0.2
         early[0] = 0.65
-        searches = {f"whole_{epochs}": (early, seeds) for epochs, seeds in SHORT.items()}
+        searches = {
+            f"whole_{epochs}": (early, seeds) for epochs, seeds in SHORT.items() if seed == 0 or epochs in RUNGS
+        }
         searches |= {f"whole_{EPOCHS}": (truth, SEEDS), "sequence": ([0.62], SEEDS), "controls": ([0.61] * 3, SEEDS)}
         searches |= {f"last_T_{temperature}": ([0.6 + 0.01 * temperature], SEEDS) for temperature in (1, 2, 8)}
         if seed == 0:
