@@ -27,7 +27,7 @@ def main(config: TrainTeacherConfig) -> None:
         images = open_images(config.data, "train", "val")
         classes.require_labels(images["data.train"], "data.train", "a teacher learns from nothing else")
         resolved, images = setup.as_pretrained(precision.resolve(config, config.run_dir), images)
-        loss = LabelLoss(config.label_smoothing)
+        loss = LabelLoss(config)
         setup.train(
             [setup.Run(resolved, setup.origin(config, resolved, images, {}), loss)],
             images,

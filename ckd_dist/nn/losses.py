@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 
 from ckd_dist.data.batch import Mixed, over_labels
-from ckd_dist.nn.options import KDConfig
+from ckd_dist.nn.options import KDConfig, LabelLossName
 
 
 def cross_entropy(
@@ -18,6 +18,26 @@ def cross_entropy(
     return over_labels(
         lambda each: F.cross_entropy(logits, each, reduction="none", label_smoothing=label_smoothing), labels, mixed
     )
+
+
+def binary_cross_entropy(
+    logits: torch.Tensor, labels: torch.Tensor, label_smoothing: float = 0.0, mixed: Mixed | None = None
+) -> torch.Tensor:
+    """Mean over the classes of the binary cross entropy with "it is this class", in nats: logits float [n, classes],
+    labels int64 [n] -> [n]. A mixed image is both, each by its weight.
+
+    Wightman et al., "ResNet strikes back" (arXiv 2110.00476); label smoothing as in timm.
+    """
+    classes = logits.shape[1]
+
+    def value(each: torch.Tensor) -> torch.Tensor:
+        of_label = (1 - label_smoothing) * logits.gather(1, each[:, None])[:, 0] / classes
+        return F.softplus(logits).mean(dim=1) - of_label - label_smoothing / classes * logits.mean(dim=1)
+
+    return over_labels(value, labels, mixed)
+
+
+LABEL_LOSSES = {"cross_entropy": cross_entropy, "binary_cross_entropy": binary_cross_entropy}
 
 
 SCALES = [2 ** (step / 4) for step in range(-12, 13)]
@@ -129,8 +149,9 @@ def distillation(
     label_smoothing: float = 0.0,
     mixed: Mixed | None = None,
     compared: torch.Tensor | None = None,
+    label_loss: LabelLossName = "cross_entropy",
 ) -> dict[str, torch.Tensor]:
-    """alpha * CE(label) + (1 - alpha) * the loss that `config.loss` names, as [n] under `loss`, and its parts under
+    """alpha * `label_loss` + (1 - alpha) * the loss that `config.loss` names, as [n] under `loss`, and its parts under
     `ce` and `kd`; student and teacher are logits float [n, classes] (for standardized, the teacher's standardised),
     labels int64 [n]. `compared` are the student's logits over the classes of `teacher`, where these are not all.
 
@@ -150,7 +171,7 @@ def distillation(
         kd = correlation(ours, teacher, temperature)
     else:
         kd = standardized_divergence(ours, teacher, temperature)
-    ce = cross_entropy(student, labels, label_smoothing, mixed)
+    ce = LABEL_LOSSES[label_loss](student, labels, label_smoothing, mixed)
     return {"loss": config.alpha * ce + (1 - config.alpha) * kd, "ce": ce, "kd": kd}
 
 

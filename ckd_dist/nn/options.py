@@ -76,6 +76,8 @@ class OptimConfig:
         )
 
 
+LabelLossName = Literal["cross_entropy", "binary_cross_entropy"]
+"""Of what a model pays for not saying the label, see `losses.LABEL_LOSSES`."""
 LossName = Literal["kd", "soft_target", "mse", "dkd", "dist", "standardized"]
 """Of a distillation loss, see `losses.distillation`."""
 

@@ -1,4 +1,4 @@
-"""What a model minimises at every step: the label's cross entropy, alone or with a distillation loss."""
+"""What a model minimises at every step: the loss of the label, alone or with a distillation loss."""
 
 from __future__ import annotations
 
@@ -11,23 +11,24 @@ from ckd_dist.data.batch import Batch
 from ckd_dist.nn import losses
 from ckd_dist.store.codecs.base import Codec
 from ckd_dist.store.codecs.targets import compared_logits
-from ckd_dist.train.options import DistillConfig
+from ckd_dist.train.options import DistillConfig, TrainConfig
 
 
 @dataclass(frozen=True)
 class LabelLoss:
-    """The cross entropy of the labels."""
+    """The loss of the labels alone."""
 
-    label_smoothing: float = 0.0
+    config: TrainConfig
 
     def __call__(self, logits: torch.Tensor, batch: Batch, epoch: int) -> dict[str, torch.Tensor]:
         """A `learner.Loss`."""
-        return {"loss": losses.cross_entropy(logits, batch.labels, self.label_smoothing, batch.mixed)}
+        function = losses.LABEL_LOSSES[self.config.label_loss]
+        return {"loss": function(logits, batch.labels, self.config.label_smoothing, batch.mixed)}
 
 
 @dataclass(frozen=True)
 class DistillationLoss:
-    """The labels' cross entropy and the distillation loss, weighted as `config.kd` says."""
+    """The loss of the labels and the distillation loss, weighted as `config.kd` says."""
 
     config: DistillConfig
     codecs: Sequence[Sequence[Codec]]
@@ -46,7 +47,9 @@ class DistillationLoss:
         ours, teacher, predictions = compared_logits(
             self.codecs[epoch], records, kd, logits, weights=self.weights, combine=config.teacher.combine
         )
-        values = losses.distillation(logits, teacher, batch.labels, kd, config.label_smoothing, batch.mixed, ours)
+        values = losses.distillation(
+            logits, teacher, batch.labels, kd, config.label_smoothing, batch.mixed, ours, config.label_loss
+        )
         if batch.labelled:
             values["teacher_top1"] = batch.top1(predictions)
         else:

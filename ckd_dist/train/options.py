@@ -8,7 +8,7 @@ from typing import Literal
 from ckd_dist.core.errors import require
 from ckd_dist.core.options import COUNT, SEED, SHARE, Amp, require_ranges
 from ckd_dist.data.options import EvalDataConfig, TrainDataConfig
-from ckd_dist.nn.options import KDConfig, ModelConfig, OptimConfig
+from ckd_dist.nn.options import KDConfig, LabelLossName, ModelConfig, OptimConfig
 
 
 @dataclass(kw_only=True)
@@ -78,6 +78,9 @@ class TrainConfig:
     optim: OptimConfig = field(default_factory=OptimConfig)
     epochs: int = 8
     """Passes over the training images."""
+    label_loss: LabelLossName = "cross_entropy"
+    """What the label asks for: cross_entropy, or binary_cross_entropy, the mean over the classes, as in "ResNet strikes
+    back"; it is much smaller, so the learning rate, or alpha, is another."""
     label_smoothing: float = 0.0
     """Share of the label's probability that is spread over all classes."""
     seed: int = 0

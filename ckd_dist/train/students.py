@@ -124,7 +124,7 @@ def set_up(
     losses: list[Loss] = []
     for each, plan in zip(configs, plans, strict=True):
         if records is None or not each.teacher.checkpoints:
-            losses.append(LabelLoss(each.label_smoothing))
+            losses.append(LabelLoss(each))
             continue
         own = [[shared.index(c) for c in wanted] for shared, wanted in zip(columns, plan.checkpoints, strict=True)]
         codecs = [[records.codecs[c] for c in wanted] for wanted in plan.checkpoints]

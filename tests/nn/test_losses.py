@@ -64,6 +64,25 @@ def test_label_smoothing_is_torchs(case):
     torch.testing.assert_close(found, F.cross_entropy(student, labels, label_smoothing=0.1))
 
 
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+def test_binary_cross_entropy_is_torchs_of_targets_as_timm_makes_them(case, smoothing):
+    student, teacher, labels = case
+    others, weights = labels.flip(0), torch.rand(len(labels), dtype=torch.float64)
+    classes = student.shape[1]
+    hot = [smoothing / classes + (1 - smoothing) * F.one_hot(each, classes) for each in (labels, others)]
+    target = weights[:, None] * hot[0] + (1 - weights[:, None]) * hot[1]
+    for mixed, wanted in ((None, hot[0]), (batch.Mixed(others, weights), target)):
+        found = losses.binary_cross_entropy(student, labels, smoothing, mixed)
+        expected = F.binary_cross_entropy_with_logits(student, wanted.double(), reduction="none").mean(dim=1)
+        torch.testing.assert_close(found, expected)
+        both = losses.distillation(
+            student, teacher, labels, KDConfig(), smoothing, mixed, label_loss="binary_cross_entropy"
+        )
+        torch.testing.assert_close(both["ce"], expected)
+    extreme = losses.binary_cross_entropy(torch.tensor([[200.0, -200.0]]), torch.tensor([0]))
+    torch.testing.assert_close(extreme, torch.zeros(1))
+
+
 def test_an_ensemble_is_the_mean_of_logits():
     members = [torch.randn(5, 7).half() for _ in range(3)]
     torch.testing.assert_close(losses.ensemble_logits(members), torch.stack(members).float().mean(0))
