@@ -28,6 +28,7 @@ def main(config: TrainTeacherConfig) -> None:
         classes.require_labels(images["data.train"], "data.train", "a teacher learns from nothing else")
         resolved, images = setup.as_pretrained(precision.resolve(config, config.run_dir), images)
         loss = LabelLoss(config)
+        kept = config.optim.cycles if config.optim.cycles > 1 else 10
         setup.train(
             [setup.Run(resolved, setup.origin(config, resolved, images, {}), loss)],
             images,
@@ -35,7 +36,7 @@ def main(config: TrainTeacherConfig) -> None:
             recipe=dataset.train_recipe(config.data, images["data.train"]),
             view_seed=config.data.view_seed or 0,
             schedule=EpochSchedule(config.data.views or config.epochs, first_view=FIRST_VIEW),
-            save_every=config.save_every or max(1, config.epochs // 10),
+            save_every=config.save_every or max(1, config.epochs // kept),
         )
 
 

@@ -56,7 +56,7 @@ def _maker(name: str, num_classes: int) -> tuple[Callable[..., Any], dict[str, A
     if name in NETWORKS:
         return NETWORKS[name], classes
     if name.startswith("timm/"):
-        return _timm().create_model, {"model_name": name.removeprefix("timm/"), **classes}
+        return timm().create_model, {"model_name": name.removeprefix("timm/"), **classes}
     if name.startswith("hf/"):
         return _transformers_model, {"folder": name.removeprefix("hf/"), "num_labels": num_classes}
     if is_code(name):
@@ -110,8 +110,9 @@ def load_model(path: str | Path, option: str, code: str | None = None) -> tuple[
 # ------------------------------------------------------------------------------------------- other libraries
 
 
-def _timm() -> ModuleType:
-    return _import("timm", "timm", "ckd_dist[timm]")
+def timm(module: str = "timm", option: str = OPTION) -> ModuleType:
+    """A module of that library; raises `UserError` where it is not installed."""
+    return _import(module, "timm", "ckd_dist[timm]", option)
 
 
 def _transformers_model(folder: str, **options: Any) -> nn.Module:
@@ -121,11 +122,11 @@ def _transformers_model(folder: str, **options: Any) -> nn.Module:
     return transformers.AutoModelForImageClassification.from_config(config, trust_remote_code=False)
 
 
-def _import(module: str, library: str, extra: str) -> ModuleType:
+def _import(module: str, library: str, extra: str, option: str = OPTION) -> ModuleType:
     try:
         return importlib.import_module(module)
     except ModuleNotFoundError as error:
-        raise UserError(f"{OPTION}: {library} is not installed: pip install '{extra}'") from error
+        raise UserError(f"{option}: {library} is not installed: pip install '{extra}'") from error
 
 
 @dataclass(frozen=True)
@@ -144,7 +145,7 @@ def preprocessing(name: str) -> Preprocessing | None:
     """What the library of the network `name` says that it was made to see: timm's, or preprocessor_config.json of a
     folder of transformers; None where it says nothing."""
     if name.startswith("timm/"):
-        _timm()
+        timm()
         from timm.models import get_pretrained_cfg
 
         found = get_pretrained_cfg(name.removeprefix("timm/"))

@@ -8,27 +8,50 @@ import math
 import torch
 from torch import nn
 
+from ckd_dist.core.errors import require
+from ckd_dist.nn.models import timm
 from ckd_dist.nn.options import OptimConfig
 
 
 def build_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.Optimizer:
-    """SGD with Nesterov momentum or AdamW over `parameter_groups`; fused where the device has it."""
-    groups = parameter_groups(model, config.weight_decay, config.decay_norm_and_bias)
+    """SGD with Nesterov momentum, AdamW or LAMB over `parameter_groups`; fused where the device has it. A group's rate
+    is its `lr_scale`, where it has one, times the schedule's.
+
+    Raises `UserError` for `layer_decay` of a model whose layers are not known.
+    """
+    groups = layer_groups(model, config) if config.layer_decay is not None else parameter_groups(model, config)
+    if config.name == "lamb":
+        return timm("timm.optim", "optim.name").Lamb(groups, lr=config.lr)
     if config.name == "adamw":
         return torch.optim.AdamW(groups, lr=config.lr, fused=True)
     return torch.optim.SGD(groups, lr=config.lr, momentum=config.momentum, nesterov=config.momentum > 0, fused=True)
 
 
-def parameter_groups(model: nn.Module, weight_decay: float, decay_norm_and_bias: bool) -> list[dict]:
+def parameter_groups(model: nn.Module, config: OptimConfig) -> list[dict]:
     """One group with weight decay and, unless `decay_norm_and_bias`, one without it: parameters of fewer than two
     dimensions, that is biases and the scales and shifts of normalisation."""
     parameters = [p for p in model.parameters() if p.requires_grad]
-    if decay_norm_and_bias:
-        return [{"params": parameters, "weight_decay": weight_decay}]
+    if config.decay_norm_and_bias:
+        return [{"params": parameters, "weight_decay": config.weight_decay}]
     return [
-        {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": weight_decay},
+        {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": config.weight_decay},
         {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
     ]
+
+
+def layer_groups(model: nn.Module, config: OptimConfig) -> list[dict]:
+    """The same for each layer of a timm model, with its share of the learning rate as `lr_scale`: 1 for the last one,
+    and for each before it `layer_decay` times as much."""
+    require(
+        hasattr(model, "group_matcher"),
+        "optim.layer_decay: the layers of this model are not known: take one of timm's, --model.name timm/NAME",
+    )
+    return timm("timm.optim", "optim.layer_decay").param_groups_layer_decay(
+        model,
+        config.weight_decay,
+        weight_decay_exclude_1d=not config.decay_norm_and_bias,
+        layer_decay=config.layer_decay,
+    )
 
 
 def image_size(epoch: int, *, start: int | None, final: int, epochs: int) -> int:
@@ -49,7 +72,8 @@ def learning_rate(step: int, config: OptimConfig, *, steps_per_epoch: int, epoch
     """Learning rate of optimiser step `step`, counted from 0 over the whole run.
 
     Warm-up rises linearly to `config.lr`; cosine and linear then fall to 0 at the last step's end, trapezoid in the
-    last fifth of all steps; step and multistep count epochs from the start of the run.
+    last fifth of all steps; step and multistep count epochs from the start of the run. Cosine falls so in each of its
+    `cycles`, after Huang et al., "Snapshot Ensembles: Train 1, get M for free" (arXiv 1704.00109).
     """
     warmup = config.warmup_epochs * steps_per_epoch
     if step + 1 <= warmup:
@@ -58,6 +82,10 @@ def learning_rate(step: int, config: OptimConfig, *, steps_per_epoch: int, epoch
     progress = max(0.0, step - warmup) / max(1, total - warmup)
     epoch = step // steps_per_epoch
     if config.schedule == "cosine":
+        if config.cycles > 1:
+            cycle = total / config.cycles
+            first = max(warmup, cycle * (step // cycle))  # warm-up is a part of the first one
+            progress = (step - first) / (cycle * (step // cycle + 1) - first)
         return config.lr * 0.5 * (1 + math.cos(math.pi * progress))
     if config.schedule == "linear":
         return config.lr * (1 - progress)

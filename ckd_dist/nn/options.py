@@ -34,18 +34,23 @@ class ModelConfig:
 class OptimConfig:
     """Optimiser and learning-rate schedule."""
 
-    name: Literal["sgd", "adamw"] = "sgd"
-    """sgd is SGD with Nesterov momentum."""
+    name: Literal["sgd", "adamw", "lamb"] = "sgd"
+    """sgd is SGD with Nesterov momentum; lamb is timm's."""
     lr: float = 0.1
     """Peak learning rate."""
     momentum: float = 0.9
     """Momentum of sgd."""
     weight_decay: float = 5e-4
-    """L2 penalty (sgd) or decoupled decay (adamw)."""
+    """L2 penalty (sgd), decoupled decay (adamw), or a part of the update (lamb)."""
     decay_norm_and_bias: bool = True
     """Apply weight decay to biases and normalisation weights too; ImageNet recipes set false."""
+    layer_decay: float | None = None
+    """Each layer of a timm model learns at this share of the rate of the one above it, as 0.75: for fine-tuning."""
     schedule: Literal["cosine", "linear", "trapezoid", "step", "multistep", "constant"] = "cosine"
     """Shape of the learning rate after warm-up; trapezoid: constant, and over the last fifth linearly down to 0."""
+    cycles: int = 1
+    """cosine: times that the rate falls from lr to 0, each in an equal share of the epochs; a teacher keeps a
+    checkpoint at the end of each, a snapshot ensemble."""
     warmup_epochs: float = 0.0
     """Linear rise from 0 to lr over so many epochs."""
     step_epochs: int = 60
@@ -64,6 +69,8 @@ class OptimConfig:
             lr=RATE,
             momentum=(0, 0.9999),
             weight_decay=(0, 10),
+            layer_decay=(0.01, 1),
+            cycles=COUNT,
             warmup_epochs=(0, COUNT[1]),
             step_epochs=COUNT,
             milestones=COUNT,
@@ -74,6 +81,7 @@ class OptimConfig:
             bool(self.milestones) == (self.schedule == "multistep"),
             "optim.milestones goes with --optim.schedule multistep, and multistep needs it",
         )
+        require(self.cycles == 1 or self.schedule == "cosine", "optim.cycles goes with --optim.schedule cosine")
 
 
 LabelLossName = Literal["cross_entropy", "binary_cross_entropy"]

@@ -85,7 +85,7 @@ class Learner:
         config, step = self.config, self.step
         rate = learning_rate(step, config.optim, steps_per_epoch=self.steps_per_epoch, epochs=config.epochs)
         for group in self.optimizer.param_groups:
-            group["lr"] = rate
+            group["lr"] = rate * group.get("lr_scale", 1.0)
         torch.manual_seed(hash((config.seed, step, dist.rank())) % 2**63)  # dropout, the same after a resume
         *parts, last = batch.parts(config.accumulate)
         with self._gradients_stay():

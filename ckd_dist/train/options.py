@@ -97,7 +97,8 @@ class TrainConfig:
     compile: bool = False
     """Compile the model with torch.compile."""
     save_every: int | None = None
-    """Epochs between the checkpoints that are kept; default: ten of a teacher's run, a student's last one."""
+    """Epochs between the checkpoints that are kept; default: ten of a teacher's run, or one at the end of each
+    of its optim.cycles, and a student's last one."""
     save_last_every: int = 1000
     """Steps between the saves that exact resume goes on from (and at every epoch's end)."""
     val_every: int = 1
@@ -122,6 +123,10 @@ class TrainConfig:
             save_last_every=(1, 1_000_000_000),
             val_every=COUNT,
             log_every=(1, 1_000_000_000),
+        )
+        require(
+            self.epochs % self.optim.cycles == 0,
+            f"optim.cycles {self.optim.cycles} does not divide the {self.epochs} epochs: choose one that does",
         )
 
 

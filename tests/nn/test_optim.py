@@ -32,6 +32,18 @@ def test_linear_with_warmup_is_a_triangle():
     assert values[20:] == pytest.approx([1 - s / 80 for s in range(80)])
 
 
+def test_a_cosine_in_cycles_begins_anew_and_warms_up_once():
+    values = rates(schedule="cosine", cycles=2)
+    assert values == pytest.approx([0.5 * (1 + math.cos(math.pi * s / 50)) for s in range(50)] * 2)
+    values = rates(schedule="cosine", cycles=5, warmup_epochs=1)
+    assert values[:20] == pytest.approx(
+        [(s + 1) / 10 for s in range(10)] + [0.5 * (1 + math.cos(math.pi * s / 10)) for s in range(10)]
+    )
+    assert values[20:] == pytest.approx([0.5 * (1 + math.cos(math.pi * s / 20)) for s in range(20)] * 4)
+    with pytest.raises(UserError, match=r"optim\.cycles goes with --optim.schedule cosine"):
+        OptimConfig(schedule="linear", cycles=2)
+
+
 def test_trapezoid_is_constant_and_falls_in_the_last_fifth():
     values = rates(schedule="trapezoid", warmup_epochs=1)
     assert values[:10] == pytest.approx([(s + 1) / 10 for s in range(10)])
@@ -63,22 +75,37 @@ def test_milestones_without_multistep_are_refused():
 def test_norms_and_biases_are_spared_when_asked():
     model = build_model("resnet8", 10)
     everything = list(model.parameters())
-    assert [len(g["params"]) for g in parameter_groups(model, 0.1, True)] == [len(everything)]
-    decayed, spared = parameter_groups(model, 0.1, False)
+    assert [len(g["params"]) for g in parameter_groups(model, OptimConfig(weight_decay=0.1))] == [len(everything)]
+    decayed, spared = parameter_groups(model, OptimConfig(weight_decay=0.1, decay_norm_and_bias=False))
     assert (decayed["weight_decay"], spared["weight_decay"]) == (0.1, 0.0)
     norms = {id(p) for m in model.modules() if isinstance(m, torch.nn.BatchNorm2d) for p in m.parameters()}
     assert {id(p) for p in spared["params"]} == norms | {id(model.fc.bias)}
     assert len(decayed["params"]) + len(spared["params"]) == len(everything)
 
 
-def test_both_optimisers_step():
-    for name in ("sgd", "adamw"):
+def test_every_optimiser_steps():
+    for name in ("sgd", "adamw", "lamb"):
         model = build_model("resnet8", 10)
         before = model.fc.weight.detach().clone()
         optimizer = build_optimizer(model, OptimConfig(name=name, decay_norm_and_bias=False))
         model(torch.randn(4, 3, 28, 28)).sum().backward()
         optimizer.step()
         assert not torch.equal(before, model.fc.weight)
+
+
+def test_lower_layers_learn_at_a_smaller_rate():
+    pytest.importorskip("timm")
+    model = build_model("timm/vit_tiny_patch16_224", 10, {"img_size": 32, "depth": 3})
+    config = OptimConfig(name="adamw", lr=1.0, layer_decay=0.5, decay_norm_and_bias=False, weight_decay=0.1)
+    groups = build_optimizer(model, config).param_groups
+    of = {id(p): group for group in groups for p in group["params"]}
+    assert len(of) == len(list(model.parameters()))
+    rates = {name: of[id(p)]["lr_scale"] for name, p in model.named_parameters()}
+    assert rates["head.weight"] == 1.0 and rates["patch_embed.proj.weight"] == 0.5**4
+    assert [rates[f"blocks.{k}.attn.qkv.weight"] for k in range(3)] == [0.5**3, 0.5**2, 0.5]
+    assert of[id(model.head.weight)]["weight_decay"] == 0.1 and of[id(model.head.bias)]["weight_decay"] == 0.0
+    with pytest.raises(UserError, match=r"optim\.layer_decay: .* timm/NAME"):
+        build_optimizer(build_model("resnet8", 10), config)
 
 
 def test_image_size_rises_towards_the_end_of_training():

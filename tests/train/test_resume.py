@@ -10,9 +10,20 @@ from tests.helpers.commands import command_line, count_lines, kill_and_repeat, r
 from tests.helpers.training import metrics, options, same_weights, train_here
 
 
-def test_a_killed_run_ends_with_the_weights_of_one_that_never_was(fashion, tmp_path):
+@pytest.mark.parametrize(
+    "more",
+    [
+        ["--ema_decay", 0.9],
+        [
+            *("--optim.name", "lamb", "--optim.cycles", 3, "--accumulate", 3),
+            *("--label_loss", "binary_cross_entropy", "--label_smoothing", 0.1),
+        ],
+    ],
+    ids=["average", "lamb in cycles"],
+)
+def test_a_killed_run_ends_with_the_weights_of_one_that_never_was(fashion, tmp_path, more):
     whole, killed = tmp_path / "whole", tmp_path / "killed"
-    more = ["--log_every", 1, "--save_last_every", 5, "--ema_decay", 0.9]
+    more = ["--log_every", 1, "--save_last_every", 5, *more]
     run("ckd_dist.train_teacher", *options(fashion, whole, *more), nproc=2)
     command = command_line("ckd_dist.train_teacher", *options(fashion, killed, *more), nproc=2)
     record = killed / "metrics.jsonl"

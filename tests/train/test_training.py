@@ -77,6 +77,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_names_step_and_checkpoint(f
     "more",
     [
         ["--amp", "float16", "--optim.clip_grad_norm", "1"],
+        ["--amp", "off", "--optim.name", "lamb", "--label_loss", "binary_cross_entropy", "--optim.cycles", "2"],
         ["--amp", "off", "--optim.name", "adamw", "--optim.lr", "0.002", "--optim.decay_norm_and_bias", "false"],
         [
             "--optim.schedule",
@@ -89,7 +90,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_names_step_and_checkpoint(f
             "true",
         ],
     ],
-    ids=["float16", "adamw", "smoothing"],
+    ids=["float16", "lamb", "adamw", "smoothing"],
 )
 def test_every_kind_of_training_learns(fashion, tmp_path, more):
     if "--tensorboard" in more:
