@@ -31,7 +31,8 @@ def main(config: EvaluateConfig) -> None:
         loader = BetonLoader.for_evaluation(info, config.data, metadata, device)
         probe.require_fits(model, metadata["model"], info.num_classes, loader.image_size, "data.image_size")
         amp = precision.resolve_amp(config.amp)
-        (result,) = evaluation.evaluate({config.checkpoint: forward.to_device(model, device)}, loader, amp).values()
+        network = {config.checkpoint: forward.to_device(model, device)}
+        (result,) = evaluation.evaluate(network, loader, amp, config.mirror).values()
         made_of = {"content_hash": info.content_hash, "weights_sha256": checkpoint.weights_sha256(model.state_dict())}
         console.say(json.dumps({**result, "images": info.count, "amp": amp, **made_of}))
 

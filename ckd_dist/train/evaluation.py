@@ -22,9 +22,11 @@ if TYPE_CHECKING:
 # ------------------------------------------------------------------------------------------- evaluation
 
 
-def evaluate(models: Mapping[str, nn.Module], loader: BetonLoader, amp: str) -> dict[str, dict[str, float]]:
+def evaluate(
+    models: Mapping[str, nn.Module], loader: BetonLoader, amp: str, mirror: bool = False
+) -> dict[str, dict[str, float]]:
     """`top1` and `top5` in percent and the mean `loss` of each of the named models over every image of the file, each
-    image decoded and counted once.
+    image decoded and counted once. `mirror`: by the mean of the logits of the image and its mirror image.
 
     Collective: each rank takes a contiguous share; rank 0's batch-norm statistics count for all. Raises
     `TrainingError`, on every rank, that names a model whose logits are not finite: they have no largest.
@@ -38,6 +40,8 @@ def evaluate(models: Mapping[str, nn.Module], loader: BetonLoader, amp: str) -> 
     for batch in loader.batches(np.array_split(np.arange(count), dist.world_size())[dist.rank()]):
         for m, model in enumerate(models.values()):
             logits = forward_logits(model, batch.images, amp)
+            if mirror:
+                logits = (logits + forward_logits(model, batch.images.flip(3), amp)) / 2
             hits = logits.topk(min(5, logits.shape[1])).indices.eq(batch.labels[:, None])
             loss = losses.cross_entropy(logits, batch.labels).sum()
             sums[m, :3] += torch.stack([hits[:, 0].sum(), hits.sum(), loss])

@@ -163,6 +163,8 @@ class EvaluateConfig:
     """A file of a run's checkpoints folder."""
     model: str | None = None
     """Where its network is code of your own, its name as in model.name: that code is run."""
+    mirror: bool = False
+    """Take the mean of the logits of every image and its mirror image, as FFCV's published ImageNet figures do."""
     amp: Amp = "auto"
     """Precision, as in train_teacher, of the forward pass."""
 

@@ -8,9 +8,15 @@ import signal
 import subprocess
 import time
 
+import numpy as np
 import psutil
 import pytest
+import torch
 
+from ckd_dist.data.beton import open_beton
+from ckd_dist.data.loader import BetonLoader
+from ckd_dist.data.options import LoaderConfig
+from ckd_dist.nn.models import load_model
 from tests.helpers.commands import ENVIRONMENT, ROOT, command_line, count_lines, run
 from tests.helpers.training import metrics, options
 
@@ -27,6 +33,20 @@ def test_evaluation_counts_each_image_once_whatever_the_world_size(fashion, teac
         assert other["loss"] == pytest.approx(found[0]["loss"], rel=1e-6)
     correct = found[0]["top1"] * 3.01
     assert correct == pytest.approx(round(correct))
+
+
+def test_evaluation_may_look_at_mirror_images_too(fashion, teacher):
+    path = teacher / "checkpoints" / "epoch_0003.pt"
+    arguments = ("--data.val", fashion["holdout"], "--checkpoint", path, "--amp", "off", "--mirror")
+    found = json.loads(run("ckd_dist.evaluate", *arguments).stdout.splitlines()[-1])
+    model, metadata = load_model(path, "checkpoint")
+    info = open_beton(fashion["holdout"], "data.val")
+    right, loader = [], BetonLoader.for_evaluation(info, LoaderConfig(), metadata, torch.device("cpu"))
+    for batch in loader.batches(np.arange(info.count)):
+        both = [model.eval()(images).detach() for images in (batch.images, batch.images.flip(3))]
+        right += [batch.top1((both[0] + both[1]).argmax(dim=1))]
+    assert found["top1"] == pytest.approx(float(torch.cat(right).mean()), abs=1e-4)
+    assert found["top1"] != json.loads(run("ckd_dist.evaluate", *arguments[:-1]).stdout.splitlines()[-1])["top1"]
 
 
 def test_the_numbers_depend_neither_on_the_world_size_nor_on_the_parts_of_a_batch(fashion, tmp_path):
