@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
+from ckd_dist.core.errors import require
 from ckd_dist.core.files import read_json
 
 _FINITE = {"allow_inf_nan": False}
@@ -117,3 +118,33 @@ def read_evidence(path: Path, option: str) -> Evidence:
 def read_errors(path: Path, option: str) -> Errors:
     """errors.json; raises `UserError` where it is damaged."""
     return read_json(path, Errors, option, "remove it, or run ckd_dist.studies.errors again")
+
+
+def joined(old: Evidence, new: Evidence, option: str) -> Evidence:
+    """The new evidence, with what the old one has of other trainings; raises `UserError` where the two are not of the
+    same ways and comparisons."""
+    trainings = {(case.task, case.teacher) for case in new.ways[0].behind}
+    same = all(
+        [each.name for each in before] == [each.name for each in now]
+        for before, now in ((old.ways, new.ways), (old.claims, new.claims), (old.losses, new.losses))
+    )
+    require(same, f"{option}: it is of another version: remove it")
+
+    def cases(before: list[Case], now: list[Case]) -> list[Case]:
+        rest = [case for case in before if (case.task, case.teacher) not in trainings]
+        return sorted([*rest, *now], key=lambda case: (case.task, case.teacher))
+
+    def series(before: list[Series], now: list[Series]) -> list[Series]:
+        return [Series(then.name, cases(then.cases, each.cases)) for then, each in zip(before, now, strict=True)]
+
+    return replace(
+        new,
+        ways=[
+            replace(each, behind=cases(then.behind, each.behind), regret=cases(then.regret, each.regret))
+            for then, each in zip(old.ways, new.ways, strict=True)
+        ],
+        claims=series(old.claims, new.claims),
+        losses=series(old.losses, new.losses),
+        predictors=new.predictors or old.predictors,
+        errors=new.errors or old.errors,
+    )

@@ -5,7 +5,7 @@
 A choice of a teacher is judged by students that it did not look at: of the five seeds of a candidate three are for the
 choice and two for the judgement, of the held-out images one half each, in every combination, and the mean is taken. How
 far a way to choose is behind is told against trying all with three seeds, which is judged by the same. Writes OUT
-(default RUN_DIR/evidence.json).
+(default RUN_DIR/evidence.json); what it holds of other trainings stays, so that a study may grow.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from pathlib import Path
 import numpy as np
 from scipy import stats
 
-from ckd_dist.core.evidence import Case, Evidence, Series, Way, read_errors
+from ckd_dist.core.evidence import Case, Evidence, Series, Way, joined, read_errors, read_evidence
 from ckd_dist.core.files import write_bytes_atomically
 from ckd_dist.core.process import run_process
 from ckd_dist.core.results import read_selection
@@ -56,6 +56,8 @@ def main() -> None:
         errors=read_errors(errors, "RUN_DIR") if errors else None,
     )
     out = Path(sys.argv[2]) if len(sys.argv) == 3 else run_dir / "evidence.json"
+    if out.exists():
+        evidence = joined(read_evidence(out, "OUT"), evidence, "OUT")
     write_bytes_atomically(out, (json.dumps(asdict(evidence), indent=1) + "\n").encode())
 
 

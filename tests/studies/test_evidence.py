@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
 
-from ckd_dist.core.evidence import read_evidence
+from ckd_dist.core.errors import UserError
+from ckd_dist.core.evidence import joined, read_evidence
 from ckd_dist.studies import evidence
 from ckd_dist.studies.trajectories import CANDIDATES, EPOCHS, KEPT, LAST, MODELS, RUNGS, SEEDS, SHORT
 
@@ -111,6 +113,24 @@ def test_ways_are_judged_by_students_that_they_did_not_look_at(found):
     assert mean(of["a checkpoint at random"].behind) == pytest.approx(9, abs=0.5)
     for race in ("race, 15 %", "race in order, 10 %"):
         assert mean(of[race].behind) == pytest.approx(0, abs=0.5)
+
+
+def test_what_is_known_of_other_trainings_stays(found):
+    def only(teacher):
+        ways = [replace(w, behind=of(w.behind, teacher), regret=of(w.regret, teacher)) for w in found.ways]
+        series = {
+            name: [replace(each, cases=of(each.cases, teacher)) for each in getattr(found, name)]
+            for name in ("claims", "losses")
+        }
+        return replace(found, ways=ways, **series, predictors=found.predictors if teacher == 0 else [])
+
+    def of(cases, teacher):
+        return [case for case in cases if case.teacher == teacher]
+
+    assert joined(only(0), only(1), "OUT") == found == joined(found, only(0), "OUT")
+    assert joined(only(1), only(0), "OUT") == found
+    with pytest.raises(UserError, match="OUT: it is of another version"):
+        joined(replace(found, ways=found.ways[1:]), found, "OUT")
 
 
 def test_claims_are_the_differences_that_were_planted(found):
