@@ -169,7 +169,7 @@ def plane(found: Evidence) -> Figure:
     figure, axes = plain_axes(columns=2, width=11.0, height=4.2)
     costly, free = axes[0]
     ways = fresh(found)
-    for kind, color in {"race": ORANGE, "race in order": GREEN, "trying all": BLUE}.items():
+    for kind, color in {"race without a prior": ORANGE, "race with a prior": GREEN, "trying all": BLUE}.items():
         own = [way for way in ways if way.name.startswith(f"{kind},")]
         of = [summary(way.behind) for way in own]
         x, y, errors = [100 * way.cost for way in own], [each.mean for each in of], list(map(_bar, of))

@@ -1,6 +1,6 @@
 """How often a race errs, where the truth is known: with students of a teacher that ckd_dist.studies.trajectories left.
 
-  python -m ckd_dist.studies.errors RUN_DIR/fashion/0
+  python -m ckd_dist.studies.errors RUN_DIR/fashion/1
 
 Ten equal candidates: a hundred students of one checkpoint, of seeds of their own, are dealt out among ten, five hundred
 times, and the race's rule is played on what they answered. It should not tell them apart. One good among ten: the last
@@ -51,7 +51,7 @@ def equal(run: Path) -> list[Equal]:
         ends = _games(pool, share * racing.FULL_SEEDS * EQUAL, in_order)
         tested = [[drop.candidate for drop in end.drops if drop.tested] for end in ends]
         told_apart = sum(len(each) == EQUAL - 1 for each in tested)
-        of = "race in order" if in_order else "race"
+        of = "race with a prior" if in_order else "race without one"
         found.append(Equal(of, share, GAMES, dropped=sum(0 in each for each in tested), told_apart=told_apart))
     return found
 

@@ -192,8 +192,8 @@ def ways_of(case: Students) -> Iterator[tuple[str, float, Choice]]:
         yield f"trying all, {seeds} seed{'s' * (seeds > 1)}", seeds / TRIED, partial(_best_of, case, seeds)
     for percent in BUDGETS:
         budget = percent / 100 * TRIED * len(CANDIDATES)
-        yield f"race, {percent} %", percent / 100, partial(_winner, case, budget)
-        yield f"race in order, {percent} %", percent / 100, partial(_winner, case, budget, in_order=True)
+        yield f"race without a prior, {percent} %", percent / 100, partial(_winner, case, budget)
+        yield f"race with a prior, {percent} %", percent / 100, partial(_winner, case, budget, in_order=True)
     singles = [CANDIDATES.index([epoch]) for epoch in KEPT]
     selection = read_selection(case.run / "selection" / "selection.json", "RUN_DIR")
     of = {each.epoch: each for each in selection.checkpoints}

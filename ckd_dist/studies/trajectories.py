@@ -1,6 +1,6 @@
 """The students that the study of races is made of: those of every checkpoint of several teachers, of several lengths.
 
-  python -m ckd_dist.studies.trajectories RUN_DIR [--photographs FOLDER] [--teachers 0,1,2]
+  python -m ckd_dist.studies.trajectories RUN_DIR [--photographs FOLDER] [--teachers 1,2,3]
 
 Three tasks of images of 16 px: a part of Fashion-MNIST, stacked Fashion-MNIST of a thousand classes, and tiles of the
 photographs in FOLDER, any pictures, whose classes are the pictures. Of each of several trainings of a resnet20 teacher
@@ -36,7 +36,7 @@ EPOCHS, SHORT = 20, {1: 3, 2: 5, 4: 3, 8: 5}
 """Epochs of the students; of the shorter ones, and how many seeds these have."""
 RUNGS = [rung.epochs for rung in racing.rungs_of(EPOCHS)]
 """Lengths that a race needs."""
-TUNED_ON = ("fashion", 0)
+TUNED_ON = ("fashion", 1)
 """The task and the teacher that have students of all lengths and kinds, which the race was chosen by."""
 SEEDS = 5
 KEPT = (6, 12, 18, 24, 30, 36, 42, 48, 54, 60)
@@ -71,7 +71,7 @@ def main() -> None:
     parser = Parser(prog="python -m ckd_dist.studies.trajectories", description=__doc__)
     parser.add_argument("run_dir", type=Path, metavar="RUN_DIR")
     parser.add_argument("--photographs", type=Path, metavar="FOLDER", help="pictures; without it: no tiles")
-    parser.add_argument("--teachers", default="0,1,2", help="their seeds (default: 0,1,2)")
+    parser.add_argument("--teachers", default="1,2,3", help="their seeds (default: 1,2,3)")
     options = parser.parse_args(sys.argv[1:])
     tasks = [task for task in TASKS if task.dataset != "imagefolder" or options.photographs]
     for task in tasks:

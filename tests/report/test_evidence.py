@@ -33,13 +33,13 @@ FOUND = Evidence(
     tuned_on=[("a", 0), ("b", 0)],
     ways=[
         Way("trying all, 3 seeds", 1.0, cases(0, 0, 0, 0), cases(0.1, 0.1, 0.1, 0.1)),
-        Way("race, 15 %", 0.15, cases(9, 0.2, 9, 0.4), cases(9, 0.3, 9, 0.5)),
+        Way("race without a prior, 15 %", 0.15, cases(9, 0.2, 9, 0.4), cases(9, 0.3, 9, 0.5)),
         Way("last checkpoint", 0.0, cases(1, 2, 3, 4), cases(1, 2, 3, 4)),
     ],
     claims=[Series("this - that", cases(1, 2, 3, 4)), Series("these - those", cases(-1, 2, 1, -2))],
     predictors=[Series("top-1, 5 %", cases(0.2)), Series("top-1, 10 %", cases(0.6)), Series("loss, 10 %", cases(0.4))],
     losses=[Series("6", cases(1, 2, 3, 4)), Series("12", cases(2, 1, 4, 3))],
-    errors=Errors([Equal("race", 0.15, 100, dropped=5, told_apart=0)], Planted(20, 20, 10, 0.08)),
+    errors=Errors([Equal("race with a prior", 0.15, 100, dropped=5, told_apart=0)], Planted(20, 20, 10, 0.08)),
 )
 
 
@@ -57,12 +57,14 @@ def test_tables_leave_out_the_teachers_that_the_race_was_tuned_on():
     assert "2 trainings" in ways.text and "tuned on" in ways.text
     assert ways.head[-2:] == ["a", "b"]
     half = float(stats.t.ppf(0.975, 1)) * 0.1
-    assert ways.rows[1] == ["race, 15 %", "15", f"+0.30 ± {half:.2f}", f"+0.40 ± {half:.2f}", "+0.20", "+0.40"]
+    race = ["race without a prior, 15 %", "15", f"+0.30 ± {half:.2f}", f"+0.40 ± {half:.2f}", "+0.20", "+0.40"]
+    assert ways.rows[1] == race
     assert [row[2] for row in claims.rows] == ["differs", "within noise"]
     assert claims.rows[0][3:5] == ["+1.50", "+3.50"]
     assert predictors.rows == [["top-1", "0.20", "0.60"], ["loss", "", "0.40"]]
     low, high = stats.beta.ppf(0.025, 5, 96), stats.beta.ppf(0.975, 6, 95)
-    assert errors.rows == [["race, 15 %", f"5.0 % ({100 * low:.1f} to {100 * high:.1f})", "0.0 % (0.0 to 3.6)"]]
+    dropped = f"5.0 % ({100 * low:.1f} to {100 * high:.1f})"
+    assert errors.rows == [["race with a prior, 15 %", dropped, "0.0 % (0.0 to 3.6)"]]
     assert claims.markdown()[1] == "| --- | --- | --- | --- | --- | --- |"
 
 
