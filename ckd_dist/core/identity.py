@@ -23,6 +23,7 @@ from ckd_dist.core.files import read_json, write_bytes_atomically
 from ckd_dist.core.options import flatten, read_yaml
 
 FREE = (
+    "recompute",
     "data.workers",
     "data.os_cache",
     "data.verify",

@@ -94,6 +94,9 @@ class TrainConfig:
     accumulate: int = 1
     """Parts that a step's images go through the model in, one after another, for models whose batch does not fit into
     memory: the gradients add up to the same, but batch norm sees each part alone."""
+    recompute: bool = False
+    """Keep the activations at the edges of the model's blocks only and compute those within again on the way back: for
+    memory, at the cost of another forward pass."""
     compile: bool = False
     """Compile the model with torch.compile."""
     save_every: int | None = None

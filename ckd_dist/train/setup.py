@@ -21,6 +21,7 @@ from ckd_dist.data.order import rank_share
 from ckd_dist.data.recipe import ViewRecipe
 from ckd_dist.nn import models, probe, weights
 from ckd_dist.nn.optim import build_optimizer
+from ckd_dist.nn.recompute import recompute_blocks
 from ckd_dist.train.learner import Learner, Loss
 from ckd_dist.train.loop import fit
 from ckd_dist.train.options import TrainConfig
@@ -144,6 +145,8 @@ def build_models(runs: Sequence[Run], info: DatasetInfo, device: torch.device) -
                 say(f"{name}: {', '.join(unused[name])} have no part in the logits, and stay as they are")
         for key in unused[name]:
             model.get_parameter(key).requires_grad_(False)
+        if run.config.recompute:
+            recompute_blocks(model, name)
         build_optimizer(model, run.config.optim)  # refuses what the network does not have
     return networks
 
