@@ -10,7 +10,7 @@ SHELL := bash
 .SHELLFLAGS := -euo pipefail -c
 .ONESHELL:
 .DEFAULT_GOAL := help
-.PHONY: help quickstart test soak codecs study checkpoints trajectories bench lint docs wheelhouse setup testbed clean
+.PHONY: help quickstart test soak codecs study checkpoints trajectories bench gpu lint docs wheelhouse setup testbed clean
 
 help:  ## list the targets
 	@sed -nE 's/^([a-z]+):.*## (.*)/make \1|\2/p' Makefile | while IFS='|' read -r target text; do
@@ -41,6 +41,9 @@ trajectories: setup  ## set up, then the study of several teachers anew, three h
 
 bench: setup  ## set up, then measure the speed of this machine
 	@.venv/bin/python -m ckd_dist.bench $(ARGS)
+
+gpu:  ## what a machine with a GPU is to be asked, in 25 minutes, by $(PYTHON) as it is, without a network
+	@$(PYTHON) -m ckd_dist.bench.gpu $(ARGS)
 
 # Tests open the report's page in Chromium and start a SLURM cluster, where these can be had.
 testbed:

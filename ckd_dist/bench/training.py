@@ -71,11 +71,15 @@ class Setup:
         """The logits of the small teacher."""
         return self.folder / f"store_{codec}"
 
-    def prepare(self) -> None:
-        """Write images, teachers of one epoch and logits, by the commands that a user would type."""
+    def write_images(self) -> None:
+        """Unless they are there."""
         if not self.images.exists():
             images = ["--dataset", "stacked_fashion_mnist", "--split", "train", "--subset", IMAGES]
             run_module("images", "data_prep.write_beton", *images, "--out", self.images)
+
+    def prepare(self) -> None:
+        """Write images, teachers of one epoch and logits, by the commands that a user would type."""
+        self.write_images()
         for name in dict.fromkeys(self.models.teachers):
             model = ["--model.name", name, "--epochs", 1, "--run_dir", self.teacher(name)]
             run_module(f"a teacher, {name}", "ckd_dist.train_teacher", *self.options, *model)

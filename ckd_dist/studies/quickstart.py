@@ -1,6 +1,6 @@
 """The whole pipeline on Fashion-MNIST in two processes, a few minutes on two CPU cores.
 
-  python -m ckd_dist.studies.quickstart [RUN_DIR]
+  python -m ckd_dist.studies.quickstart [RUN_DIR] [--processes 2] [--images FOLDER]
 
 Every stage is a command that a user would type; run again, what is complete is not repeated.
 """
@@ -8,22 +8,40 @@ Every stage is a command that a user would type; run again, what is complete is 
 from __future__ import annotations
 
 import json
+import sys
 import time
 from pathlib import Path
 
 from rich.table import Table
 
-from ckd_dist.studies.commands import console, run_in_folder, run_module, write_images
+from ckd_dist.core.options import Parser
+from ckd_dist.core.process import run_process
+from ckd_dist.studies.commands import console, run_module, write_images
 
-TRAIN_IMAGES, HELD_OUT_IMAGES, PROCESSES = 4000, 1000, 2
+TRAIN_IMAGES, HELD_OUT_IMAGES = 4000, 1000
 TEACHER_EPOCHS, HALF_WAY, VIEWS, STUDENT_EPOCHS = 8, 4, 4, 4
 
 
-def main(folder: Path) -> None:
+def main() -> None:
+    """Read the command line."""
+    parser = Parser(prog="python -m ckd_dist.studies.quickstart", description=__doc__)
+    parser.add_argument("run_dir", nargs="?", type=Path, default=Path("runs/quickstart"), metavar="RUN_DIR")
+    parser.add_argument("--processes", type=int, default=2, help="of every command (default: 2)")
+    parser.add_argument("--images", type=Path, metavar="FOLDER", help="where they are, or go (default: RUN_DIR)")
+    options = parser.parse_args(sys.argv[1:])
+    run(options.run_dir, options.images or options.run_dir, options.processes)
+
+
+def prepare(images: Path) -> None:
+    """Write the images, unless they are there."""
+    write_images(images, "fashion_mnist", {"train": TRAIN_IMAGES, "holdout": HELD_OUT_IMAGES})
+
+
+def run(folder: Path, images: Path, processes: int) -> None:
     """Run every command in `folder` and print what came out; ends the process when one fails."""
     started = time.perf_counter()
-    write_images(folder, "fashion_mnist", {"train": TRAIN_IMAGES, "holdout": HELD_OUT_IMAGES})
-    train, held_out = folder / "train.beton", folder / "holdout.beton"
+    prepare(images)
+    train, held_out = images / "train.beton", images / "holdout.beton"
 
     data = ["--data.train", train, "--data.val", held_out]
     teacher, store = folder / "teacher", folder / "store"
@@ -31,13 +49,13 @@ def main(folder: Path) -> None:
         "the teacher and its trajectory",
         *("ckd_dist.train_teacher", *data, "--model.name", "resnet20", "--epochs", TEACHER_EPOCHS),
         *("--save_every", 2, "--run_dir", teacher),
-        processes=PROCESSES,
+        processes=processes,
     )
     caching = run_module(
         "the logits of every checkpoint",
         *("ckd_dist.cache_logits", "--data.train", train, "--teacher.run", teacher, "--store", store),
         *("--views", VIEWS, "--shard_size", 1000),
-        processes=PROCESSES,
+        processes=processes,
     )
     full, half = f"[{TEACHER_EPOCHS}]", f"[{HALF_WAY}]"
     both = f"[{HALF_WAY},{TEACHER_EPOCHS}]"
@@ -57,7 +75,7 @@ def main(folder: Path) -> None:
             *("ckd_dist.distill", *data, "--model.name", "resnet8", "--epochs", STUDENT_EPOCHS, "--log_every", 1),
             *("--optim.warmup_epochs", 1, "--kd.alpha", 0.5, "--kd.temperature", 4, *options),
             *("--run_dir", folder / name),
-            processes=PROCESSES,
+            processes=processes,
         )
     report(folder, teacher, {name: source for name, (source, _) in students.items()}, caching)
     console.print(f"run folder: {folder}  ({time.perf_counter() - started:.0f} s in all)")
@@ -100,4 +118,4 @@ def _metrics(run: Path, split: str) -> list[dict]:
 
 
 if __name__ == "__main__":
-    run_in_folder(main, "runs/quickstart")
+    run_process(main)
