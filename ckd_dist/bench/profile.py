@@ -67,7 +67,7 @@ def on_device(trace: Path) -> list[Span]:
     return [Span(event["name"], event["ts"], event["ts"] + event["dur"]) for event in found]
 
 
-def _outermost(events: Iterable[dict]) -> list[dict]:
+def _outermost(events: list[dict]) -> list[dict]:
     found: list[dict] = []
     for event in sorted(events, key=lambda event: (event["ts"], -event["dur"])):
         if not found or event["ts"] >= found[-1]["ts"] + found[-1]["dur"]:
