@@ -322,21 +322,28 @@ FIRST = 2
 
 
 def predictors(case: Students) -> Iterator[tuple[str, float]]:
-    """(What is looked at, its rank correlation over the teachers with the top-1 of other students in the end)."""
+    """(What is looked at, its rank correlation over the teachers with the top-1 of other students in the end), of what
+    there is."""
     truth = case.top1[FULL][1:, FIRST:].mean(axis=(1, 2))
 
     def correlation(values: np.ndarray) -> float:
         return float(stats.spearmanr(values[-len(truth) :], truth).statistic)
 
     yield "the teacher: top-1, 0 %", correlation(case.own_top1.mean(axis=1))
-    for kind, what in {"whole": "a short whole schedule", "trapezoid": "a constant rate and a decay"}.items():
-        for epochs in SHORT:
-            search = f"{kind}_{epochs}"
-            share = f"{100 * epochs // EPOCHS} %"
+    kinds = {"whole": "a short whole schedule", "trapezoid": "a constant rate and a decay"}
+    for kind, epochs in itertools.product(kinds, SHORT):
+        search, what, share = f"{kind}_{epochs}", kinds[kind], f"{100 * epochs // EPOCHS} %"
+        if search in case.searches:
             yield f"{what}: top-1, {share}", correlation(case.top1[search][:, :FIRST].mean(axis=(1, 2)))
             yield f"{what}: calibrated loss, {share}", correlation(-case.loss(search)[:, :FIRST].mean(axis=1))
             if kind == "whole":
                 yield f"{what}: agreement, {share}", correlation(case.agreement(search)[:, :FIRST].mean(axis=1))
+    if "running" in case.searches:
+        yield from _of_running(case, correlation)
+    yield "other seeds of the whole training: top-1, 100 %", correlation(case.top1[FULL][:, :FIRST].mean(axis=(1, 2)))
+
+
+def _of_running(case: Students, correlation: Callable[[np.ndarray], float]) -> Iterator[tuple[str, float]]:
     lines = _running(case)
     for key, what in {"raw_": "the running student", "": "its moving average"}.items():
         for figure, sign in {"top1": 1, "loss": -1}.items():
@@ -344,7 +351,6 @@ def predictors(case: Students) -> Iterator[tuple[str, float]]:
                 values = [[sign * own[epochs - 1][key + figure] for own in seeds] for seeds in lines]
                 name = "top-1" if figure == "top1" else "loss"
                 yield f"{what}: {name}, {100 * epochs // EPOCHS} %", correlation(np.mean(values, axis=1))
-    yield "other seeds of the whole training: top-1, 100 %", correlation(case.top1[FULL][:, :FIRST].mean(axis=(1, 2)))
 
 
 def _running(case: Students) -> list[list[list[dict]]]:

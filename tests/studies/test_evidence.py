@@ -39,6 +39,7 @@ def run_dir(tmp_path_factory):
         searches |= {f"last_T_{temperature}": ([0.6 + 0.01 * temperature], SEEDS) for temperature in (1, 2, 8)}
         if seed == TUNED_ON[1]:
             searches |= {f"trapezoid_{epochs}": (early, 3) for epochs in SHORT}
+            searches["running"] = (truth, 2)
         found = {"own/correct": answers(generator, truth[1:], 1)[:, 0], "own/step": np.arange(10)[::-1]}
         found |= {f"own/{model.rpartition(':')[2]}": abs(np.arange(10) - 4) for model in MODELS}
         for name, (top1, seeds) in searches.items():
