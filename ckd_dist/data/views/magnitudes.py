@@ -7,6 +7,7 @@ a view of `REFERENCE` px and scale with the view: so a view shows the same at ev
 from __future__ import annotations
 
 import math
+from functools import cache
 
 import numpy as np
 
@@ -40,6 +41,7 @@ Equalize 0.8 0, Equalize 0.6 0
 """The pairs that were found for ImageNet: operation, probability, strength of 0 to 9."""
 
 
+@cache
 def magnitudes(policy: Policy | None) -> np.ndarray:
     """How strong each operation is in each bin, float64 [operations, bins, 2]; none for a policy without a table.
 
@@ -65,6 +67,7 @@ def magnitudes(policy: Policy | None) -> np.ndarray:
     return table
 
 
+@cache
 def pairs(policy: Policy | None) -> np.ndarray:
     """AutoAugment's pairs of operations, float64 [25, 2, 3]: operation, probability, bin; none for another policy."""
     if policy != "auto_augment":
