@@ -103,8 +103,11 @@ class Views(Dataset):
         labels: dict[str, Any] = {"label": label}
         if self.recipe.mixes:
             partner, weight, box = draw_mix(self.seed, view, sample, len(self), self._values)
-            other, other_label = self._unmixed(view, int(partner), size)
-            blend(image, other, weight, box)
+            if weight < 1:
+                other, other_label = self._unmixed(view, int(partner), size)
+                blend(image, other, weight, box)
+            else:  # its label is all that is wanted of it
+                other_label = label if partner == sample else int(self.images[int(partner)][1])
             labels.update(other_label=other_label, weight=np.float32(weight))
         return image, labels
 

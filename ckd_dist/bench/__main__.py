@@ -5,7 +5,7 @@
 Everything is measured here and now, in turn with what it is compared with, medians of several rounds; nothing is
 estimated. RUN_DIR (default runs/bench) gets bench.json, and keeps images and teachers for the next time. Cases:
 
-  loader    our views, FFCV's stock decoder, torchvision v2 with DataLoader; JPEG, half JPEG, raw
+  loader    our views, FFCV's stock decoder, torchvision v2 with DataLoader; JPEG, half JPEG, raw; with RandAugment
   order     a file larger than memory, in random and in quasi-random order (as root, to limit the memory)
   step      the train step on data in memory against a bare loop
   teaching  the same with cached records and with online teachers

@@ -1,7 +1,9 @@
-"""Decoding: our views, FFCV's stock decoder, and torchvision with PyTorch's DataLoader, from the same stored images."""
+"""Decoding: our views, FFCV's stock decoder, and torchvision with PyTorch's DataLoader, from the same stored images;
+ours and torchvision's with RandAugment too."""
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -62,9 +64,9 @@ def photographs(folder: Path, mode: str) -> DatasetInfo:
 class StoredImages(Dataset):
     """The images as they lie in the .beton file, decoded and transformed by torchvision."""
 
-    def __init__(self, info: DatasetInfo):
+    def __init__(self, info: DatasetInfo, *more: Any):
         self._count, self._read, self._labels = info.count, stored_images(info), read_labels(info)
-        self._transform = v2.Compose([v2.RandomResizedCrop(SIZE, antialias=True), v2.RandomHorizontalFlip()])
+        self._transform = v2.Compose([v2.RandomResizedCrop(SIZE, antialias=True), v2.RandomHorizontalFlip(), *more])
 
     def __len__(self) -> int:
         return self._count * PASSES
@@ -87,7 +89,10 @@ def _measure_mode(info: DatasetInfo, mode: str) -> list[Row]:
     cores = dist.cores_per_rank()
     recipe = ViewRecipe(kind="random_resized_crop")
     config, cpu = LoaderConfig(workers=cores), torch.device("cpu")
-    ours = BetonLoader(info, config, recipe, batch_size=BATCH_SIZE, image_size=SIZE, device=cpu)
+    ours, changed = (
+        BetonLoader(info, config, each, batch_size=BATCH_SIZE, image_size=SIZE, device=cpu)
+        for each in (recipe, replace(recipe, policy="rand_augment"))
+    )
     label: list[Any] = [IntDecoder(), ToTensor()]
     image = [RandomResizedCropRGBImageDecoder((SIZE, SIZE)), RandomHorizontalFlip(), ToTensor()]
     stock = Loader(
@@ -97,8 +102,9 @@ def _measure_mode(info: DatasetInfo, mode: str) -> list[Row]:
         order=OrderOption.SEQUENTIAL,
         pipelines={"image": image, "label": label},
     )
-    workers = DataLoader(
-        StoredImages(info), BATCH_SIZE, shuffle=True, num_workers=cores, persistent_workers=True, prefetch_factor=4
+    workers, changing = (
+        DataLoader(each, BATCH_SIZE, shuffle=True, num_workers=cores, persistent_workers=True, prefetch_factor=4)
+        for each in (StoredImages(info), StoredImages(info, v2.RandAugment(recipe.operations, recipe.magnitude)))
     )
     rng = np.random.default_rng(0)
 
@@ -112,9 +118,12 @@ def _measure_mode(info: DatasetInfo, mode: str) -> list[Row]:
         "FFCV, stock decoder": lambda: consume(Epoch(stock, order(), lambda ids: None)),
         "ckd_dist": lambda: consume(Epoch(ours.pipeline, order(), lambda ids: None)),
         "torchvision v2 + DataLoader": lambda: consume(workers),
+        "ckd_dist, RandAugment": lambda: consume(Epoch(changed.pipeline, order(), lambda ids: None)),
+        "torchvision v2, RandAugment": lambda: consume(changing),
     }
     case = f"loader, {MODES[mode]}, {SIZE} px"
     limits = {"ckd_dist": "arithmetic: decoding, resizing" if mode != "raw" else "arithmetic: resizing"}
-    rows = in_turn(case, "images/s a core", works, rounds=5, limits=limits)
+    references = {"ckd_dist, RandAugment": "ckd_dist", "torchvision v2, RandAugment": "ckd_dist, RandAugment"}
+    rows = in_turn(case, "images/s a core", works, rounds=5, references=references, limits=limits)
     torch.set_num_threads(cores)
     return rows

@@ -161,36 +161,45 @@ def train_recipe(
         kind != "pad_crop" or info.min_size == info.max_size,
         "data.augment pad_crop needs images of one size: use random_resized_crop",
     )
-    selected = {
+    options = {
         "kind": kind,
         "scale": config.crop_scale_min and (config.crop_scale_min, 1.0),
         "flip": None if config.flip is None else 0.5 * config.flip,
         **{name: getattr(config, name) for name in _SAME_IN_BOTH},
     }
-    default = cached or (eval_recipe(info, kind, crop_share) if kind == "center_crop" else ViewRecipe(kind=kind))
-    recipe = replace(default, **{name: value for name, value in selected.items() if value is not None})
+    selected = {name: value for name, value in options.items() if value is not None}
     if cached is not None:
-        ours, held = recipe.to_dict(), cached.to_dict()
-        for name, value in ours.items():
+        for name, value in selected.items():
             option = {"kind": "augment", "scale": "crop_scale_min"}.get(name, name)
-            require(
-                value == held[name],
-                f"data.{option}: the store holds views with {name} {held[name]}, not {value}: leave it out",
-            )
+            held = getattr(cached, name)
+            message = f"data.{option}: the store holds views with {name} {held}, not {value}: leave it out"
+            require(value == held, message)
+    default = cached or (eval_recipe(info, kind, crop_share) if kind == "center_crop" else ViewRecipe(kind=kind))
+    recipe = replace(default, **selected)
+    for name in ("operations", "magnitude"):
+        used = name not in selected or recipe.policy == "rand_augment"
+        require(used, f"data.{name} is for data.policy rand_augment, and this is {recipe.policy}: leave it out")
+    used = config.mix is None or recipe.mixes
+    require(used, "data.mix is the share of images that data.mixup or data.cutmix mix: give one too, or leave it out")
     return recipe
 
 
 def view_options(recipe: ViewRecipe) -> dict[str, Any]:
-    """The value of every option of `ViewDataConfig` that selects the views of `recipe`: inverse of `train_recipe`."""
+    """The value of every option of `ViewDataConfig` that selects the views of `recipe`: inverse of `train_recipe`. None
+    where the recipe's dict leaves a field out, so that a run of an older version goes on with the options it had."""
+    held = recipe.to_dict()
     return {
         "augment": recipe.kind,
         "crop_scale_min": recipe.scale[0],
         "flip": recipe.flip > 0,
-        **{name: getattr(recipe, name) for name in _SAME_IN_BOTH},
+        **{name: held.get(name) for name in _SAME_IN_BOTH},
     }
 
 
-_SAME_IN_BOTH = ("color_jitter", "erase", "mixup", "cutmix")
+_SAME_IN_BOTH = (
+    *("policy", "operations", "magnitude", "color_jitter", "grayscale", "blur", "solarize", "erase"),
+    *("mixup", "cutmix", "mix"),
+)
 """Options of `ViewDataConfig` that a `ViewRecipe` has under the same name."""
 
 

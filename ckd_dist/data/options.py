@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from ckd_dist.core.options import COUNT, SEED, SHARE, SIDE, require_ranges
+from ckd_dist.data.recipe import MAX_MAGNITUDE, MAX_OPERATIONS, Policy
 
 MapClasses = Literal["by_name", "by_position"]
 
@@ -48,8 +49,22 @@ class ViewDataConfig(LoaderConfig):
     """Smallest share of the area that random_resized_crop keeps; default: the store's, else 0.08."""
     flip: bool | None = None
     """Mirror half of the views; default: the store's, else true."""
+    policy: Policy | None = None
+    """Change views as a published policy draws it, by torchvision's operations. trivial_augment: one of 14, at any
+    strength; rand_augment: some of them (operations) at one strength (magnitude); auto_augment: one of ImageNet's 25
+    pairs; three_augment: grey, solarised or blurred, as DeiT III; default: the store's, else none."""
+    operations: int | None = None
+    """rand_augment: how many operations change a view; default: the store's, else 2."""
+    magnitude: int | None = None
+    """rand_augment: how strong they are, 0 to 30; default: the store's, else 9."""
     color_jitter: float | None = None
     """Change brightness, contrast and saturation, each by up to this share; default: the store's, else 0."""
+    grayscale: float | None = None
+    """Probability that a view loses its colours; default: the store's, else 0."""
+    blur: float | None = None
+    """Probability that a view is blurred, with a deviation of 0.1 to 2 pixels of 224; default: the store's, else 0."""
+    solarize: float | None = None
+    """Probability that what is bright in a view, 128 and more of 255, is inverted; default: the store's, else 0."""
     erase: float | None = None
     """Probability that a box of a view is erased; default: the store's, else 0."""
     mixup: float | None = None
@@ -57,12 +72,16 @@ class ViewDataConfig(LoaderConfig):
     cutmix: float | None = None
     """Show another image in a box of every image, its area from Beta(cutmix, cutmix); with mixup too, either takes half
     of the images. Mixing decodes two images for one; default: the store's, else 0: never."""
+    mix: float | None = None
+    """Probability that an image is mixed at all, with mixup or cutmix; default: the store's, else 1: every image."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
         require_ranges(
-            self, "data.", crop_scale_min=(1e-6, 1), color_jitter=(0, 10), erase=SHARE, mixup=(0, 10), cutmix=(0, 10)
+            self, "data.", crop_scale_min=(1e-6, 1), operations=(1, MAX_OPERATIONS), magnitude=(0, MAX_MAGNITUDE)
         )
+        require_ranges(self, "data.", color_jitter=(0, 10), grayscale=SHARE, blur=SHARE, solarize=SHARE, erase=SHARE)
+        require_ranges(self, "data.", mixup=(0, 10), cutmix=(0, 10), mix=(1e-6, 1))
 
 
 @dataclass(kw_only=True)

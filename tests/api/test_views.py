@@ -34,6 +34,9 @@ RECIPES = {
     "erasing": replace(RRC, erase=1.0),
     "mixup": replace(RRC, mixup=0.4),
     "cutmix": replace(PAD, cutmix=1.0),
+    "trivial_augment": replace(RRC, policy="trivial_augment"),
+    "auto_augment": replace(RRC, policy="auto_augment"),
+    "three_augment": replace(PAD, policy="three_augment"),
     "everything": replace(RRC, **EVERYTHING),
 }
 
@@ -72,7 +75,7 @@ def test_views_are_ffcvs_byte_for_byte(modes, name, mode):
         torch.testing.assert_close(shown(views, view, range(len(views))), expected, rtol=0, atol=0)
 
 
-@pytest.mark.parametrize("name", ["pad_crop", "cutmix"])
+@pytest.mark.parametrize("name", ["pad_crop", "cutmix", "three_augment"])
 @pytest.mark.parametrize("size", [28, 20, 40])
 def test_small_images_too(fashion, name, size):
     images = ckd_dist.BetonImages(fashion["holdout"])

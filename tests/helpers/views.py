@@ -14,7 +14,19 @@ from ckd_dist.data.recipe import ViewRecipe
 CPU = torch.device("cpu")
 RRC = ViewRecipe(kind="random_resized_crop")
 PAD = ViewRecipe(kind="pad_crop")
-EVERYTHING = {"color_jitter": 0.4, "erase": 0.5, "mixup": 0.4, "cutmix": 1.0}
+EVERYTHING = {
+    "policy": "rand_augment",
+    "operations": 3,
+    "magnitude": 11,
+    "color_jitter": 0.4,
+    "grayscale": 0.3,
+    "blur": 0.4,
+    "solarize": 0.3,
+    "erase": 0.5,
+    "mixup": 0.4,
+    "cutmix": 1.0,
+    "mix": 0.7,
+}
 
 
 def loader(path, recipe, size, *, batch_size=32, seed=0, **options):

@@ -53,10 +53,11 @@ def _decode_batch(over):
             render_stored(data, field, seed, view_id, sample, values, out[b])
             if mixes:
                 partner, weight, box = draw_mix(seed, view_id, sample, len(metadata), values)
-                field = metadata[partner]
-                data = _stored(field["data_ptr"], storage_state)
-                render_stored(data, field, seed, view_id, partner, values, partners[b])
-                blend(out[b], partners[b], weight, box)
+                if weight < 1:
+                    field = metadata[partner]
+                    data = _stored(field["data_ptr"], storage_state)
+                    render_stored(data, field, seed, view_id, partner, values, partners[b])
+                    blend(out[b], partners[b], weight, box)
         return out[: len(batch_indices)]
 
     return decode

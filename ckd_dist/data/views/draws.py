@@ -16,7 +16,10 @@ from ckd_dist.data.jit import compiled
 CROP_TOP, CROP_LEFT, FLIP = 100, 101, 102
 BRIGHTNESS, CONTRAST, SATURATION = 110, 111, 112
 ERASE, ERASE_TOP, ERASE_LEFT, ERASE_COLOUR, ERASE_SHAPES = 120, 121, 122, 123, 130
-PARTNER, MIXUP_OR_CUTMIX, MIX_WEIGHT, CUTMIX_Y, CUTMIX_X = 160, 161, 162, 163, 164
+PARTNER, MIXUP_OR_CUTMIX, MIX_WEIGHT, CUTMIX_Y, CUTMIX_X, MIXED = 160, 161, 162, 163, 164, 165
+GRAYSCALE, BLUR, BLUR_DEVIATION, SOLARIZE = 170, 171, 172, 173
+POLICY, POLICY_DRAWS = 200, 4
+"""First counter of a policy, and how many each of its operations takes: which, whether, how strong, which way."""
 SAMPLED_CODEC = 1000
 """First counter of the draws that are a codec's, not a view's: one for every epoch of the teacher."""
 

@@ -9,7 +9,16 @@ from numba import int64
 
 from ckd_dist.data.jit import compiled
 from ckd_dist.data.recipe import ViewRecipe
-from ckd_dist.data.views.draws import CUTMIX_X, CUTMIX_Y, MIX_WEIGHT, MIXUP_OR_CUTMIX, PARTNER, stream_key, uniform
+from ckd_dist.data.views.draws import (
+    CUTMIX_X,
+    CUTMIX_Y,
+    MIX_WEIGHT,
+    MIXED,
+    MIXUP_OR_CUTMIX,
+    PARTNER,
+    stream_key,
+    uniform,
+)
 from ckd_dist.data.views.geometry import pixel_box
 from ckd_dist.data.views.parameters import Parameters, parameters
 
@@ -31,8 +40,11 @@ def _partners(values, seed, view_id, ids, count):
 @compiled
 def draw_mix(seed, view_id, sample, count, values):
     """(partner, weight of the image itself, box of the partner (top, left, bottom, right) in shares of the sides): of
-    mixup the box is empty, of cutmix the weight is what the box leaves."""
+    mixup the box is empty, of cutmix the weight is what the box leaves. At weight 1 the partner has no part in the
+    image: it need not be made. An image that is not drawn to be mixed is its own partner."""
     key, recipe = stream_key(seed, view_id, sample), Parameters(*values)
+    if uniform(key, MIXED) >= recipe.mix:
+        return int64(sample), 1.0, (0.0, 0.0, 0.0, 0.0)
     partner = int64(uniform(key, PARTNER) * count)
     n = int64(uniform(key, MIX_WEIGHT) * 4096)
     if recipe.mixup and not (recipe.cutmix and uniform(key, MIXUP_OR_CUTMIX) < 0.5):

@@ -9,13 +9,22 @@ import numpy as np
 
 from ckd_dist.data.recipe import ViewRecipe
 from ckd_dist.data.views.draws import beta_quantiles
+from ckd_dist.data.views.magnitudes import magnitudes, pairs
 
 RANDOM_RESIZED_CROP, PAD_CROP, CENTER_CROP = 0, 1, 2
 _KINDS = {"random_resized_crop": RANDOM_RESIZED_CROP, "pad_crop": PAD_CROP, "center_crop": CENTER_CROP}
+NO_POLICY, TRIVIAL_AUGMENT, RAND_AUGMENT, AUTO_AUGMENT, THREE_AUGMENT = range(5)
+_POLICIES = {
+    None: NO_POLICY,
+    "trivial_augment": TRIVIAL_AUGMENT,
+    "rand_augment": RAND_AUGMENT,
+    "auto_augment": AUTO_AUGMENT,
+    "three_augment": THREE_AUGMENT,
+}
 
 
 class Parameters(NamedTuple):
-    """The fields of a `ViewRecipe`, the kind of crop as an integer, and what is computed of them once."""
+    """The fields of a `ViewRecipe`, the kind of crop and the policy as integers, and what is computed of them once."""
 
     kind: int
     scale_min: float
@@ -34,6 +43,17 @@ class Parameters(NamedTuple):
     mixup_weights: np.ndarray
     """`beta_quantiles` of mixup's alpha."""
     cutmix_weights: np.ndarray
+    mix: float
+    policy: int
+    operations: int
+    magnitude: int
+    magnitudes: np.ndarray
+    """Of the policy's operations: see the function."""
+    pairs: np.ndarray
+    """Of AutoAugment."""
+    grayscale: float
+    blur: float
+    solarize: float
 
 
 def parameters(recipe: ViewRecipe) -> tuple:
@@ -54,5 +74,14 @@ def parameters(recipe: ViewRecipe) -> tuple:
             recipe.cutmix > 0,
             beta_quantiles(recipe.mixup),
             beta_quantiles(recipe.cutmix),
+            float(recipe.mix),
+            _POLICIES[recipe.policy],
+            recipe.operations,
+            recipe.magnitude,
+            magnitudes(recipe.policy),
+            pairs(recipe.policy),
+            float(recipe.grayscale),
+            float(recipe.blur),
+            float(recipe.solarize),
         )
     )

@@ -1,4 +1,4 @@
-"""A view of an image of FFCV's, put together: decoded, cropped, mirrored, its colours changed, erased and mixed."""
+"""A view of an image of FFCV's, put together: decoded, cropped, finished and mixed."""
 
 from __future__ import annotations
 
@@ -42,7 +42,8 @@ def render(
     image = unmixed(sample_id)
     if recipe.mixes:
         partner, weight, box = draw_mix(seed, view_id, sample_id, count, values)
-        blend(image, unmixed(partner), weight, box)
+        if weight < 1:
+            blend(image, unmixed(partner), weight, box)
     return image
 
 
