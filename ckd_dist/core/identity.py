@@ -36,7 +36,15 @@ FREE = (
     "log_to",
 )
 """Options that change how a result comes about, not what it is."""
-ADDED: dict[str, Any] = {"accumulate": 1, "label_loss": "cross_entropy", "optim.layer_decay": None, "optim.cycles": 1}
+ADDED: dict[str, Any] = {
+    **dict.fromkeys(
+        f"data.{name}" for name in ("policy", "operations", "magnitude", "grayscale", "blur", "solarize", "mix")
+    ),
+    "accumulate": 1,
+    "label_loss": "cross_entropy",
+    "optim.layer_decay": None,
+    "optim.cycles": 1,
+}
 """Options that older versions lack, with what those did: what says the same has the same identity."""
 RESULTS = ("selection.json", "results.csv")
 """What a selection and a search leave when they are complete."""
