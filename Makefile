@@ -35,7 +35,7 @@ study: setup  ## set up, then write the documentation's tables anew, from the re
 checkpoints: setup  ## set up, then the study of one teacher anew, with its report, 100 minutes on two cores
 	@.venv/bin/python -m ckd_dist.studies.checkpoints $(ARGS)
 
-trajectories: setup  ## set up, then the study of several teachers anew, three hours on two cores
+trajectories: setup  ## set up, then the study of several teachers anew, some hours
 	@.venv/bin/python -m ckd_dist.studies.trajectories runs/trajectories $(ARGS)
 	.venv/bin/python -m ckd_dist.studies.evidence runs/trajectories
 
