@@ -9,8 +9,8 @@ and none: five seeds of 20 epochs, which tell what is true, and of 2. Of one tea
 and of a trapezoidal schedule too, and what the long ones are after every epoch, with their moving averages. Every
 teacher has controls: the last checkpoint at other temperatures, and the like.
 
-All of them are asked about the same 8,000 held-out images; answers.npz of a teacher has what they say. About 25
-minutes a teacher on one CPU core, with others for other teachers beside it; run again, what is complete is not repeated.
+All of them are asked about the same 8,000 held-out images; answers.npz of a teacher has what they say. A teacher takes
+25 to 35 minutes of a CPU core; run again, what is complete is not repeated.
 """
 
 from __future__ import annotations
