@@ -211,7 +211,7 @@ def ways_of(case: Students) -> Iterator[tuple[str, float, Choice]]:
     for name, members in {
         "last checkpoint": [LAST],
         "half-way checkpoint": [HALF],
-        "both of these": [HALF, LAST],
+        "half-way and last together": [HALF, LAST],
         "no teacher": [],
     }.items():
         yield name, 0.0, partial(_always, CANDIDATES.index(members))
