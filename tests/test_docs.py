@@ -20,7 +20,7 @@ CONFIGURED = {**COMMANDS, "ckd_dist.store plan": PlanConfig}
 """Command -> its options, where these are a class."""
 PARSED = [
     *(f"ckd_dist.store {name}" for name in ("info", "verify", "repair", "convert", "compare", "pack", "unpack")),
-    "ckd_dist.report", "ckd_dist.lineage", "ckd_dist.bench", "data_prep.write_beton",
+    "ckd_dist.report", "ckd_dist.lineage", "ckd_dist.bench", "ckd_dist.bench.gpu", "data_prep.write_beton",
 ]  # fmt: skip
 """Commands whose options only their help tells."""
 LAUNCH = {"launch.submit": LaunchConfig, "launch.pipeline": PipelineConfig}

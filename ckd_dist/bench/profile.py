@@ -40,16 +40,18 @@ def main() -> None:
         sys.exit(0 if {"-h", "--help"} & set(sys.argv[1:]) else 2)
     from torch import profiler
 
-    from ckd_dist import distill
+    from ckd_dist.core import dist
     from ckd_dist.core.options import load_config
+    from ckd_dist.data.beton import open_images
+    from ckd_dist.train import students
     from ckd_dist.train.options import DistillConfig
 
     folder = Path(sys.argv[1])
     folder.mkdir(parents=True, exist_ok=True)
     config = load_config(DistillConfig, [*sys.argv[2:], "--run_dir", str(folder / "run")])
     activities = profiler.supported_activities()
-    with profiler.profile(activities=activities) as profile:
-        distill.main(config)
+    with dist.process_group() as device, profiler.profile(activities=activities) as profile:
+        students.train([config], open_images(config.data, "train", "val"), device)
     profile.export_chrome_trace(str(folder / "trace.json"))
     print(json.dumps(shares(on_device(folder / "trace.json")), indent=1))
 
