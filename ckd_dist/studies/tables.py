@@ -87,7 +87,7 @@ IN_SHORT = (
 def _few_ways() -> list[str]:
     table = _evidence()["ways"]
     rows = [row[:3] for row in table.rows if row[0] in IN_SHORT]
-    text = "Points of top-1 below trying all, by other students and images; mean and 95 % interval over teachers' trainings."
+    text = "Points of top-1 below trying all, by other students and images; mean and 95 % interval over trainings."
     return [*table._replace(head=table.head[:3], rows=rows).markdown(), "", text]
 
 
