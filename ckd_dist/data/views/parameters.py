@@ -54,6 +54,8 @@ class Parameters(NamedTuple):
     grayscale: float
     blur: float
     solarize: float
+    draws: np.ndarray
+    """Empty; of two dimensions where a policy, grey, blur or solarise may be drawn, else of one: a type that tells."""
 
 
 def parameters(recipe: ViewRecipe) -> tuple:
@@ -83,5 +85,6 @@ def parameters(recipe: ViewRecipe) -> tuple:
             float(recipe.grayscale),
             float(recipe.blur),
             float(recipe.solarize),
+            np.zeros((0, 0) if recipe.policy or recipe.grayscale or recipe.blur or recipe.solarize else 0),
         )
     )
