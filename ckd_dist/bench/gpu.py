@@ -72,9 +72,10 @@ def main() -> int:
     wanted = [stage for stage in stages(out) if not options.only or stage.name in options.only]
     parts, failed = [f"# {device()}\n"], False
     for stage in wanted:
-        status, seconds = run(stage, out / f"{stage.name.replace(' ', '_')}.log", 60 * options.minutes * stage.share)
+        log = out / f"{stage.name.replace(' ', '_')}.log"
+        status, seconds = run(stage, log, 60 * options.minutes * stage.share)
         failed |= status not in ("done", "out of time")
-        tail = (out / f"{stage.name.replace(' ', '_')}.log").read_text(encoding="utf-8").splitlines()[-stage.shows :]
+        tail = log.read_text(encoding="utf-8").splitlines()[-stage.shows :]
         parts.append("\n".join([f"## {stage.name}: {status}, {seconds:.0f} s", "", "```", *tail, "```", ""]))
         write_bytes_atomically(out / "summary.md", "\n".join(parts).encode())
         console.print(f"{stage.name}: {status}, {seconds:.0f} s")

@@ -28,7 +28,19 @@ from ckd_dist.core.process import run_process
 from ckd_dist.core.results import read_selection
 from ckd_dist.search import racing, rule
 from ckd_dist.search.rule import Scores, Student
-from ckd_dist.studies.trajectories import CANDIDATES, EPOCHS, HALF, KEPT, LAST, MODELS, RUNGS, SEEDS, SHORT, TUNED_ON
+from ckd_dist.studies.trajectories import (
+    CANDIDATES,
+    EPOCHS,
+    HALF,
+    KEPT,
+    LAST,
+    MODELS,
+    RUNGS,
+    SEEDS,
+    SHORT,
+    TUNED_ON,
+    short,
+)
 
 TRIED = 3
 """Seeds of trying all."""
@@ -98,7 +110,7 @@ class Students:
 
     def case(self, value: float) -> Case:
         """A value, with what it is of."""
-        return Case(self.task, self.teacher, self.model.rpartition(":")[2], float(value))
+        return Case(self.task, self.teacher, short(self.model), float(value))
 
     @cached_property
     def _file(self) -> dict[str, np.ndarray]:
@@ -119,7 +131,7 @@ class Students:
     @cached_property
     def correct(self) -> dict[str, np.ndarray]:
         """Search -> bool [candidates, seeds, images]."""
-        name = self.model.rpartition(":")[2]
+        name = short(self.model)
         return {
             search: np.unpackbits(self._file[f"{search}/{name}/correct"], axis=2).astype(bool)
             for search in self.searches
@@ -127,11 +139,11 @@ class Students:
 
     def loss(self, search: str) -> np.ndarray:
         """Calibrated, float32 [candidates, seeds]."""
-        return self._file[f"{search}/{self.model.rpartition(':')[2]}/loss"]
+        return self._file[f"{search}/{short(self.model)}/loss"]
 
     def agreement(self, search: str) -> np.ndarray:
         """With the teacher, float64 [candidates, seeds]."""
-        return self._file[f"{search}/{self.model.rpartition(':')[2]}/agreement"]
+        return self._file[f"{search}/{short(self.model)}/agreement"]
 
     @cached_property
     def top1(self) -> dict[str, np.ndarray]:
@@ -149,7 +161,7 @@ class Students:
     @cached_property
     def divergences(self) -> dict[str, np.ndarray]:
         """Of every checkpoint from the one before, and to a student that had no teacher, in nats [checkpoints]."""
-        return {"step": self._file["own/step"], "plain": self._file[f"own/{self.model.rpartition(':')[2]}"]}
+        return {"step": self._file["own/step"], "plain": self._file[f"own/{short(self.model)}"]}
 
     def looked_at(self, fold: Fold, search: str, seeds: int = TRIED) -> np.ndarray:
         """Top-1 by what a choice may look at, float [candidates]."""

@@ -237,7 +237,7 @@ def answers(words: list[object]) -> dict[str, np.ndarray]:
         assert all(each is not None for each in known)
         correct = np.stack([each.correct for each in known if each]).reshape(-1, seeds, search.images["data.val"].count)
         losses = np.array([each.loss.mean() for each in known if each], dtype=np.float32).reshape(-1, seeds)
-        found |= {f"{_short(model)}/correct": np.packbits(correct, axis=2), f"{_short(model)}/loss": losses}
+        found |= {f"{short(model)}/correct": np.packbits(correct, axis=2), f"{short(model)}/loss": losses}
     return found
 
 
@@ -248,7 +248,7 @@ PLAIN = EPOCHS // 10
 def plain_student(run: Path, model: str) -> list[object]:
     """The command that has the first of these answer the held-out images."""
     student = run / "students" / f"whole_{PLAIN}" / "students" / f"{model.replace(':', '.')}_teacher_none_seed_0"
-    words: list[object] = ["ckd_dist.cache_logits", "--teacher.run", student, "--teacher.name", _short(model)]
+    words: list[object] = ["ckd_dist.cache_logits", "--teacher.run", student, "--teacher.name", short(model)]
     return words + (["--teacher.model", model] if ":" in model else [])
 
 
@@ -262,7 +262,7 @@ def own_answers(store: Path, images: Path) -> dict[str, np.ndarray]:
 
     info = open_beton(images, "images")
     right = prior.correct(StoreReader(str(store), list(KEPT), info), info, CANDIDATES[1:])
-    plain = [f"{_short(model)}/{PLAIN}" for model in MODELS]
+    plain = [f"{short(model)}/{PLAIN}" for model in MODELS]
     reader, ids = StoreReader(str(store), [*KEPT, *plain], info), np.arange(info.count)
     logits = [reader.logits(ids, 0, member) for member in range(len(KEPT) + len(plain))]
 
@@ -272,7 +272,7 @@ def own_answers(store: Path, images: Path) -> dict[str, np.ndarray]:
     found = {"own/correct": np.packbits(right, axis=1)}
     found["own/step"] = np.array([math.inf, *(divergence(n - 1, n) for n in range(1, len(KEPT)))])
     for n, model in enumerate(MODELS, start=len(KEPT)):
-        found[f"own/{_short(model)}"] = np.array([divergence(teacher, n) for teacher in range(len(KEPT))])
+        found[f"own/{short(model)}"] = np.array([divergence(teacher, n) for teacher in range(len(KEPT))])
     return found
 
 
@@ -300,11 +300,12 @@ def agreements(words: list[object], store: Path) -> dict[str, np.ndarray]:
         teachers = [[own[int(epoch)] for epoch in trial.config.teacher.checkpoints or ()] for trial in taught]
         theirs = torch.stack([ensemble_logits(members).argmax(dim=1) for members in teachers])
         same = (torch.cat(batches, dim=1) == theirs).double().mean(dim=1).reshape(-1, seeds)
-        found[f"{_short(model)}/agreement"] = np.pad(same.numpy(), ((1, 0), (0, 0)), constant_values=math.nan)
+        found[f"{short(model)}/agreement"] = np.pad(same.numpy(), ((1, 0), (0, 0)), constant_values=math.nan)
     return found
 
 
-def _short(model: str) -> str:
+def short(model: str) -> str:
+    """Its name without that of its module."""
     return model.rpartition(":")[2]
 
 

@@ -70,7 +70,6 @@ def train(
         config.data.batch_size <= info.count,
         f"data.batch_size {config.data.batch_size} is larger than the {info.count} images of {info.path}",
     )
-    least_share(config)
     networks = build_models(runs, info, device)  # before any run folder is made
     learners = open_run_folders(runs, networks, info, recipe, device)
     if not learners:
@@ -120,6 +119,7 @@ def build_models(runs: Sequence[Run], info: DatasetInfo, device: torch.device) -
     """A model for each run, initialised from its seed or its weights; raises `UserError` for one that does not take
     the images."""
     config, networks = runs[0].config, []
+    least = least_share(config)
     size, val_size = image_sizes(config, info)
     for run in runs:
         torch.manual_seed(config.seed)
@@ -130,7 +130,6 @@ def build_models(runs: Sequence[Run], info: DatasetInfo, device: torch.device) -
             for note in weights.load_initial(model, options, list(probe.float32_modules(model))):
                 say(f"{options.weights}: {note}")
         networks.append(model)
-    least = least_share(config)
     sides = {"data.image_size": (size, least), "data.val_image_size": (val_size, 0)}
     if config.data.start_image_size:
         sides["data.start_image_size"] = (config.data.start_image_size, least)
