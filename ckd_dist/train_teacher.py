@@ -35,7 +35,9 @@ def main(config: TrainTeacherConfig) -> None:
             device=device,
             recipe=dataset.train_recipe(config.data, images["data.train"]),
             view_seed=config.data.view_seed or 0,
-            schedule=EpochSchedule(config.data.views or config.epochs, first_view=FIRST_VIEW),
+            schedule=EpochSchedule(
+                config.data.views or config.epochs, first_view=FIRST_VIEW, repeats=config.data.repeats
+            ),
             save_every=config.save_every or max(1, config.epochs // kept),
         )
 

@@ -170,7 +170,7 @@ class _Epochs:
         one, loader, started, waited = self._learner, self._loader, time.perf_counter(), self._loader.seconds_waited
         epoch = one.step // one.steps_per_epoch
         inputs, order = self._distillation.schedule.inputs(epoch), shuffled_ids(loader.info.count, 0, epoch)
-        batches = loader.batches(train_ids(order, self._batch_size), inputs.view, inputs.rows)
+        batches = loader.batches(train_ids(order, self._batch_size), inputs.views[0], inputs.rows)
         images = train(one, batches, inputs.teacher)
         self.waited.append((loader.seconds_waited - waited) / (time.perf_counter() - started))
         return images

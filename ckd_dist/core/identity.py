@@ -40,6 +40,9 @@ ADDED: dict[str, Any] = {
     **dict.fromkeys(
         f"data.{name}" for name in ("policy", "operations", "magnitude", "grayscale", "blur", "solarize", "mix")
     ),
+    "data.repeats": 1,
+    "data.pair_mixup": 0.0,
+    "data.pair_cutmix": 0.0,
     "accumulate": 1,
     "label_loss": "cross_entropy",
     "optim.layer_decay": None,

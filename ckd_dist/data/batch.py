@@ -18,6 +18,9 @@ class Mixed(NamedTuple):
     """Labels of the images mixed in, int64 [n]."""
     weights: torch.Tensor
     """Weights of the images' own labels, float32 [n], in [0, 1]; the second label has the rest."""
+    records: torch.Tensor | None = None
+    """What a teacher says of the images mixed in, as `Batch.teacher_records`, which are then of the images alone; None
+    where it was asked about the mixed images."""
 
 
 def over_labels(
@@ -70,9 +73,34 @@ class Batch:
             images=self.images[part],
             labels=self.labels[part],
             ids=self.ids[part],
-            mixed=None if mixed is None else Mixed(mixed.labels[part], mixed.weights[part]),
+            mixed=None if mixed is None else Mixed(*(None if each is None else each[part] for each in mixed)),  # type: ignore
             teacher_records=None if records is None else records[part],
         )
+
+    @classmethod
+    def joined(cls, batches: Sequence[Batch]) -> Batch:
+        """One after another as one; they are of the same kind."""
+        if len(batches) == 1:
+            return batches[0]
+
+        def joined(values: list[torch.Tensor | None]) -> torch.Tensor | None:
+            return None if values[0] is None else torch.cat(values)  # type: ignore[arg-type]
+
+        mixed = [each.mixed for each in batches if each.mixed is not None]
+        return cls(
+            images=torch.cat([each.images for each in batches]),
+            labels=torch.cat([each.labels for each in batches]),
+            ids=torch.cat([each.ids for each in batches]),
+            labelled=batches[0].labelled,
+            mixed=Mixed(*map(joined, zip(*mixed, strict=True))) if mixed else None,  # type: ignore[arg-type]
+            teacher_records=joined([each.teacher_records for each in batches]),
+        )
+
+    def unmixed(self) -> tuple[Batch, Batch]:
+        """The labels and the teacher's answers of the images alone, and those of the images mixed in."""
+        assert self.mixed is not None
+        own = replace(self, mixed=None)
+        return own, replace(own, labels=self.mixed.labels, teacher_records=self.mixed.records)
 
     def top1(self, predictions: torch.Tensor) -> torch.Tensor:
         """Accuracy of each prediction, a class int64 [n], in percent: 100 for the label, else 0; for a mixed image the

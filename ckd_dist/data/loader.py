@@ -17,7 +17,7 @@ from ckd_dist.data.batch import Batch, Mixed, Rows
 from ckd_dist.data.dataset import DatasetInfo, eval_recipe
 from ckd_dist.data.ffcv_repairs import Epoch, Loader, OrderOption, PipelineSpec, Reader, ToTensor
 from ckd_dist.data.options import LoaderConfig, TrainDataConfig
-from ckd_dist.data.order import digested_ids, quasi_random_ids, shuffled_ids
+from ckd_dist.data.order import digested_ids, part_of_order, quasi_random_ids, shuffled_ids
 from ckd_dist.data.recipe import ViewRecipe
 from ckd_dist.data.views.decoder import LabelDecoder, SampleIdDecoder, ViewDecoder
 from ckd_dist.data.views.mixing import partners
@@ -169,10 +169,14 @@ class BetonLoader:
         )
 
     def epoch_ids(self, config: TrainDataConfig, seed: int, epoch: int) -> np.ndarray:
-        """The order of the images of an epoch by `config`, int64 [count], a function of (seed, epoch) alone."""
+        """The order of the images of an epoch by `config`, int64 [count], a function of (seed, epoch) alone; see
+        `part_of_order` for those that are repeated in a step."""
+        turn = epoch // config.repeats
         if config.order == "random":
-            return shuffled_ids(self.info.count, seed, epoch)
-        return quasi_random_ids(sample_pages(self.info)[0], config.window_pages, seed, epoch)
+            order = shuffled_ids(self.info.count, seed, turn)
+        else:
+            order = quasi_random_ids(sample_pages(self.info)[0], config.window_pages, seed, turn)
+        return part_of_order(order, config.batch_size, config.repeats, epoch)
 
     def batches(
         self, ids: np.ndarray, view: int = 0, rows: Rows | None = None, image_size: int | None = None

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from ckd_dist.core.errors import require
 from ckd_dist.core.options import COUNT, SEED, SHARE, SIDE, require_ranges
 from ckd_dist.data.recipe import MAX_MAGNITUDE, MAX_OPERATIONS, Policy
 
@@ -95,6 +96,15 @@ class TrainDataConfig(ViewDataConfig):
     new view every epoch."""
     view_seed: int | None = None
     """Seed of the views, apart from --seed; default: the store's, else 0."""
+    repeats: int = 1
+    """Show each image of a step under so many views at once, and fewer images; as many epochs have the same views as
+    without (batch augmentation)."""
+    pair_mixup: float = 0.0
+    """Blend the images of a step in pairs, by weights from Beta(pair_mixup, pair_mixup): drawn anew in every epoch, and
+    nothing more is decoded. Of a store's answers each has its weight in the loss, an approximation of the
+    teacher's answer to the mixed image; an online teacher is asked about that."""
+    pair_cutmix: float = 0.0
+    """The same by a box of each image that shows the other; with pair_mixup too, either takes half of the pairs."""
     order: Literal["random", "quasi_random"] = "random"
     """random: any image may come at any time. quasi_random, for files larger than memory: the file is read once an
     epoch, its pages (mostly 8 MB) in random order, and images are shuffled within a window of them."""
@@ -112,9 +122,16 @@ class TrainDataConfig(ViewDataConfig):
             "data.",
             views=COUNT,
             view_seed=SEED,
+            repeats=COUNT,
+            pair_mixup=(0, 10),
+            pair_cutmix=(0, 10),
             window_pages=COUNT,
             start_image_size=SIDE,
             val_image_size=SIDE,
+        )
+        require(
+            self.batch_size % self.repeats == 0,
+            f"data.repeats {self.repeats} does not divide data.batch_size {self.batch_size}: choose one that does",
         )
 
 

@@ -28,6 +28,14 @@ def quasi_random_ids(pages: np.ndarray, window: int, seed: int, epoch: int) -> n
     return order[np.argsort(place[pages[order]] // window, kind="stable")]
 
 
+def part_of_order(order: np.ndarray, batch_size: int, repeats: int, epoch: int) -> np.ndarray:
+    """What of an `order` of all images epoch `epoch` trains on where a step has each image `repeats` times: so many
+    epochs, each of as many steps as ever, share the order out."""
+    images = len(order) // batch_size * (batch_size // repeats)
+    part = epoch % repeats
+    return order[part * images : (part + 1) * images] if repeats > 1 else order
+
+
 def rank_share(batch_size: int) -> slice:
     """The part of every global batch that this rank takes; parts differ by one image at most."""
     rank, world = dist.rank(), dist.world_size()

@@ -19,6 +19,7 @@ from ckd_dist.core.console import ProgressDisplay, format_seconds, say
 from ckd_dist.core.process import StopRequest
 from ckd_dist.data.batch import Batch
 from ckd_dist.data.order import train_ids
+from ckd_dist.data.pairs import PairMixing
 from ckd_dist.nn.optim import image_size
 from ckd_dist.train.evaluation import evaluate
 from ckd_dist.train.learner import Learner
@@ -31,11 +32,17 @@ if TYPE_CHECKING:
 
 
 def train_steps(
-    learners: list[Learner], batches: Iterable[Batch], teacher: OnlineRecords | None = None, done: int = 0
+    learners: list[Learner],
+    batches: Iterable[Batch],
+    teacher: OnlineRecords | None = None,
+    done: int = 0,
+    mixing: PairMixing | None = None,
 ) -> Iterator[tuple[int, list[Learner]]]:
     """Each of the `batches`, after `done` steps, is a step of every learner that has not taken it yet; yields the
     number of steps done and who took the last one."""
     for batch in batches:
+        if mixing is not None:
+            batch = mixing(batch, done)
         if teacher is not None:
             batch.teacher_records = teacher(batch.images)
         done += 1
@@ -64,18 +71,19 @@ def fit(
     batch_size, steps_per_epoch = config.data.batch_size, learners[0].steps_per_epoch
     start = min(learner.step for learner in learners)
     clock = _Clock(loader)
-    note = ""
+    note, mixing = "", PairMixing.of(config.data, config.seed)
     images = config.epochs * steps_per_epoch * batch_size
     with StopRequest() as stop, ProgressDisplay(images, done=start * batch_size) as progress:
         for epoch in range(start // steps_per_epoch, config.epochs):
             first = max(start, epoch * steps_per_epoch)
             order = loader.epoch_ids(config.data, config.seed, epoch)
-            ids = train_ids(order, batch_size, first - epoch * steps_per_epoch)
+            ids = train_ids(order, batch_size // config.data.repeats, first - epoch * steps_per_epoch)
             inputs = schedule.inputs(epoch)
             size = image_size(epoch, start=config.data.start_image_size, final=loader.image_size, epochs=config.epochs)
             clock.restart()
-            batches = loader.batches(ids, inputs.view, inputs.rows, size)
-            for done, active in train_steps(learners, batches, inputs.teacher, first):
+            views = [loader.batches(ids, view, inputs.rows, size) for view in inputs.views]
+            batches = map(Batch.joined, zip(*views, strict=True))
+            for done, active in train_steps(learners, batches, inputs.teacher, first, mixing):
                 epoch_ends = done % steps_per_epoch == 0
                 save = done % config.save_last_every == 0 and not epoch_ends
                 if done % config.log_every == 0 or epoch_ends or save:

@@ -40,8 +40,12 @@ class DistillationLoss:
 
     def __call__(self, logits: torch.Tensor, batch: Batch, epoch: int) -> dict[str, torch.Tensor]:
         """A `learner.Loss`; beside the loss, the teacher's top-1, where there are labels, and its agreement with the
-        student, in percent."""
+        student, in percent. Where the teacher has answered for two images that are mixed, all is the mean over both by
+        their weights: of kd the divergence from the mean of its softmaxes, but for a constant."""
         assert batch.teacher_records is not None
+        if batch.mixed is not None and batch.mixed.records is not None:
+            own, other = (self(logits, each, epoch) for each in batch.unmixed())
+            return {name: torch.lerp(other[name], own[name], batch.mixed.weights) for name in own}
         config, kd = self.config, self.config.kd
         records = torch.stack([batch.teacher_records[:, column] for column in self.columns[epoch]], dim=1)
         ours, teacher, predictions = compared_logits(

@@ -47,8 +47,8 @@ class OnlineRecords:
 class EpochInputs:
     """What an epoch trains on."""
 
-    view: int
-    """Of the images."""
+    views: list[int]
+    """Of the images: each comes under all of them in a step."""
     rows: Rows | None = None
     """Fetches the teacher's records from a store, in the loader's thread."""
     teacher: OnlineRecords | None = None

@@ -69,23 +69,29 @@ class EpochSchedule:
     """For each epoch, positions among the teacher's checkpoints: the columns of its records."""
     read_ahead: int | None = None
     """See `store.ahead.ReadAhead`."""
+    repeats: int = 1
+    """Views of an image in a step: those that so many epochs would have had, one each."""
 
     def inputs(self, epoch: int) -> EpochInputs:
         """What epoch `epoch`, counted from 0, trains on; collective. Raises `UserError` where records that it needs are
         damaged."""
-        view = self._view(epoch)
+        views = self._views(epoch)
         if self.teacher is None or not self.checkpoints[epoch]:
-            return EpochInputs(view)
+            return EpochInputs(views)
         if isinstance(self.teacher, StoreReader):
             self._ahead.begin(epoch)
-            return EpochInputs(view, rows=StoredRecords(self.teacher, self.checkpoints[epoch]))
-        return EpochInputs(view, teacher=self.teacher.records(self.checkpoints[epoch]))
+            return EpochInputs(views, rows=StoredRecords(self.teacher, self.checkpoints[epoch]))
+        return EpochInputs(views, teacher=self.teacher.records(self.checkpoints[epoch]))
 
-    def _view(self, epoch: int) -> int:
-        return self.first_view + epoch % self.views
+    def _views(self, epoch: int) -> list[int]:
+        first = epoch // self.repeats * self.repeats
+        return [self.first_view + (first + turn) % self.views for turn in range(self.repeats)]
 
     @cached_property
     def _ahead(self) -> ReadAhead:
         assert isinstance(self.teacher, StoreReader)
-        needs = [self.teacher.views_of(columns, self._view(e)) for e, columns in enumerate(self.checkpoints)]
+        needs = [
+            {each for view in self._views(epoch) for each in self.teacher.views_of(columns, view)}
+            for epoch, columns in enumerate(self.checkpoints)
+        ]
         return ReadAhead(self.teacher, needs, self.read_ahead)

@@ -18,6 +18,7 @@ from ckd_dist.core.run_folder import RunFolder, read_summary
 from ckd_dist.data.dataset import DatasetInfo, eval_recipe
 from ckd_dist.data.loader import BetonLoader, read_labels
 from ckd_dist.data.order import rank_share
+from ckd_dist.data.pairs import PairMixing
 from ckd_dist.data.recipe import ViewRecipe
 from ckd_dist.nn import models, probe, weights
 from ckd_dist.nn.optim import build_optimizer
@@ -70,6 +71,10 @@ def train(
         config.data.batch_size <= info.count,
         f"data.batch_size {config.data.batch_size} is larger than the {info.count} images of {info.path}",
     )
+    require(
+        PairMixing.of(config.data, config.seed) is None or not recipe.mixes,
+        "data.pair_mixup, data.pair_cutmix: the views are mixed already, by data.mixup or cutmix: leave them out",
+    )
     networks = build_models(runs, info, device)  # before any run folder is made
     learners = open_run_folders(runs, networks, info, recipe, device)
     if not learners:
@@ -106,6 +111,11 @@ def image_sizes(config: TrainConfig, info: DatasetInfo) -> tuple[int, int]:
 def least_share(config: TrainConfig) -> int:
     """How many images go through a model at once, at least; raises `UserError` where it would be none."""
     rank_share(config.data.batch_size)  # refuses fewer images than ranks
+    require(
+        config.data.batch_size // config.data.repeats >= dist.world_size(),
+        f"data.repeats {config.data.repeats}: of {config.data.batch_size} images a step each of {dist.world_size()} "
+        "processes is to have some: make it less",
+    )
     least = config.data.batch_size // dist.world_size() // config.accumulate
     require(
         least > 0,
@@ -188,7 +198,7 @@ def make_loaders(
     """Loaders of this rank's share of the batches, of training and of held-out images."""
     info, val_info = images["data.train"], images.get("data.val")
     size, val_size = image_sizes(config, info)
-    share = rank_share(config.data.batch_size)
+    share = rank_share(config.data.batch_size // config.data.repeats)
     ahead = 0
     if config.data.order == "quasi_random":
         ahead, labels = config.data.window_pages, read_labels(info)

@@ -140,5 +140,6 @@ def set_up(
         teacher=records,
         checkpoints=columns,
         read_ahead=None if budget is None else int(1e9 * budget),
+        repeats=config.data.repeats,
     )
     return Distillation(losses, schedule, train_recipe(config.data, info, recipe), seed or 0)

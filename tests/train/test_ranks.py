@@ -49,13 +49,21 @@ def test_evaluation_may_look_at_mirror_images_too(fashion, teacher):
     assert found["top1"] != json.loads(run("ckd_dist.evaluate", *arguments[:-1]).stdout.splitlines()[-1])["top1"]
 
 
-def test_the_numbers_depend_neither_on_the_world_size_nor_on_the_parts_of_a_batch(fashion, tmp_path):
+@pytest.mark.parametrize(
+    ("cases", "more"),
+    [
+        ([(0, 1), (0, 4), (3, 1), (3, 5)], []),  # 3 does not divide the batch of 100
+        ([(0, 1), (2, 1), (3, 5)], ["--data.batch_size", 96, "--data.repeats", 2, "--data.pair_cutmix", 1]),
+    ],
+    ids=["plain", "pairs of repeated images"],
+)
+def test_the_numbers_depend_neither_on_the_world_size_nor_on_the_parts_of_a_batch(fashion, tmp_path, cases, more):
     losses = {}
-    for nproc, accumulate in ((0, 1), (0, 4), (3, 1), (3, 5)):  # 3 does not divide the batch of 100
+    for nproc, accumulate in cases:
         path = tmp_path / f"{nproc}_{accumulate}"
-        more = ["--model.name", "linear", "--amp", "off", "--log_every", 1, "--epochs", 2, "--optim.lr", 0.01]
-        more += ["--accumulate", accumulate]
-        run(str(ROOT / "tests/programs/train_linear.py"), *options(fashion, path, *more), nproc=nproc)
+        common = ["--model.name", "linear", "--amp", "off", "--log_every", 1, "--epochs", 2, "--optim.lr", 0.01]
+        common += ["--accumulate", accumulate]
+        run(str(ROOT / "tests/programs/train_linear.py"), *options(fashion, path, *common, *more), nproc=nproc)
         losses[nproc, accumulate] = [line["loss"] for line in metrics(path)]
     one, *others = losses.values()
     for other in others:

@@ -18,8 +18,9 @@ from tests.helpers.training import metrics, options, same_weights, train_here
             *("--optim.name", "lamb", "--optim.cycles", 3, "--accumulate", 3),
             *("--label_loss", "binary_cross_entropy", "--label_smoothing", 0.1),
         ],
+        ["--data.batch_size", 96, "--data.repeats", 2, "--data.pair_mixup", 0.4, "--data.pair_cutmix", 1],
     ],
-    ids=["average", "lamb in cycles"],
+    ids=["average", "lamb in cycles", "views side by side and mixed"],
 )
 def test_a_killed_run_ends_with_the_weights_of_one_that_never_was(fashion, tmp_path, more):
     whole, killed = tmp_path / "whole", tmp_path / "killed"

@@ -10,7 +10,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from ckd_dist.bench.step import CLASSES, learner, memory_batch, plain_loss
 from ckd_dist.core.options import load_config
-from ckd_dist.data.batch import Mixed
+from ckd_dist.data.batch import Batch, Mixed
+from ckd_dist.data.options import TrainDataConfig
+from ckd_dist.data.pairs import PairMixing
 from ckd_dist.nn import forward, models
 from ckd_dist.store.codecs import Dense, Sampled, TopK, Transform
 from ckd_dist.store.codecs.transform import fit
@@ -75,10 +77,10 @@ CASES = [
 
 
 @pytest.mark.parametrize("codec, loss, members", CASES)
-@pytest.mark.parametrize("mixed", [False, True])
+@pytest.mark.parametrize("mixed", [None, "views", "pairs"])
 def test_a_train_step_does_not_wait(codec, loss, members, mixed, tmp_path):
     batch, function = memory_batch(16, 8, DEVICE), plain_loss
-    if mixed:
+    if mixed == "views":
         batch.mixed = Mixed(batch.labels.flip(0), torch.rand(16, device=DEVICE))
     if codec is not None:
         logits = torch.randn(members + 1, 16, CLASSES, device=DEVICE)
@@ -90,8 +92,45 @@ def test_a_train_step_does_not_wait(codec, loss, members, mixed, tmp_path):
     options = ["--optim.clip_grad_norm=1", "--optim.name=adamw"] if mixed else []
     one = learner(tmp_path / "run", "resnet8", function, DEVICE, 16, *options)
     one.train_step(batch)  # the first sets up what is kept
+    mixing = PairMixing(TrainDataConfig(train="-", batch_size=16, pair_mixup=1.0, pair_cutmix=1.0), 0)
     with no_waiting(DEVICE):
-        one.train_step(batch)
+        one.train_step(mixing(batch, 1) if mixed == "pairs" else batch)
+
+
+@pytest.mark.parametrize("codec", [DENSE, TOPK], ids=["dense", "topk"])
+@pytest.mark.parametrize("loss", ["kd", "dkd"])
+def test_answers_to_both_images_count_by_their_weights(codec, loss):
+    config = load_config(DistillConfig, ["--data.train=-", "--model.name=resnet8", "--run_dir=-", f"--kd.loss={loss}"])
+    labels, others, weights = torch.arange(16), torch.arange(16).flip(0), torch.rand(16)
+    records, student = codec.encode(torch.randn(16, CLASSES), labels)[:, None], torch.randn(16, CLASSES)
+    function, images = DistillationLoss(config, [[codec]], [[0]], weights=[1.0]), torch.empty(16, 0)
+    both = Mixed(others, weights, records.flip(0))
+    found = function(student, Batch(images, labels, labels, mixed=both, teacher_records=records), 0)
+    own, other = (
+        function(student, Batch(images, each, labels, teacher_records=theirs), 0)
+        for each, theirs in ((labels, records), (others, records.flip(0)))
+    )
+    for name in ("loss", "ce", "kd", "teacher_top1", "agreement"):
+        torch.testing.assert_close(found[name], weights * own[name] + (1 - weights) * other[name])
+
+
+def test_the_loss_of_both_answers_is_that_of_the_mean_of_their_softmaxes(tmp_path):
+    words = ["--data.train=-", "--model.name=resnet8", "--run_dir=-", "--kd.alpha=0.3", "--kd.temperature=2"]
+    config, labels, weights = load_config(DistillConfig, words), torch.arange(16), torch.rand(16)
+    teacher, student = torch.randn(16, CLASSES), torch.randn(16, CLASSES, requires_grad=True)
+    records = DENSE.encode(teacher, labels)[:, None]
+    mixed = Mixed(labels.flip(0), weights, records.flip(0))
+    batch = Batch(torch.empty(16, 0), labels, labels, mixed=mixed, teacher_records=records)
+    function = DistillationLoss(config, [[DENSE]], [[0]], weights=[1.0])
+    (found,) = torch.autograd.grad(function(student, batch, 0)["loss"].sum(), student)
+    softmaxes = (DENSE.decode(records[:, 0], 2.0) / 2).softmax(dim=1)
+    target = torch.lerp(softmaxes.flip(0), softmaxes, weights[:, None])
+    hot = torch.nn.functional.one_hot(labels, CLASSES).float()
+    label = torch.lerp(hot.flip(0), hot, weights[:, None])
+    kd = 4 * torch.nn.functional.cross_entropy(student / 2, target, reduction="sum")
+    loss = 0.3 * torch.nn.functional.cross_entropy(student, label, reduction="sum") + 0.7 * kd
+    (wanted,) = torch.autograd.grad(loss, student)
+    torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-6)
 
 
 def test_a_batch_in_parts_is_the_same_step(tmp_path):
