@@ -110,6 +110,22 @@ class Evidence:
     """None where they were not counted."""
 
 
+@dataclass(frozen=True)
+class Recipes:
+    """recipes.json: what each part of a recipe is worth."""
+
+    format: Literal[1]
+    plain: Series
+    """Top-1 of the plain recipe, in percent."""
+    changes: list[Series]
+    """By what is done otherwise: differences in points of top-1, in some or all of the cases."""
+
+
+def read_recipes(path: Path, option: str) -> Recipes:
+    """recipes.json; raises `UserError` where it is damaged."""
+    return read_json(path, Recipes, option, "remove it, or run ckd_dist.studies.recipes again")
+
+
 def read_evidence(path: Path, option: str) -> Evidence:
     """evidence.json; raises `UserError` where it is damaged."""
     return read_json(path, Evidence, option, "remove it, or run ckd_dist.studies.evidence again")

@@ -11,7 +11,7 @@ from typing import NamedTuple
 from matplotlib.figure import Figure
 from scipy import stats
 
-from ckd_dist.core.evidence import Case, Errors, Evidence, Way
+from ckd_dist.core.evidence import Case, Errors, Evidence, Recipes, Way
 from ckd_dist.report.figures import BLUE, GREEN, GREY, ORANGE, plain_axes
 
 
@@ -139,6 +139,27 @@ def _share(count: int, of: int) -> str:
     """A percentage with its interval."""
     low, high = stats.binomtest(count, of).proportion_ci()
     return f"{100 * count / of:.1f} % ({100 * low:.1f} to {100 * high:.1f})"
+
+
+def recipes(found: Recipes) -> Table:
+    """What each part of a recipe is worth."""
+    tasks = list(_by_task(found.plain.cases))
+    rows = []
+    for series in (found.plain, *found.changes):
+        of, by_task = summary(series.cases), _by_task(series.cases)
+        means = {task: summary(by_task[task]).mean for task in tasks if task in by_task}
+        known = series is found.plain or of.error is None
+        verdict = "" if known else "differs" if abs(of.mean) > of.half else "within noise"
+        sign = "" if series is found.plain else "+"
+        mean = f"{of.mean:.2f}" if series is found.plain else of.words
+        by = [f"{means[task]:{sign}.2f}" if task in means else "" for task in tasks]
+        rows.append([series.name, mean, verdict, *by, str(of.count)])
+    text = (
+        "Held-out top-1 of the plain recipe's students in percent, and by how many points it differs where one part is "
+        "another: paired by training of the teacher and seed, mean and 95 % interval over so many trainings as the "
+        "last column has, then by tasks."
+    )
+    return Table("What each part of a recipe is worth", text, ["recipe", "top-1", "", *tasks, "n"], rows)
 
 
 def fresh(found: Evidence) -> list[Way]:

@@ -15,7 +15,7 @@ from functools import cache, partial
 from pathlib import Path
 
 from ckd_dist.core.errors import require
-from ckd_dist.core.evidence import read_evidence
+from ckd_dist.core.evidence import read_evidence, read_recipes
 from ckd_dist.core.files import write_bytes_atomically
 from ckd_dist.core.process import run_process
 from ckd_dist.core.results import read_table
@@ -91,10 +91,16 @@ def _few_ways() -> list[str]:
     return [*table._replace(head=table.head[:3], rows=rows).markdown(), "", text]
 
 
+def _recipes() -> list[str]:
+    table = evidence.recipes(read_recipes(RESULTS / "recipes.json", "results"))
+    return [*table.markdown(), "", *textwrap.wrap(table.text, 128)]
+
+
 TABLES: dict[str, Callable[[], list[str]]] = {
     "students": lambda: page.markdown(_students()),
     "students in short": _few_columns,
     "ways in short": _few_ways,
+    "recipes": _recipes,
     **{name: partial(_of_evidence, name) for name in ("ways", "claims", "predictors", "errors")},
 }
 """Name -> its lines."""
