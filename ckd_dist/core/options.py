@@ -13,7 +13,7 @@ import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal, NoReturn, TypeVar
+from typing import Any, Literal, NoReturn, TypeVar, get_args
 
 import jsonargparse
 
@@ -66,7 +66,11 @@ def load_config(
         if action.dest in _section_names(parser):  # --optim FILE would be read past all checks
             del parser._option_string_actions[f"--{action.dest}"]
             action.help = argparse.SUPPRESS
-    switches = {f"--{action.dest}" for action in parser._actions if getattr(action, "_typehint", None) is bool}
+    switches = {
+        f"--{action.dest}"
+        for action in parser._actions
+        if bool in (hint := getattr(action, "_typehint", None), *get_args(hint))
+    }
     argv = _switched_on(option_words(sys.argv[1:] if argv is None else argv), switches)
     try:
         return cls(**_sections(parser.instantiate(parser.parse_args(argv)), cls))
@@ -88,7 +92,7 @@ def flag_words(words: Sequence[str], *flags: str) -> list[str]:
 
 
 def _switched_on(words: Sequence[str], switches: set[str]) -> list[str]:
-    """A command line in which the options `switches`, true or false, may stand alone: --trust is --trust=true."""
+    """A command line in which the options `switches`, which may be true, may stand alone: --trust is --trust=true."""
     following = [*words, "--"][1:]
     return [
         f"{word}=true" if word in switches and next_word.startswith("--") else word

@@ -35,6 +35,8 @@ class Recipe:
     """Options of distill."""
     views: tuple[object, ...] = ()
     """Options of cache_logits; where there are any, the teacher answers for these views."""
+    online: bool = False
+    """Whether the teacher answers at every step, for the images as the student sees them."""
 
 
 RECIPES = (
@@ -44,8 +46,10 @@ RECIPES = (
     Recipe("twice the epochs, from the same views", ("--epochs", 2 * EPOCHS)),
     Recipe("mixup of views", views=("--data.mixup", 1)),
     Recipe("mixup of pairs, with both answers", ("--data.pair_mixup", 1)),
+    Recipe("mixup of pairs, with the teacher's answer", ("--data.pair_mixup", 1), online=True),
     Recipe("CutMix of views", views=("--data.cutmix", 1)),
     Recipe("CutMix of pairs, with both answers", ("--data.pair_cutmix", 1)),
+    Recipe("CutMix of pairs, with the teacher's answer", ("--data.pair_cutmix", 1), online=True),
     Recipe("CutMix of pairs, twice the epochs", ("--data.pair_cutmix", 1, "--epochs", 2 * EPOCHS)),
     Recipe("RandAugment", views=("--data.policy", "rand_augment")),
     Recipe("TrivialAugment", views=("--data.policy", "trivial_augment")),
@@ -90,7 +94,9 @@ def train(recipe: Recipe, run: Path) -> None:
         words += ["--store", store, "--data.batch_size", 500, *CROPS, *recipe.views]
         run_module(f"{title}, the teacher's logits", "ckd_dist.cache_logits", *words)
     words = [*images, "--data.val", run.parent / "holdout.beton", "--model.name", MODELS[0], "--seed", run.name]
-    words += ["--teacher.store", store, "--teacher.checkpoints", [LAST], "--kd.alpha", 0.1, "--kd.temperature", 4]
+    teacher = ["--teacher.run", run / "teacher", "--data.views", EPOCHS, *CROPS]
+    words += teacher if recipe.online else ["--teacher.store", store]
+    words += ["--teacher.checkpoints", [LAST], "--kd.alpha", 0.1, "--kd.temperature", 4]
     words += ["--data.batch_size", 64, "--epochs", EPOCHS, "--val_every", 2 * EPOCHS, "--log_every", 1000]
     run_module(title, "ckd_dist.distill", *words, *recipe.student, "--run_dir", student)
 

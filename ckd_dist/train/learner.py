@@ -70,7 +70,8 @@ class Learner:
             )
             self._gradients_stay = parallel.no_sync
         if config.compile:
-            self._forward = torch.compile(self._forward, dynamic=False)
+            mode = config.compile if isinstance(config.compile, str) else None
+            self._forward = torch.compile(self._forward, dynamic=False, mode=mode)
 
     @property
     def models(self) -> dict[str, nn.Module]:

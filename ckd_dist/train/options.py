@@ -97,8 +97,9 @@ class TrainConfig:
     recompute: bool = False
     """Keep the activations at the edges of the model's blocks only and compute those within again on the way back: for
     memory, at the cost of another forward pass."""
-    compile: bool = False
-    """Compile the model with torch.compile."""
+    compile: bool | Literal["reduce-overhead", "max-autotune"] = False
+    """Compile the model with torch.compile; reduce-overhead: with CUDA graphs, for small networks; max-autotune: with
+    them and the fastest of several kernels, which takes minutes."""
     save_every: int | None = None
     """Epochs between the checkpoints that are kept; default: ten of a teacher's run, or one at the end of each
     of its optim.cycles, and a student's last one."""

@@ -165,6 +165,10 @@ def test_what_is_true_or_false_may_stand_alone():
     read = [load_config(DistillConfig, [*NEEDED, *words]).compile for words in (["--compile"], ["--compile", "false"])]
     assert read == [True, False]
     assert load_config(DistillConfig, ["--compile", *NEEDED, "--tensorboard"]).tensorboard
+    assert load_config(DistillConfig, [*NEEDED, "--compile", "reduce-overhead"]).compile == "reduce-overhead"
+    assert load_config(DistillConfig, ["--data.flip", *NEEDED]).data.flip is True
+    with pytest.raises(UserError, match=r"compile.*quick"):
+        load_config(DistillConfig, [*NEEDED, "--compile", "quick"])
 
 
 def test_a_missing_option_is_named():

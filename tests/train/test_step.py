@@ -134,6 +134,14 @@ def test_the_loss_of_both_answers_is_that_of_the_mean_of_their_softmaxes(tmp_pat
     torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-6)
 
 
+def test_a_model_is_compiled_in_the_mode_that_the_option_says(tmp_path, monkeypatch):
+    modes = []
+    monkeypatch.setattr(torch, "compile", lambda model, *, dynamic, mode: modes.append(mode) or model)
+    for word in ("--compile=false", "--compile=true", "--compile=reduce-overhead"):
+        learner(tmp_path / "run", "resnet8", plain_loss, DEVICE, 4, word).train_step(memory_batch(4, 8, DEVICE))
+    assert modes == [None, "reduce-overhead"]
+
+
 def test_a_batch_in_parts_is_the_same_step(tmp_path):
     batch, seen, options = memory_batch(15, 8, DEVICE), [], ["--amp=off", "--optim.momentum=0"]
     batch.mixed = Mixed(batch.labels.flip(0), torch.rand(15, device=DEVICE))
