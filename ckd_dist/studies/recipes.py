@@ -1,17 +1,20 @@
-"""What each part of a recipe is worth: students with it and without, of the teachers of ckd_dist.studies.trajectories.
+"""What each part of a recipe is worth: students with it and without.
 
-  python -m ckd_dist.studies.recipes RUN_DIR [--tasks fashion,stacked,tiles] [--teachers 1,2,3] [--out FILE]
+  python -m ckd_dist.studies.recipes RUN_DIR [--tasks fashion,stacked,tiles,all] [--teachers 1,2,3] [--out FILE]
 
-RUN_DIR is that of the trajectories, whose teachers, stores and held-out answers are used. The plain recipe is theirs: a
-resnet8 taught by the last checkpoint, 20 epochs of random crops. Every other one differs from it in one part, and is
-trained once for each training of a teacher, from the same seed. FILE (default RUN_DIR/recipes.json) has the differences
-in held-out top-1. A student takes about a minute of a CPU core; run again, what is complete is not repeated.
+Three tasks are those of ckd_dist.studies.trajectories, whose RUN_DIR it is: 2,000 to 3,000 images, with the last
+checkpoint of each training of a teacher there. The fourth, all, is Fashion-MNIST whole, 50,000 images to train on and
+10,000 held out, with teachers of its own. In the plain recipe a resnet8 learns from random crops, every epoch's views
+new. Every other one differs from it in one part, and is trained once for each training of a teacher, from the same
+seed. FILE (default RUN_DIR/recipes.json) has the differences in held-out top-1. A student takes about a minute of a CPU
+core, of the fourth task three; run again, what is complete is not repeated.
 """
 
 from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -20,10 +23,11 @@ from ckd_dist.core.files import write_bytes_atomically
 from ckd_dist.core.options import Parser
 from ckd_dist.core.process import run_process
 from ckd_dist.core.run_folder import read_summary
+from ckd_dist.studies import trajectories
 from ckd_dist.studies.commands import run_module
-from ckd_dist.studies.trajectories import CROPS, EPOCHS, LAST, MODELS, TASKS
 
-PLAIN = "plain"
+STUDENT, PLAIN = trajectories.MODELS[0], "plain"
+Words = tuple[object, ...]
 
 
 @dataclass(frozen=True)
@@ -31,9 +35,9 @@ class Recipe:
     """What is done otherwise than in the plain one."""
 
     name: str
-    student: tuple[object, ...] = ()
-    """Options of distill."""
-    views: tuple[object, ...] = ()
+    student: Words | Callable[[int], Words] = ()
+    """Options of distill; where they depend on the plain number of epochs, a function of it."""
+    views: Words = ()
     """Options of cache_logits; where there are any, the teacher answers for these views."""
     online: bool = False
     """Whether the teacher answers at every step, for the images as the student sees them."""
@@ -41,16 +45,16 @@ class Recipe:
 
 RECIPES = (
     Recipe(PLAIN),
-    Recipe("1 view instead of 20", ("--data.views", 1)),
-    Recipe("5 views instead of 20", ("--data.views", 5)),
-    Recipe("twice the epochs, from the same views", ("--epochs", 2 * EPOCHS)),
+    Recipe("one view only", ("--data.views", 1)),
+    Recipe("a quarter of the views", lambda epochs: ("--data.views", epochs // 4)),
+    Recipe("twice the epochs, from the same views", lambda epochs: ("--epochs", 2 * epochs)),
     Recipe("mixup of views", views=("--data.mixup", 1)),
     Recipe("mixup of pairs, with both answers", ("--data.pair_mixup", 1)),
     Recipe("mixup of pairs, with the teacher's answer", ("--data.pair_mixup", 1), online=True),
     Recipe("CutMix of views", views=("--data.cutmix", 1)),
     Recipe("CutMix of pairs, with both answers", ("--data.pair_cutmix", 1)),
     Recipe("CutMix of pairs, with the teacher's answer", ("--data.pair_cutmix", 1), online=True),
-    Recipe("CutMix of pairs, twice the epochs", ("--data.pair_cutmix", 1, "--epochs", 2 * EPOCHS)),
+    Recipe("CutMix of pairs, twice the epochs", lambda epochs: ("--data.pair_cutmix", 1, "--epochs", 2 * epochs)),
     Recipe("RandAugment", views=("--data.policy", "rand_augment")),
     Recipe("TrivialAugment", views=("--data.policy", "trivial_augment")),
     Recipe("each image twice in a step", ("--data.repeats", 2)),
@@ -59,22 +63,37 @@ RECIPES = (
 )
 
 
+@dataclass(frozen=True)
+class Setting:
+    """What teachers and students of a task learn by."""
+
+    task: trajectories.Task
+    epochs: int = trajectories.EPOCHS
+    """Of a plain student, and views."""
+    teacher: int = trajectories.LAST
+    """Epochs of a teacher; its rate falls after a half and three quarters of them."""
+
+
+ALL = Setting(trajectories.Task("all", "fashion_mnist", 1 / 6, 50_000, 10_000), epochs=4, teacher=12)
+SETTINGS = {setting.task.name: setting for setting in (*map(Setting, trajectories.TASKS), ALL)}
+
+
 def main() -> None:
     """Train what is missing, and write what is known."""
     parser = Parser(prog="python -m ckd_dist.studies.recipes", description=__doc__)
     parser.add_argument("run_dir", type=Path, metavar="RUN_DIR")
-    parser.add_argument("--tasks", default=",".join(task.name for task in TASKS), help="(default: all)")
+    parser.add_argument("--tasks", default=",".join(SETTINGS), help="(default: all four)")
     parser.add_argument("--teachers", default="1,2,3", help="seeds of their trainings (default: 1,2,3)")
     parser.add_argument("--out", type=Path, metavar="FILE", help="(default: RUN_DIR/recipes.json)")
     options = parser.parse_args(sys.argv[1:])
+    wanted = [(SETTINGS[name], run) for name in options.tasks.split(",") for run in options.teachers.split(",")]
+    for setting, seed in wanted:
+        train_teacher(setting, options.run_dir / setting.task.name / seed)
     for recipe in RECIPES:
-        for task in filter(None, options.tasks.split(",")):
-            for teacher in options.teachers.split(","):
-                train(recipe, options.run_dir / task / teacher)
-    found = asdict(read(options.run_dir))
-    write_bytes_atomically(
-        options.out or options.run_dir / "recipes.json", (json.dumps(found, indent=1) + "\n").encode()
-    )
+        for setting, seed in wanted:
+            train(recipe, setting, options.run_dir / setting.task.name / seed)
+    found = json.dumps(asdict(read(options.run_dir)), indent=1) + "\n"
+    write_bytes_atomically(options.out or options.run_dir / "recipes.json", found.encode())
 
 
 def folder(recipe: Recipe, run: Path) -> Path:
@@ -82,38 +101,58 @@ def folder(recipe: Recipe, run: Path) -> Path:
     return run / "recipes" / "".join(letter if letter.isalnum() else "_" for letter in recipe.name)
 
 
-def train(recipe: Recipe, run: Path) -> None:
+def train_teacher(setting: Setting, run: Path) -> None:
+    """Images, a teacher and its logits, unless they are there."""
+    if not (run / "teacher").exists():
+        trajectories.write_images(run.parent, setting.task, None)
+    if not read_summary(run / "teacher"):
+        fall = [setting.teacher // 2, setting.teacher * 3 // 4]
+        words = [*trajectories.TEACHER, "--epochs", setting.teacher, "--optim.milestones", fall, "--seed", run.name]
+        words += ["--save_every", setting.teacher, "--data.train", run.parent / "train.beton"]
+        words += ["--data.val", run.parent / "holdout.beton", "--run_dir", run / "teacher"]
+        run_module(f"{run.parent.name} {run.name}: teacher", "ckd_dist.train_teacher", *words)
+    if not (run / "store").exists():
+        cache(f"{run.parent.name} {run.name}: its logits", setting, run, run / "store")
+
+
+def cache(title: str, setting: Setting, run: Path, store: Path, *views: object) -> None:
+    """The logits of the teacher's last checkpoint."""
+    words = ["--data.train", run.parent / "train.beton", "--teacher.run", run / "teacher", "--store", store]
+    words += ["--teacher.checkpoints", [setting.teacher], "--views", setting.epochs, "--data.batch_size", 500]
+    run_module(title, "ckd_dist.cache_logits", *words, *trajectories.CROPS, *views)
+
+
+def train(recipe: Recipe, setting: Setting, run: Path) -> None:
     """The student of a recipe, and the store that it needs."""
     title, student, store = f"{run.parent.name} {run.name}: {recipe.name}", folder(recipe, run), run / "store"
     if read_summary(student):
         return
-    images: list[object] = ["--data.train", run.parent / "train.beton"]
     if recipe.views:
         store = student.with_name(f"{student.name}_store")
-        words = [*images, "--teacher.run", run / "teacher", "--teacher.checkpoints", [LAST], "--views", EPOCHS]
-        words += ["--store", store, "--data.batch_size", 500, *CROPS, *recipe.views]
-        run_module(f"{title}, the teacher's logits", "ckd_dist.cache_logits", *words)
-    words = [*images, "--data.val", run.parent / "holdout.beton", "--model.name", MODELS[0], "--seed", run.name]
-    teacher = ["--teacher.run", run / "teacher", "--data.views", EPOCHS, *CROPS]
-    words += teacher if recipe.online else ["--teacher.store", store]
-    words += ["--teacher.checkpoints", [LAST], "--kd.alpha", 0.1, "--kd.temperature", 4]
-    words += ["--data.batch_size", 64, "--epochs", EPOCHS, "--val_every", 2 * EPOCHS, "--log_every", 1000]
-    run_module(title, "ckd_dist.distill", *words, *recipe.student, "--run_dir", student)
+        cache(f"{title}, the teacher's logits", setting, run, store, *recipe.views)
+    own = recipe.student(setting.epochs) if callable(recipe.student) else recipe.student
+    words = ["--data.train", run.parent / "train.beton", "--data.val", run.parent / "holdout.beton"]
+    words += ["--model.name", STUDENT, "--seed", run.name, "--epochs", setting.epochs, "--data.batch_size", 64]
+    words += ["--kd.alpha", 0.1, "--kd.temperature", 4, "--teacher.checkpoints", [setting.teacher]]
+    teacher = ["--teacher.run", run / "teacher", "--data.views", setting.epochs, *trajectories.CROPS]
+    words += [*(teacher if recipe.online else ["--teacher.store", store]), "--val_every", 1000, "--log_every", 1000]
+    run_module(title, "ckd_dist.distill", *words, *own, "--run_dir", student)
 
 
 def read(run_dir: Path) -> Recipes:
     """What is known of every recipe, in the trainings of which the plain student is known."""
+    runs = [path for path in sorted(run_dir.glob("*/*")) if path.parent.name in SETTINGS]
     top1 = {
         recipe.name: {
             run: summary.top1
-            for run in sorted(run_dir.glob("*/*"))
+            for run in runs
             if (summary := read_summary(folder(recipe, run))) and summary.top1 is not None
         }
         for recipe in RECIPES
     }
 
     def series(name: str, values: dict[Path, float]) -> Series:
-        return Series(name, [Case(run.parent.name, int(run.name), MODELS[0], value) for run, value in values.items()])
+        return Series(name, [Case(run.parent.name, int(run.name), STUDENT, value) for run, value in values.items()])
 
     plain = top1.pop(PLAIN)
     changes = {
