@@ -18,6 +18,7 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from ckd_dist.core.errors import require
 from ckd_dist.core.evidence import Case, Recipes, Series
 from ckd_dist.core.files import write_bytes_atomically
 from ckd_dist.core.options import Parser
@@ -88,7 +89,11 @@ def main() -> None:
     options = parser.parse_args(sys.argv[1:])
     wanted = [(SETTINGS[name], run) for name in options.tasks.split(",") for run in options.teachers.split(",")]
     for setting, seed in wanted:
-        train_teacher(setting, options.run_dir / setting.task.name / seed)
+        run = options.run_dir / setting.task.name / seed
+        if setting is ALL:
+            train_teacher(run)
+        mend = "run ckd_dist.studies.trajectories first, or leave the task or the teacher out"
+        require((run / "store").exists(), f"RUN_DIR: there is no {run / 'store'}: {mend}")
     for recipe in RECIPES:
         for setting, seed in wanted:
             train(recipe, setting, options.run_dir / setting.task.name / seed)
@@ -101,18 +106,15 @@ def folder(recipe: Recipe, run: Path) -> Path:
     return run / "recipes" / "".join(letter if letter.isalnum() else "_" for letter in recipe.name)
 
 
-def train_teacher(setting: Setting, run: Path) -> None:
-    """Images, a teacher and its logits, unless they are there."""
-    if not (run / "teacher").exists():
-        trajectories.write_images(run.parent, setting.task, None)
-    if not read_summary(run / "teacher"):
-        fall = [setting.teacher // 2, setting.teacher * 3 // 4]
-        words = [*trajectories.TEACHER, "--epochs", setting.teacher, "--optim.milestones", fall, "--seed", run.name]
-        words += ["--save_every", setting.teacher, "--data.train", run.parent / "train.beton"]
-        words += ["--data.val", run.parent / "holdout.beton", "--run_dir", run / "teacher"]
-        run_module(f"{run.parent.name} {run.name}: teacher", "ckd_dist.train_teacher", *words)
-    if not (run / "store").exists():
-        cache(f"{run.parent.name} {run.name}: its logits", setting, run, run / "store")
+def train_teacher(run: Path) -> None:
+    """The images of the whole of Fashion-MNIST, a teacher and its logits."""
+    title, fall = f"{run.parent.name} {run.name}", [ALL.teacher // 2, ALL.teacher * 3 // 4]
+    trajectories.write_images(run.parent, ALL.task, None)
+    words = [*trajectories.TEACHER, "--epochs", ALL.teacher, "--optim.milestones", fall, "--seed", run.name]
+    words += ["--save_every", ALL.teacher, "--val_every", ALL.teacher, "--data.train", run.parent / "train.beton"]
+    words += ["--data.val", run.parent / "holdout.beton", "--run_dir", run / "teacher"]
+    run_module(f"{title}: teacher", "ckd_dist.train_teacher", *words)
+    cache(f"{title}: its logits", ALL, run, run / "store")
 
 
 def cache(title: str, setting: Setting, run: Path, store: Path, *views: object) -> None:
