@@ -91,11 +91,8 @@ def feature_layer(model: nn.Module, image_size: int, name: str | None = None) ->
         return found
     for each, shape, node in reversed(outputs.made):
         has_positions = sum(size > 1 for size in shape) > 1
-        if (
-            has_positions
-            and not _is_adaptive_pooling(node)
-            and not _is_reached(outputs.entrance, outputs.exit, around=node)
-        ):
+        is_pooled = _is_adaptive_pooling(node)
+        if has_positions and not is_pooled and not _is_reached(outputs.entrance, outputs.exit, around=node):
             if found := _form(each, shape, outputs):
                 return found
             break

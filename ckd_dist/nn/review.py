@@ -45,7 +45,7 @@ def context_loss(student: torch.Tensor, teacher: torch.Tensor) -> torch.Tensor:
 
 def levels(maps: Sequence[torch.Tensor]) -> list[torch.Tensor]:
     """The maps of the stages, and the mean of the last one over its positions, [n, channels, 1, 1]."""
-    return [*maps, maps[-1].mean(dim=(2, 3), keepdim=True)]
+    return [*maps, maps[-1].float().mean(dim=(2, 3), keepdim=True)]
 
 
 def warm_up(epoch: int, epochs: int) -> float:

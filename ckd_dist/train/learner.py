@@ -32,7 +32,10 @@ Loss = Callable[[torch.Tensor, Batch, int], dict[str, torch.Tensor]]
 
 
 class Learner:
-    """A model in training: its optimiser, loss and run folder. Holds all that exact resume needs."""
+    """A model in training: its optimiser, loss and run folder. Holds all that exact resume needs.
+
+    `trained` is what goes through a step: the model, or a student with its connectors, of which `model` is kept alone.
+    """
 
     def __init__(
         self,
