@@ -34,6 +34,8 @@ class TrainingState(TypedDict):
 
     weights: Weights
     averaged: Weights | None
+    connectors: NotRequired[Weights]
+    """Of `nn.review`, where the student has such."""
     optimizer: dict[str, Any]
     scaler: dict[str, Any]
     step: pydantic.NonNegativeInt

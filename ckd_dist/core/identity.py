@@ -45,6 +45,7 @@ ADDED: dict[str, Any] = {
     "data.pair_cutmix": 0.0,
     "accumulate": 1,
     "label_loss": "cross_entropy",
+    "kd.feature_weight": 0.0,
     "optim.layer_decay": None,
     "optim.cycles": 1,
 }
@@ -246,6 +247,8 @@ def _depends_on_epochs(options: dict[str, Any]) -> str | None:
         return f"optim.schedule {options['optim.schedule']}"
     if options["data.start_image_size"] is not None:
         return "data.start_image_size"
+    if options.get("kd.feature_weight"):
+        return "the warm-up of kd.feature_weight"
     if options.get("teacher.combine") == "sequence":
         return "teacher.combine sequence"
     return None

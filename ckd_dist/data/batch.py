@@ -58,6 +58,8 @@ class Batch:
     """None unless the recipe has mixup or cutmix."""
     teacher_records: torch.Tensor | None = None
     """Encoded outputs of each of the teacher's checkpoints, from a store: uint8 [n, members, bytes]."""
+    teacher_maps: Sequence[torch.Tensor] = ()
+    """The feature maps that its stages end with, each [n, channels, side, side], where a student asks for them."""
 
     def parts(self, count: int) -> list[Batch]:
         """The batch in so many parts, whose sizes differ by one image at most."""
@@ -75,6 +77,7 @@ class Batch:
             ids=self.ids[part],
             mixed=None if mixed is None else Mixed(*(None if each is None else each[part] for each in mixed)),  # type: ignore
             teacher_records=None if records is None else records[part],
+            teacher_maps=[each[part] for each in self.teacher_maps],
         )
 
     @classmethod

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 
 import torch
 from torch import nn
 from torch.autograd.graph import Node
 
 from ckd_dist.core.errors import UserError, require
-from ckd_dist.nn.forward import logits_of
-from ckd_dist.nn.probe import hooked
+from ckd_dist.nn.forward import autocast, logits_of
+from ckd_dist.nn.probe import hooked, kept_modes
 
 
 @dataclass(frozen=True)
@@ -26,6 +28,8 @@ class FeatureLayer:
     """Of its output of one image, without the first dimension."""
     prefix_tokens: int = 0
     """Of tokens, how many come before those that form a map: class tokens, registers."""
+    call: int = 0
+    """Which of its outputs of a forward pass, counted from 0, where the network calls the module several times."""
 
     def to_map(self, output: torch.Tensor) -> torch.Tensor:
         """The output as a map, [n, channels, h, w]: tokens in the order of rows and without those before them, a vector
@@ -42,6 +46,11 @@ class FeatureLayer:
         return self.shape[0] if len(self.shape) == 3 and not self._channels_last else self.shape[-1]
 
     @property
+    def side(self) -> int:
+        """Of a map, that is square."""
+        return self.shape[0] if self._channels_last else self.shape[-1]
+
+    @property
     def words(self) -> str:
         """Its name and form, for people."""
         if len(self.shape) == 1:
@@ -50,8 +59,7 @@ class FeatureLayer:
             left_out = f", {self.prefix_tokens} before them (class token, registers) left out"
             tokens = f"{self.channels} channels of {self._side} x {self._side} tokens"
             return f"{self.name} ({tokens}{left_out if self.prefix_tokens else ''})"
-        side = self.shape[0] if self._channels_last else self.shape[-1]
-        return f"{self.name} ({self.channels} channels of {side} x {side})"
+        return f"{self.name} ({self.channels} channels of {self.side} x {self.side})"
 
     @property
     def _channels_last(self) -> bool:
@@ -83,12 +91,84 @@ def feature_layer(model: nn.Module, image_size: int, name: str | None = None) ->
         return found
     for each, shape, node in reversed(outputs.made):
         has_positions = sum(size > 1 for size in shape) > 1
-        is_pooled = re.match("Adaptive(Avg|Max)Pool", node.name())  # to 7x7, say, as that of VGG
+        is_pooled = _is_adaptive_pooling(node)
         if has_positions and not is_pooled and not _is_reached(outputs.entrance, outputs.exit, around=node):
             if found := _form(each, shape, outputs):
                 return found
             break
     raise UserError("layer: the teacher has no map or grid of tokens before a pooling: name a layer that has features")
+
+
+STAGES = 4
+"""Resolutions whose maps are compared, at most, the smallest ones: of an ImageNet network all but that of the stem."""
+
+
+def stages(model: nn.Module, image_size: int, whose: str) -> list[FeatureLayer]:
+    """The maps that the stages of a network end with, in their order: of every resolution the last one that all paths
+    from the image to the logits lead through, within other modules only where there is none between these; of `STAGES`
+    resolutions at most.
+
+    Raises `UserError`, which says `whose` network it is, where it has maps of fewer than two resolutions, as a vision
+    transformer has.
+    """
+    with kept_modes(model):
+        outputs = _outputs(model.eval(), image_size)
+    found: dict[int, tuple[int, FeatureLayer]] = {}  # by side
+    made = [*enumerate(outputs.made)]
+    for position, (name, shape, node) in sorted(made, key=lambda each: (_depth(model, each[1][0]), -each[0])):
+        layer = _form(name, shape, outputs) if len(shape) == 4 and not _is_adaptive_pooling(node) else None
+        if layer is None or layer.side == 1 or layer.side in found:
+            continue
+        if not _is_reached(outputs.entrance, outputs.exit, around=node):
+            call = sum(each == name for each, _, _ in outputs.made[:position])
+            found[layer.side] = position, replace(layer, call=call)
+    require(
+        len(found) > 1,
+        f"kd.feature_weight: {whose} has square feature maps of {len(found) or 'no'} resolution, and two are needed: "
+        "leave it out, or choose a network whose stages end with maps",
+    )
+    in_order = sorted(found.values(), key=lambda each: each[0])
+    return [layer for _, layer in in_order][-STAGES:]
+
+
+def _depth(model: nn.Module, name: str) -> int:
+    """How many modules a module lies within, the network and rows of modules not counted."""
+    words = name.split(".")
+    around = [model.get_submodule(".".join(words[:count])) for count in range(1, len(words))]
+    return sum(type(each) not in (nn.Sequential, nn.ModuleList) for each in around)
+
+
+@contextmanager
+def recorded(model: nn.Module, layers: Sequence[FeatureLayer]) -> Iterator[list[torch.Tensor]]:
+    """While it is entered, a forward pass leaves the maps of the `layers` [n, channels, side, side] in the list, in
+    their order."""
+    maps: list[torch.Tensor] = [torch.empty(0)] * len(layers)
+    calls: Counter[str] = Counter()
+
+    def record(name: str) -> Callable:
+        def hook(module: nn.Module, inputs: object, output: object) -> None:
+            if not isinstance(output, torch.Tensor):
+                return
+            for position, layer in enumerate(layers):
+                if (layer.name, layer.call) == (name, calls[name]):
+                    maps[position] = layer.to_map(output)
+            calls[name] += 1
+
+        return hook
+
+    names = dict.fromkeys(layer.name for layer in layers)
+    with hooked([(name, model.get_submodule(name)) for name in names], record):
+        yield maps
+
+
+@torch.no_grad()  # and not inference mode: a student's graph keeps the maps
+def forward_maps(
+    model: nn.Module, layers: Sequence[FeatureLayer], images: torch.Tensor, amp: str
+) -> tuple[torch.Tensor, list[torch.Tensor]]:
+    """(logits of a model in eval mode in float32, maps of the `layers` in the type of `amp`), without gradients."""
+    with recorded(model, layers) as maps, autocast(images.device, amp):
+        logits = logits_of(model(images)).float()
+    return logits, maps
 
 
 @dataclass(frozen=True)
@@ -141,6 +221,11 @@ def _form(name: str, shape: torch.Size, outputs: _Outputs) -> FeatureLayer | Non
     squares = [side * side for side in outputs.sides if side > 1 and side * side <= count <= side * side + 16]
     largest = max(squares, default=math.isqrt(count) ** 2)
     return FeatureLayer(name, sizes, prefix_tokens=count - largest) if count - largest <= 16 else None
+
+
+def _is_adaptive_pooling(node: Node) -> bool:
+    """Whether it makes a map of a fixed size, of 7x7, say, as that of VGG."""
+    return re.match("Adaptive(Avg|Max)Pool", node.name()) is not None
 
 
 def _is_reached(end: Node | None, start: Node | None, around: Node) -> bool:

@@ -25,7 +25,7 @@ def prepare(model: nn.Module, name: str, num_classes: int, image_size: int, opti
     to bfloat16. Raises `UserError` where it does not take such an image, or does not give logits [n, num_classes]."""
     parameters = [*model.parameters(), *model.buffers()]
     if any(is_lazy(each) for each in parameters):
-        with _kept_modes(model), torch.no_grad():
+        with kept_modes(model), torch.no_grad():
             model.eval()
             wrong = _fault(lambda: model(_image(model, image_size)), 1, num_classes)
             require(wrong is None, _misfit(name, image_size, option, wrong))
@@ -50,7 +50,7 @@ def require_fits(
         batch = torch.zeros(images, 3, image_size, image_size, device=device)
         return _fault(lambda: functional_call(model, buffers, (batch,)), images, num_classes)
 
-    with _kept_modes(model), torch.random.fork_rng([device] if device.type == "cuda" else []), torch.no_grad():
+    with kept_modes(model), torch.random.fork_rng([device] if device.type == "cuda" else []), torch.no_grad():
         wrong = fault(1, False) or (fault(2, True) if train_images else None)
         alone = fault(1, True) if train_images == 1 and not wrong else None
     require(wrong is None, _misfit(name, image_size, option, wrong))
@@ -76,7 +76,7 @@ def _misfit(name: str, image_size: int, option: str, wrong: str | None) -> str:
 
 
 @contextmanager
-def _kept_modes(model: nn.Module) -> Iterator[None]:
+def kept_modes(model: nn.Module) -> Iterator[None]:
     """Each module is in train or eval mode again in the end."""
     modes = [(module, module.training) for module in model.modules()]
     try:
@@ -107,7 +107,7 @@ def logit_modules(model: nn.Module, image_size: int) -> list[str]:
         for name, module in model.named_modules()
         if name and next(module.children(), None) is None and next(module.parameters(), None) is not None
     ]
-    with hooked(leaves, record), _kept_modes(model), _all_require_grad(model), torch.enable_grad():
+    with hooked(leaves, record), kept_modes(model), _all_require_grad(model), torch.enable_grad():
         model.eval()
         logits = logits_of(model(_image(model, image_size)))
     found, seen, todo = [], set(), [logits.grad_fn]
@@ -128,7 +128,7 @@ def unused_parameters(model: nn.Module, name: str, image_size: int, *, auxiliary
     of auxiliary heads: they are to be frozen, since DDP waits for the gradient of every other one. Raises `UserError`
     where there are no auxiliary heads to train. Leaves the model, its buffers and the random state as they were."""
     device = next(model.parameters()).device
-    with _kept_modes(model), torch.random.fork_rng([device] if device.type == "cuda" else []), torch.enable_grad():
+    with kept_modes(model), torch.random.fork_rng([device] if device.type == "cuda" else []), torch.enable_grad():
         model.train()
         buffers = {key: buffer.clone() for key, buffer in model.named_buffers()}
         output = functional_call(model, buffers, (torch.zeros(2, 3, image_size, image_size, device=device),))

@@ -19,7 +19,8 @@ from ckd_dist.core.errors import TrainingError, require
 from ckd_dist.core.run_folder import RunFolder
 from ckd_dist.data.batch import Batch
 from ckd_dist.nn.forward import autocast, auxiliary_logits, logits_of
-from ckd_dist.nn.optim import MovingAverage, build_optimizer, learning_rate
+from ckd_dist.nn.optim import MovingAverage, build_optimizer, learning_rate, parameter_groups
+from ckd_dist.nn.review import ReviewingStudent, review_loss, warm_up
 from ckd_dist.nn.weights import load_fitting
 from ckd_dist.train.options import TrainConfig
 
@@ -31,7 +32,10 @@ Loss = Callable[[torch.Tensor, Batch, int], dict[str, torch.Tensor]]
 
 
 class Learner:
-    """A model in training: its optimiser, loss and run folder. Holds all that exact resume needs."""
+    """A model in training: its optimiser, loss and run folder. Holds all that exact resume needs.
+
+    `trained` is what goes through a step: the model, or a student with its connectors, of which `model` is kept alone.
+    """
 
     def __init__(
         self,
@@ -45,8 +49,13 @@ class Learner:
     ):
         self.config, self.loss, self.run, self.device = config, loss, run, device
         self.metadata, self.steps_per_epoch = metadata, steps_per_epoch
-        self.model = model.to(device).to(memory_format=torch.channels_last)
+        self.trained = model.to(device).to(memory_format=torch.channels_last)
+        self.reviewing = self.trained if isinstance(self.trained, ReviewingStudent) else None
+        self.model = self.reviewing.student if self.reviewing else self.trained
         self.optimizer = build_optimizer(self.model, config.optim)
+        if self.reviewing:
+            for group in parameter_groups(self.reviewing.connectors, config.optim):
+                self.optimizer.add_param_group(group)
         self.scaler = torch.amp.GradScaler(device.type, enabled=config.amp == "float16")
         self.step = 0
         self.seconds = self.seconds_waited = 0.0
@@ -55,15 +64,15 @@ class Learner:
         self._names: list[str] = []
         self.averaged = MovingAverage(self.model, config.ema_decay) if config.ema_decay is not None else None
         self._load_last()
-        self.model.train()
-        self._forward: Callable[[torch.Tensor], Any] = self.model
+        self.trained.train()
+        self._forward: Callable[[torch.Tensor], Any] = self.trained
         self._gradients_stay: Callable[[], AbstractContextManager] = nullcontext
         if dist.world_size() > 1:
             # Batch-norm statistics need no broadcast at every step: a forward pass in train mode does not read them.
             known = inspect.signature(DistributedDataParallel).parameters
             sync_buffers = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"
             self._forward = parallel = DistributedDataParallel(
-                self.model,
+                self.trained,
                 device_ids=[device.index] if device.type == "cuda" else None,
                 gradient_as_bucket_view=True,
                 **{sync_buffers: False},  # type: ignore[arg-type]
@@ -94,7 +103,7 @@ class Learner:
         sums.append(self._add_gradient(last))
         if config.optim.clip_grad_norm is not None:
             self.scaler.unscale_(self.optimizer)
-            nn.utils.clip_grad_norm_(self.model.parameters(), config.optim.clip_grad_norm)
+            nn.utils.clip_grad_norm_(self.trained.parameters(), config.optim.clip_grad_norm)
         self.scaler.step(self.optimizer)
         self.scaler.update()
         self.optimizer.zero_grad(set_to_none=True)
@@ -109,12 +118,17 @@ class Learner:
         config, epoch = self.config, self.step // self.steps_per_epoch
         with autocast(self.device, config.amp):
             output = self._forward(batch.images)
+        output, maps = output if self.reviewing else (output, [])
         logits = logits_of(output).float()
         values = self.loss(logits, batch, epoch)
         if config.model.auxiliary_weight:
             for other in auxiliary_logits(output):
                 auxiliary = self.loss(other.float(), batch, epoch)["loss"]
                 values["loss"] = values["loss"] + config.model.auxiliary_weight * auxiliary
+        if self.reviewing:
+            values["feature"] = review_loss(maps, batch.teacher_maps)
+            weight = self.reviewing.weight * warm_up(epoch, config.epochs)
+            values["loss"] = values["loss"] + weight * values["feature"]
         # DDP averages over ranks, so this is the gradient of the mean over the global batch, however it is shared out.
         loss = values["loss"].sum() * (dist.world_size() / config.data.batch_size)
         self.scaler.scale(loss).backward()
@@ -159,7 +173,7 @@ class Learner:
 
     def check_weights(self) -> None:
         """Raise `TrainingError`, on every rank, unless every weight is finite: nothing else is ever saved."""
-        norms = torch.stack(torch._foreach_norm([p.detach() for p in self.model.parameters()]))
+        norms = torch.stack(torch._foreach_norm([p.detach() for p in self.trained.parameters()]))
         if not torch.isfinite(norms).all():
             self._stop(f"the weights are not finite after step {self.step}")
 
@@ -176,6 +190,8 @@ class Learner:
                 "seconds_waited": self.seconds_waited,
                 "evaluation": self.evaluation,
             }
+            if self.reviewing:
+                state["connectors"] = self.reviewing.connectors.state_dict()
             checkpoint.save(self.run.path / "checkpoints" / "last.pt", state)
 
     def _load_last(self) -> None:
@@ -190,6 +206,8 @@ class Learner:
             load_fitting(self.model, state["weights"], "it", self.config.model.name)
             if self.averaged is not None:
                 self.averaged.module.load_state_dict(state["averaged"])
+            if self.reviewing:
+                self.reviewing.connectors.load_state_dict(state["connectors"])
             self.optimizer.load_state_dict(state["optimizer"])
             self.scaler.load_state_dict(state["scaler"])
         except Exception as error:  # torch raises many kinds here

@@ -44,7 +44,7 @@ def train_steps(
         if mixing is not None:
             batch = mixing(batch, done)
         if teacher is not None:
-            batch.teacher_records = teacher(batch.images)
+            batch.teacher_records, batch.teacher_maps = teacher(batch.images)
         done += 1
         active = [learner for learner in learners if learner.step < done]
         for learner in active:

@@ -153,6 +153,16 @@ class DistillConfig(TrainConfig):
             f"teacher.combine {self.teacher.combine} is for several checkpoints: name them in --teacher.checkpoints, "
             "those of a search in --grid.teachers",
         )
+        if self.kd.feature_weight:
+            require(
+                self.teacher.run is not None,
+                "kd.feature_weight compares feature maps, which no store holds: give distill --teacher.run, or drop it",
+            )
+            require(
+                len(self.teacher.checkpoints) <= 1,
+                "kd.feature_weight compares the feature maps of one checkpoint: name one in --teacher.checkpoints",
+            )
+            require(not self.compile, "compile is not for kd.feature_weight, which looks into the model: leave one out")
 
     def _teachers(self) -> list[list[int | str]]:
         return [self.teacher.checkpoints]

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from ckd_dist.data.batch import Rows
+from ckd_dist.nn.features import FeatureLayer, forward_maps
 from ckd_dist.nn.forward import forward_logits
 from ckd_dist.store.codecs import Dense
 from ckd_dist.store.reader import StoreReader
@@ -35,12 +36,18 @@ class OnlineRecords:
     networks: Sequence[nn.Module]
     codec: Dense
     amp: str
+    stages: Sequence[FeatureLayer] = ()
+    """Of the only network, those whose maps are wanted too."""
 
-    def __call__(self, images: torch.Tensor) -> torch.Tensor:
-        """Logits of each network, uint8 [n, networks, bytes], rounded as the dense store rounds them, so that cached
-        and online teachers give the same numbers."""
+    def __call__(self, images: torch.Tensor) -> tuple[torch.Tensor, list[torch.Tensor]]:
+        """(logits of each network, uint8 [n, networks, bytes], rounded as the dense store rounds them, so that cached
+        and online teachers give the same numbers; maps of the `stages`)."""
+        if self.stages:
+            (network,) = self.networks
+            logits, maps = forward_maps(network, self.stages, images, self.amp)
+            return self.codec.encode(logits)[:, None], maps
         records = [self.codec.encode(forward_logits(network, images, self.amp)) for network in self.networks]
-        return torch.stack(records, dim=1).clone()  # made outside inference mode: autograd may save it
+        return torch.stack(records, dim=1).clone(), []  # made outside inference mode: autograd may save it
 
 
 @dataclass(frozen=True)

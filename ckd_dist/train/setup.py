@@ -20,12 +20,14 @@ from ckd_dist.data.loader import BetonLoader, read_labels
 from ckd_dist.data.order import rank_share
 from ckd_dist.data.pairs import PairMixing
 from ckd_dist.data.recipe import ViewRecipe
-from ckd_dist.nn import models, probe, weights
+from ckd_dist.nn import features, models, probe, weights
+from ckd_dist.nn.features import FeatureLayer
 from ckd_dist.nn.optim import build_optimizer
 from ckd_dist.nn.recompute import recompute_blocks
+from ckd_dist.nn.review import ReviewingStudent
 from ckd_dist.train.learner import Learner, Loss
 from ckd_dist.train.loop import fit
-from ckd_dist.train.options import TrainConfig
+from ckd_dist.train.options import DistillConfig, TrainConfig
 from ckd_dist.train.schedule import EpochSchedule
 
 
@@ -38,6 +40,8 @@ class Run:
     origin: Origin
     """What it is made of."""
     loss: Loss
+    stages: Sequence[FeatureLayer] = ()
+    """Of its teacher, whose maps it compares with its own."""
 
 
 def origin(
@@ -157,7 +161,26 @@ def build_models(runs: Sequence[Run], info: DatasetInfo, device: torch.device) -
         if run.config.recompute:
             recompute_blocks(model, name)
         build_optimizer(model, run.config.optim)  # refuses what the network does not have
-    return networks
+    return [_reviewing(run, model, size, device) for run, model in zip(runs, networks, strict=True)]
+
+
+def _reviewing(run: Run, model: nn.Module, image_size: int, device: torch.device) -> nn.Module:
+    """The model or, where it compares its maps with the teacher's, the model with connectors, of the same seed."""
+    config = run.config
+    if not (run.stages and isinstance(config, DistillConfig) and config.kd.feature_weight):
+        return model
+    require(
+        least_share(config) > 1,
+        "kd.feature_weight: its layers normalise over the images that go through the model at once, and some processes "
+        "have one only: give more by --data.batch_size, or less of --accumulate",
+    )
+    stages = features.stages(model, image_size, config.model.name)
+    torch.manual_seed(config.seed)
+    reviewing = ReviewingStudent(model, stages, run.stages, config.kd.feature_weight).to(device)
+    pairs = zip(stages[::-1], run.stages[::-1], strict=False)
+    said = ", ".join(f"{ours.words} to {theirs.words}" for ours, theirs in [*pairs][::-1])
+    say(f"feature maps of {config.model.name} are compared with the teacher's: {said}")
+    return reviewing
 
 
 def open_run_folders(

@@ -16,6 +16,7 @@ from ckd_dist.core.identity import Input, saved_options
 from ckd_dist.data.classes import require_labels
 from ckd_dist.data.dataset import DatasetInfo, train_recipe
 from ckd_dist.data.recipe import ViewRecipe
+from ckd_dist.nn.features import FeatureLayer
 from ckd_dist.store.manifest import Manifest
 from ckd_dist.store.reader import StoreReader
 from ckd_dist.train import setup
@@ -39,7 +40,9 @@ def train(requested: Sequence[DistillConfig], images: Mapping[str, DatasetInfo],
         images = {option: teacher.match(info, option, how) for option, info in images.items()}
     distillation = set_up(configs, teacher, images["data.train"])
     runs = [
-        setup.Run(config, setup.origin(each, config, images, teacher_inputs(teacher, each, config)), loss)
+        setup.Run(
+            config, setup.origin(each, config, images, teacher_inputs(teacher, each, config)), loss, distillation.stages
+        )
         for each, config, loss in zip(requested, configs, distillation.losses, strict=True)
     ]
     setup.train(
@@ -104,6 +107,8 @@ class Distillation:
 
     losses: list[Loss]
     """Of each student."""
+    stages: Sequence[FeatureLayer]
+    """Of the teacher, whose maps the students compare with theirs, if they do."""
     schedule: EpochSchedule
     recipe: ViewRecipe
     view_seed: int
@@ -142,4 +147,5 @@ def set_up(
         read_ahead=None if budget is None else int(1e9 * budget),
         repeats=config.data.repeats,
     )
-    return Distillation(losses, schedule, train_recipe(config.data, info, recipe), seed or 0)
+    stages = records.stages if isinstance(records, OnlineTeacher) else ()
+    return Distillation(losses, stages, schedule, train_recipe(config.data, info, recipe), seed or 0)

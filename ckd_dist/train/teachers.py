@@ -17,7 +17,7 @@ from ckd_dist.core.identity import Input
 from ckd_dist.data import classes
 from ckd_dist.data.dataset import DatasetInfo
 from ckd_dist.data.options import MapClasses
-from ckd_dist.nn import models
+from ckd_dist.nn import features, models
 from ckd_dist.nn.forward import to_device
 from ckd_dist.store import recording
 from ckd_dist.store.codecs.base import Codec
@@ -158,6 +158,8 @@ class OnlineTeacher:
     """Epoch -> sha256."""
     amp: str
     """Precision of the forward passes."""
+    stages: Sequence[features.FeatureLayer] = ()
+    """Of the only checkpoint, those whose maps students ask for."""
 
     @property
     def checkpoints(self) -> list[int | str]:
@@ -188,7 +190,8 @@ class OnlineTeacher:
         return self.weights[int(name)]
 
     def open(self, configs: Sequence[DistillConfig], info: DatasetInfo) -> OnlineTeacher:
-        """Itself; raises `UserError` where the students' images are not those that it was trained on."""
+        """Itself, with its stages where students compare maps; raises `UserError` where their images are not those that
+        it was trained on, or it has no stages."""
         _require_supported(configs, self.codec)
         require(
             configs[0].data.start_image_size is None,
@@ -204,13 +207,19 @@ class OnlineTeacher:
                 f"teacher.run: the online teacher was trained with {key} {self.metadata[key]}, the student gets "
                 f"{ours}: cache its logits instead",
             )
-        _say_teacher(configs, "online, the logits")
-        return self
+        of_maps = any(each.kd.feature_weight for each in configs)
+        _say_teacher(configs, "online, the logits and feature maps" if of_maps else "online, the logits")
+        if not of_maps:
+            return self
+        (network,) = self.networks.values()
+        name = self.metadata["model"]
+        return replace(self, stages=features.stages(network, self.metadata["image_size"], f"the teacher, {name},"))
 
     def records(self, checkpoints: Sequence[int]) -> OnlineRecords:
         """Makes records of the checkpoints at these positions."""
         names = self.checkpoints
-        return OnlineRecords([self.networks[names[position]] for position in checkpoints], self.codec, self.amp)
+        networks = [self.networks[names[position]] for position in checkpoints]
+        return OnlineRecords(networks, self.codec, self.amp, self.stages)
 
 
 # ------------------------------------------------------------------------------------------- both

@@ -13,9 +13,11 @@ from ckd_dist.core.options import load_config
 from ckd_dist.data.batch import Batch, Mixed
 from ckd_dist.data.options import TrainDataConfig
 from ckd_dist.data.pairs import PairMixing
-from ckd_dist.nn import forward, models
+from ckd_dist.nn import features, forward, models
+from ckd_dist.nn.review import ReviewingStudent
 from ckd_dist.store.codecs import Dense, Sampled, TopK, Transform
 from ckd_dist.store.codecs.transform import fit
+from ckd_dist.train.learner import Learner
 from ckd_dist.train.objective import DistillationLoss
 from ckd_dist.train.options import DistillConfig
 from ckd_dist.train.records import OnlineRecords
@@ -159,6 +161,49 @@ def test_a_batch_in_parts_is_the_same_step(tmp_path):
         found = one.log(1.0, 0.0)
         assert found["loss"] > 0 and found.keys() == {"loss", "ce", "kd", "top1", "teacher_top1", "agreement"}
     assert seen == [15, 3, 4, 4, 4]
+    for whole, added in zip(*weights, strict=True):
+        torch.testing.assert_close(whole, added, rtol=1e-4, atol=1e-6)
+
+
+def reviewing(folder, *options):
+    """A learner that compares its maps with a resnet20's, that teacher, and a batch of 15 images, small ones."""
+    teacher = forward.to_device(models.build_model("resnet20", CLASSES), DEVICE)
+    stages = features.stages(teacher, 16, "resnet20")
+    plain = learner(folder, "resnet8", plain_loss, DEVICE, 15, "--optim.momentum=0", "--amp=off", *options)
+    torch.manual_seed(0)
+    student = ReviewingStudent(plain.model, features.stages(plain.model, 16, "resnet8"), stages, 2.0)
+    one = Learner(student, plain.config, plain_loss, plain.run, DEVICE, {}, 32)
+    return one, OnlineRecords([teacher], DENSE, "off", stages), memory_batch(15, 16, DEVICE)
+
+
+def test_a_step_that_compares_maps_does_not_wait(tmp_path):
+    one, teacher, batch = reviewing(tmp_path / "run")
+    batch.teacher_records, batch.teacher_maps = teacher(batch.images)
+    one.train_step(batch)
+    with no_waiting(DEVICE):
+        teacher(batch.images)
+        one.train_step(batch)
+
+
+def test_maps_are_compared_in_parts_of_a_batch_too(tmp_path):
+    weights, values = [], []
+    for parts in (1, 4):
+        torch.manual_seed(1)
+        one, teacher, batch = reviewing(tmp_path / "run", f"--accumulate={parts}")
+        records, batch.teacher_maps = teacher(batch.images)
+        assert torch.equal(
+            records[:, 0], DENSE.encode(forward.forward_logits(teacher.networks[0], batch.images, "off"))
+        )
+        for norm in [module for module in one.trained.modules() if isinstance(module, torch.nn.BatchNorm2d)]:
+            norm.eval()  # with the statistics that it begins with, whatever the batch
+        before = [p.detach().clone() for p in one.reviewing.connectors.parameters()]
+        one.train_step(batch)
+        weights.append([p.detach().clone() for p in one.trained.parameters()])
+        values.append(one.log(1.0, 0.0))
+        after = one.reviewing.connectors.parameters()
+        assert not any(torch.equal(old, new) for old, new in zip(before, after, strict=True))
+    assert values[0]["feature"] > 0 and values[0].keys() == {"loss", "feature", "top1"}
+    assert values[0] == pytest.approx(values[1], rel=1e-4)
     for whole, added in zip(*weights, strict=True):
         torch.testing.assert_close(whole, added, rtol=1e-4, atol=1e-6)
 
