@@ -40,6 +40,7 @@ ADDED: dict[str, Any] = {
     **dict.fromkeys(
         f"data.{name}" for name in ("policy", "operations", "magnitude", "grayscale", "blur", "solarize", "mix")
     ),
+    "teacher.calibration": None,
     "accumulate": 1,
     "label_loss": "cross_entropy",
     "optim.layer_decay": None,
