@@ -217,10 +217,10 @@ def test_a_student_learns_from_the_calibrated_ensemble_and_goes_on_bitwise(
     monkeypatch.setattr(Learner, "train_step", until)
     with pytest.raises(InterruptedError):
         distill_here(fashion, store, stopped, *more)
-    assert (stopped / "checkpoints" / "last.pt").exists()
-    done = run("ckd_dist.distill", *options(fashion, store, stopped, *more))
+    resumed = shutil.copytree(stopped, tmp_path / "resumed")  # this process has a lock on the other
+    done = run("ckd_dist.distill", *options(fashion, store, resumed, *more))
     assert said in done.stdout and "going on after step 12" in done.stdout
-    assert same_weights(*(each / "checkpoints" / "epoch_0002.pt" for each in (whole, stopped)))
+    assert same_weights(*(each / "checkpoints" / "epoch_0002.pt" for each in (whole, resumed)))
     with pytest.raises(UserError, match=r"holds a run with teacher\.calibration .*, not None"):
         distill_here(fashion, store, whole, "--teacher.checkpoints", "[1,3]")
 
