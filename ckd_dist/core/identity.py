@@ -43,6 +43,7 @@ ADDED: dict[str, Any] = {
     "data.repeats": 1,
     "data.pair_mixup": 0.0,
     "data.pair_cutmix": 0.0,
+    "teacher.calibration": None,
     "accumulate": 1,
     "label_loss": "cross_entropy",
     "kd.feature_weight": 0.0,

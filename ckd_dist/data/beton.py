@@ -40,7 +40,7 @@ def open_images(data: LoaderConfig, *names: str) -> dict[str, DatasetInfo]:
             continue
         info = open_beton(path, option, verify=data.verify)
         for before, other in found.items():
-            _require_disjoint(before, other, option, info)
+            require_disjoint(before, other, option, info)
         if option != "data.train":
             classes.require_labels(info, option)
         first = next((each for each in found.values() if each.labelled), info)
@@ -52,7 +52,7 @@ def open_images(data: LoaderConfig, *names: str) -> dict[str, DatasetInfo]:
     return found
 
 
-def _require_disjoint(option: str, info: DatasetInfo, other_option: str, other: DatasetInfo) -> None:
+def require_disjoint(option: str, info: DatasetInfo, other_option: str, other: DatasetInfo) -> None:
     """Raise `UserError` where two files have images in common: the same ones, or parts of one image set that were split
     in different ways."""
     fix = "write both parts with the same --holdout, or all at once with data_prep.write_beton --split all"

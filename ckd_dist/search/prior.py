@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from ckd_dist.core.errors import require
 from ckd_dist.search.trials import Search, Trial
 
 if TYPE_CHECKING:
@@ -31,18 +30,11 @@ def order(search: Search, candidates: Sequence[Trial]) -> list[int]:
 def top1(search: Search, teachers: Sequence[Sequence[int | str]]) -> list[float]:
     """Of each teacher, some checkpoints together, the percentage of the images of data.val that it answers right; of a
     sequence of checkpoints the mean of theirs."""
-    from ckd_dist.store.reader import StoreReader
+    from ckd_dist.train.calibration import open_answers
 
     info, combine = search.images["data.val"], search.config.teacher.combine
     names = list(dict.fromkeys(name for members in teachers for name in members))
-    reader = StoreReader(search.config.race_prior or "", names, info, OPTION)
-    for name in names:
-        theirs = reader.manifest.checkpoints[reader.manifest.members[name]]["weights_sha256"]
-        require(
-            theirs == search.teacher.weights_sha256(name),
-            f"{OPTION}: checkpoint {name} of {reader.store} is another than that of {search.teacher.path}: write one "
-            "of the two anew",
-        )
+    reader = open_answers(search.config.race_prior or "", names, info, OPTION, search.teacher)
     parts = [[[name] for name in members] if combine == "sequence" else [members] for members in teachers]
     asked = list(dict.fromkeys(tuple(part) for each in parts for part in each))
     found = dict(zip(asked, (100 * correct(reader, info, asked, combine).mean(axis=1)).tolist(), strict=True))

@@ -94,7 +94,7 @@ def prepare(requested: SearchConfig) -> Search:
     from ckd_dist.core import checkpoint, dist, precision
     from ckd_dist.data.beton import open_images
     from ckd_dist.store.manifest import Manifest
-    from ckd_dist.train import setup, students
+    from ckd_dist.train import calibration, setup, students
     from ckd_dist.train.teachers import CachedTeacher
 
     store = requested.teacher.store or ""
@@ -113,7 +113,11 @@ def prepare(requested: SearchConfig) -> Search:
         option: teacher.match(info, option, config.data.map_classes)
         for option, info in open_images(config.data, "train", "val", "test").items()
     }
-    origin = setup.origin(requested, config, images, teacher.inputs(used))
+    inputs = teacher.inputs(used)
+    if held_out := config.teacher.calibration:
+        calibration.open_calibration(held_out, used, images, teacher)  # refuses before anything is written
+        inputs |= calibration.inputs(held_out, used)
+    origin = setup.origin(requested, config, images, inputs)
     origin = replace(origin, requested=shared_options(requested), resolved=shared_options(config))
     trials = list_trials(config, manifest, teachers)
     students.require_labels_unused([trial.config for trial in trials], images["data.train"])
@@ -129,7 +133,7 @@ def list_trials(config: SearchConfig, manifest: Manifest, teachers: list[list[in
     hashes = {name: manifest.checkpoints[member]["weights_sha256"] for name, member in manifest.members.items()}
     trials: list[Trial] = []
     for members in teachers:
-        teacher = replace(config.teacher, store=None, checkpoints=[], combine="logits")
+        teacher = replace(config.teacher, store=None, checkpoints=[], combine="logits", calibration=None)
         settings: list[KDConfig | None] = [None]
         if members:
             combine = config.teacher.combine if len(members) > 1 else "logits"

@@ -40,6 +40,8 @@ class Recipe:
     """Options of distill; where they depend on the plain number of epochs, a function of it."""
     views: Words = ()
     """Options of cache_logits; where there are any, the teacher answers for these views."""
+    calibrated: bool = False
+    """Whether the teacher's logits are, by its answers to the held-out images."""
     online: bool = False
     """Whether the teacher answers at every step, for the images as the student sees them."""
 
@@ -61,6 +63,8 @@ RECIPES = (
     Recipe("each image twice in a step", ("--data.repeats", 2)),
     Recipe("binary cross entropy", ("--label_loss", "binary_cross_entropy")),
     Recipe("moving average of the weights", ("--ema_decay", 0.99)),
+    Recipe("calibrated teacher", calibrated=True),
+    Recipe("feature maps", ("--kd.feature_weight", 1), online=True),
 )
 
 
@@ -107,7 +111,7 @@ def folder(recipe: Recipe, run: Path) -> Path:
 
 
 def train_teacher(run: Path) -> None:
-    """The images of the whole of Fashion-MNIST, a teacher and its logits."""
+    """The images of the whole of Fashion-MNIST, a teacher, its logits of them and its answers to those held out."""
     title, fall = f"{run.parent.name} {run.name}", [ALL.teacher // 2, ALL.teacher * 3 // 4]
     trajectories.write_images(run.parent, ALL.task, None)
     words = [*trajectories.TEACHER, "--epochs", ALL.teacher, "--optim.milestones", fall, "--seed", run.name]
@@ -115,6 +119,8 @@ def train_teacher(run: Path) -> None:
     words += ["--data.val", run.parent / "holdout.beton", "--run_dir", run / "teacher"]
     run_module(f"{title}: teacher", "ckd_dist.train_teacher", *words)
     cache(f"{title}: its logits", ALL, run, run / "store")
+    teacher = ["--teacher.run", run / "teacher", "--teacher.checkpoints", [ALL.teacher]]
+    run_module(f"{title}: its own answers", "ckd_dist.cache_logits", *teacher, *trajectories.held_out(run.parent, run))
 
 
 def cache(title: str, setting: Setting, run: Path, store: Path, *views: object) -> None:
@@ -138,6 +144,7 @@ def train(recipe: Recipe, setting: Setting, run: Path) -> None:
     words += ["--kd.alpha", 0.1, "--kd.temperature", 4, "--teacher.checkpoints", [setting.teacher]]
     teacher = ["--teacher.run", run / "teacher", "--data.views", setting.epochs, *trajectories.CROPS]
     words += [*(teacher if recipe.online else ["--teacher.store", store]), "--val_every", 1000, "--log_every", 1000]
+    words += ["--teacher.calibration", run / "held_out"] if recipe.calibrated else []
     run_module(title, "ckd_dist.distill", *words, *own, "--run_dir", student)
 
 

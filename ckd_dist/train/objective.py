@@ -37,6 +37,8 @@ class DistillationLoss:
     """For each epoch, the columns of `batch.teacher_records` that hold this student's checkpoints."""
     weights: list[float]
     """Of these checkpoints, in their order."""
+    scales: Sequence[float] | None = None
+    """For each epoch, what the teacher's logits are multiplied by; default: 1."""
 
     def __call__(self, logits: torch.Tensor, batch: Batch, epoch: int) -> dict[str, torch.Tensor]:
         """A `learner.Loss`; beside the loss, the teacher's top-1, where there are labels, and its agreement with the
@@ -49,7 +51,13 @@ class DistillationLoss:
         config, kd = self.config, self.config.kd
         records = torch.stack([batch.teacher_records[:, column] for column in self.columns[epoch]], dim=1)
         ours, teacher, predictions = compared_logits(
-            self.codecs[epoch], records, kd, logits, weights=self.weights, combine=config.teacher.combine
+            self.codecs[epoch],
+            records,
+            kd,
+            logits,
+            weights=self.weights,
+            combine=config.teacher.combine,
+            scale=self.scales[epoch] if self.scales else 1.0,
         )
         values = losses.distillation(
             logits, teacher, batch.labels, kd, config.label_smoothing, batch.mixed, ours, config.label_loss

@@ -30,6 +30,10 @@ class TeacherConfig:
     temperature, or one after another, each for its share of the student's epochs."""
     weights: list[float] = field(default_factory=list)
     """Weight of each checkpoint in the mean, or its share of the epochs; default: equal."""
+    calibration: str | None = None
+    """Store of the checkpoints' own answers to images that the teacher was not trained on: cache_logits --data.train
+    HELD_OUT --data.augment center_crop. Their logits are multiplied by what makes the labels of these images most
+    probable: by 1 / temperature and, where several teach by the mean of their logits, weights."""
     read_ahead: float | None = None
     """GB of memory on each node for the records of the store that an epoch and the next one need, read in large pieces
     before their turn; default: 0, none, where the store fits in half of the memory, else a quarter of the memory."""
@@ -43,6 +47,18 @@ class TeacherConfig:
         require(
             not self.checkpoints or bool(self.store or self.run),
             "teacher.checkpoints is given without a teacher: add --teacher.store or --teacher.run",
+        )
+        require(
+            self.calibration is None or bool(self.store or self.run),
+            "teacher.calibration is given without a teacher: add --teacher.store or --teacher.run",
+        )
+        require(
+            self.calibration is None or not self.weights,
+            "teacher.calibration finds weights, and teacher.weights gives some: leave one of them out",
+        )
+        require(
+            self.calibration is None or self.combine != "probabilities",
+            "teacher.calibration is for logits: give --teacher.combine logits or sequence, or leave it out",
         )
         require(
             self.selection is None or (bool(self.store or self.run) and not self.checkpoints),

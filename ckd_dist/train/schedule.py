@@ -28,18 +28,29 @@ class TeacherSchedule:
     """For each epoch, positions among all checkpoints at hand; empty lists for a student without a teacher."""
     weights: list[float]
     """Of the checkpoints of an epoch, in their order; their sum is 1."""
+    scales: list[float]
+    """For each epoch, what the teacher's logits are multiplied by."""
 
     @classmethod
-    def of(cls, teacher: TeacherConfig, available: Sequence[int | str], epochs: int) -> TeacherSchedule:
-        """As the options say, whose checkpoints are some of the `available` ones."""
+    def of(
+        cls,
+        teacher: TeacherConfig,
+        available: Sequence[int | str],
+        epochs: int,
+        factors: Sequence[float] | None = None,
+    ) -> TeacherSchedule:
+        """As the options say, whose checkpoints are some of the `available` ones; `factors` of their logits, in their
+        order, where these are calibrated."""
         positions = [available.index(name) for name in teacher.checkpoints]
-        weights = [weight / sum(teacher.weights) for weight in teacher.weights]
-        weights = weights or [1 / len(positions) for _ in positions]
-        if teacher.combine != "sequence":
-            return cls([positions] * epochs, weights)
-        sequence = [positions[turn] for turn in turns(weights, epochs)]
-        say(f"teachers in sequence: epochs {', '.join(str(available[position]) for position in sequence)}")
-        return cls([[position] for position in sequence], [1.0])
+        in_turn = teacher.combine == "sequence"
+        weighed = factors if factors and not in_turn else teacher.weights
+        weights = [weight / sum(weighed) for weight in weighed] or [1 / len(positions) for _ in positions]
+        if not in_turn:
+            return cls([positions] * epochs, weights, [sum(factors) if factors else 1.0] * epochs)
+        sequence = turns(weights, epochs)
+        say(f"teachers in sequence: epochs {', '.join(str(available[positions[turn]]) for turn in sequence)}")
+        scales = [factors[turn] if factors else 1.0 for turn in sequence]
+        return cls([[positions[turn]] for turn in sequence], [1.0], scales)
 
 
 def turns(shares: list[float], epochs: int) -> list[int]:

@@ -19,7 +19,7 @@ from ckd_dist.data.recipe import ViewRecipe
 from ckd_dist.nn.features import FeatureLayer
 from ckd_dist.store.manifest import Manifest
 from ckd_dist.store.reader import StoreReader
-from ckd_dist.train import setup
+from ckd_dist.train import calibration, setup
 from ckd_dist.train.learner import Loss
 from ckd_dist.train.objective import DistillationLoss, LabelLoss
 from ckd_dist.train.options import DistillConfig
@@ -38,7 +38,8 @@ def train(requested: Sequence[DistillConfig], images: Mapping[str, DatasetInfo],
     if teacher:
         how = configs[0].data.map_classes
         images = {option: teacher.match(info, option, how) for option, info in images.items()}
-    distillation = set_up(configs, teacher, images["data.train"])
+    factors = calibration.factors(configs, teacher, images)
+    distillation = set_up(configs, teacher, images["data.train"], factors)
     runs = [
         setup.Run(
             config, setup.origin(each, config, images, teacher_inputs(teacher, each, config)), loss, distillation.stages
@@ -79,6 +80,8 @@ def teacher_inputs(
     if requested.teacher.selection:
         chosen = "+".join(map(teacher.weights_sha256, checkpoints))
         inputs["teacher.selection"] = identity.selection(requested.teacher.selection, chosen)
+    if config.teacher.calibration:
+        inputs |= calibration.inputs(config.teacher.calibration, checkpoints)
     return inputs
 
 
@@ -115,15 +118,22 @@ class Distillation:
 
 
 def set_up(
-    configs: Sequence[DistillConfig], teacher: CachedTeacher | OnlineTeacher | None, info: DatasetInfo
+    configs: Sequence[DistillConfig],
+    teacher: CachedTeacher | OnlineTeacher | None,
+    info: DatasetInfo,
+    factors: Sequence[Sequence[float] | None] | None = None,
 ) -> Distillation:
-    """For configurations that are resolved, and images that have the teacher's classes; raises `UserError` where
-    teacher, images and losses do not go together."""
+    """For configurations that are resolved, and images that have the teacher's classes; `factors` of the checkpoints'
+    logits as `calibration.factors` finds them. Raises `UserError` where teacher, images and losses do not go
+    together."""
     config = configs[0]
     require_labels_unused(configs, info)
     records = teacher.open(configs, info) if teacher else None
     available = records.checkpoints if records else []
-    plans = [TeacherSchedule.of(each.teacher, available, each.epochs) for each in configs]
+    plans = [
+        TeacherSchedule.of(each.teacher, available, each.epochs, own)
+        for each, own in zip(configs, factors or [None] * len(configs), strict=True)
+    ]
     # The columns of an epoch's records: what any of the students needs.
     columns = [sorted({c for plan in plans for c in plan.checkpoints[epoch]}) for epoch in range(config.epochs)]
     losses: list[Loss] = []
@@ -133,7 +143,7 @@ def set_up(
             continue
         own = [[shared.index(c) for c in wanted] for shared, wanted in zip(columns, plan.checkpoints, strict=True)]
         codecs = [[records.codecs[c] for c in wanted] for wanted in plan.checkpoints]
-        losses.append(DistillationLoss(each, codecs, own, plan.weights))
+        losses.append(DistillationLoss(each, codecs, own, plan.weights, plan.scales))
     views, seed, recipe = config.data.views, config.data.view_seed, None
     if isinstance(records, StoreReader):
         views, seed, recipe = views or records.views, records.manifest.view_seed, records.recipe

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 
@@ -32,11 +33,12 @@ def teacher_logits(
     *,
     weights: list[float] | None = None,
     combine: str = "logits",
+    scale: float = 1.0,
 ) -> torch.Tensor:
     """The teacher's logits for `losses.distillation` with the same `kd`: records uint8 [n, checkpoints, bytes], each
     by its own of the `codecs` -> float32 [n, classes]. Checkpoints are averaged as `losses.ensemble_logits`
-    does it, by `weights` and `combine`. What a sparse codec does not know is filled in from `student`, logits
-    [n, classes], or evenly."""
+    does it, by `weights` and `combine`, and multiplied by `scale` (which logits that are standardised do not feel).
+    What a sparse codec does not know is filled in from `student`, logits [n, classes], or evenly."""
     members = list(zip(codecs, records.unbind(dim=1), strict=True))
     standardized = kd.loss == "standardized"
     if standardized and len(members) == 1:
@@ -45,6 +47,11 @@ def teacher_logits(
         std = codec.std(member)[:, None] + losses.STANDARDIZE_EPS
         shape = None if student is None else losses.standardize(student) * std
         return codec.decode(member, kd.temperature * std, shape) / std
+    if scale != 1.0 and not standardized:
+        # The softmax of scale * z at T is that of z at T / scale.
+        colder = replace(kd, temperature=kd.temperature / scale)
+        shape = None if student is None else student / scale
+        return scale * teacher_logits(codecs, records, colder, shape, weights=weights, combine=combine)
     logits = [codec.decode(member, kd.temperature, student) for codec, member in members]
     if len(logits) == 1:
         return logits[0]
@@ -60,6 +67,7 @@ def compared_logits(
     *,
     weights: list[float] | None = None,
     combine: str = "logits",
+    scale: float = 1.0,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """(student, teacher, top1): the logits that `losses.distillation` compares, of all classes, see `teacher_logits`,
     and the class that is the most probable to the teacher or the ensemble, int64 [n].
@@ -70,7 +78,7 @@ def compared_logits(
     """
 
     def teacher(filled_from: torch.Tensor | None = None) -> torch.Tensor:
-        return teacher_logits(codecs, records, kd, filled_from, weights=weights, combine=combine)
+        return teacher_logits(codecs, records, kd, filled_from, weights=weights, combine=combine, scale=scale)
 
     codec = codecs[0]
     if not isinstance(codec, SparseCodec):
@@ -80,5 +88,7 @@ def compared_logits(
         return student, teacher(student.detach()), teacher().argmax(dim=1)
     (record,) = records.unbind(dim=1)
     if kd.loss in ("kd", "soft_target"):
-        return *codec.grouped(record, kd.temperature, student), codec.top1(record)
+        shown = student if scale == 1.0 else student / scale  # as `teacher_logits` does
+        ours, theirs = codec.grouped(record, kd.temperature / scale, shown)
+        return scale * ours, scale * theirs, codec.top1(record)
     return student, teacher(student.detach()), codec.top1(record)
