@@ -151,15 +151,15 @@ def recipes(found: Recipes) -> Table:
         known = series is found.plain or of.error is None
         verdict = "" if known else "differs" if abs(of.mean) > of.half else "within noise"
         sign = "" if series is found.plain else "+"
-        mean = f"{of.mean:.2f}" if series is found.plain else of.words
+        mean = "" if series is found.plain else of.words
         by = [f"{means[task]:{sign}.2f}" if task in means else "" for task in tasks]
         rows.append([series.name, mean, verdict, *by, str(of.count)])
     text = (
         "Held-out top-1 of the plain recipe's students in percent, and by how many points it differs where one part is "
-        "another: paired by training of the teacher and seed, mean and 95 % interval over so many trainings as the "
-        "last column has, then by tasks."
+        "another: paired by training of the teacher and seed, mean and 95 % interval over as many trainings as the "
+        "last column says, then by tasks."
     )
-    return Table("What each part of a recipe is worth", text, ["recipe", "top-1", "", *tasks, "n"], rows)
+    return Table("What each part of a recipe is worth", text, ["recipe", "points", "", *tasks, "n"], rows)
 
 
 def fresh(found: Evidence) -> list[Way]:

@@ -10,7 +10,7 @@ import pytest
 from scipy import stats
 
 from ckd_dist.core.errors import UserError
-from ckd_dist.core.evidence import Case, Equal, Errors, Evidence, Planted, Series, Way
+from ckd_dist.core.evidence import Case, Equal, Errors, Evidence, Planted, Recipes, Series, Way
 from ckd_dist.report import __main__ as report
 from ckd_dist.report import evidence
 from ckd_dist.studies import tables
@@ -66,6 +66,18 @@ def test_tables_leave_out_the_teachers_that_the_race_was_tuned_on():
     dropped = f"5.0 % ({100 * low:.1f} to {100 * high:.1f})"
     assert errors.rows == [["race with a prior, 15 %", dropped, "0.0 % (0.0 to 3.6)"]]
     assert claims.markdown()[1] == "| --- | --- | --- | --- | --- | --- |"
+
+
+def test_parts_of_a_recipe_are_compared_with_the_plain_one():
+    found = Recipes(
+        1, Series("plain", cases(80, 82, 50, 52)), [Series("a part", cases(1, 2, 3, 4)), Series("b", cases(1))]
+    )
+    table = evidence.recipes(found)
+    half = float(stats.t.ppf(0.975, 3) * stats.sem([1, 2, 3, 4]))
+    assert table.head == ["recipe", "points", "", "a", "b", "n"]
+    assert table.rows[0] == ["plain", "", "", "81.00", "51.00", "4"]
+    assert table.rows[1] == ["a part", f"+2.50 ± {half:.2f}", "differs", "+1.50", "+3.50", "4"]
+    assert table.rows[2] == ["b", "+1.00", "", "+1.00", "", "1"]
 
 
 def test_the_report_shows_evidence_alone(tmp_path, monkeypatch):
