@@ -40,7 +40,7 @@ def batches(path, device, ids):
     for batch in loader.batches(ids, 1, rows):
         if device == "cuda":
             torch.cuda._sleep(10_000_000)  # the device lags behind: buffers that were reused too early would show
-        yield [t.cpu() for t in (batch.images, batch.labels, batch.ids, *batch.mixed[:2], batch.teacher_records)]
+        yield [t.cpu() for t in (batch.images, batch.labels, batch.ids, *batch.mixed, batch.teacher_records)]
 
 
 def test_a_batch_on_the_gpu_is_that_of_the_cpu(photographs):

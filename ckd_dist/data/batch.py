@@ -18,9 +18,6 @@ class Mixed(NamedTuple):
     """Labels of the images mixed in, int64 [n]."""
     weights: torch.Tensor
     """Weights of the images' own labels, float32 [n], in [0, 1]; the second label has the rest."""
-    records: torch.Tensor | None = None
-    """What a teacher says of the images mixed in, as `Batch.teacher_records`, which are then of the images alone; None
-    where it was asked about the mixed images."""
 
 
 def over_labels(
@@ -58,6 +55,9 @@ class Batch:
     """None unless the recipe has mixup or cutmix."""
     teacher_records: torch.Tensor | None = None
     """Encoded outputs of each of the teacher's checkpoints, from a store: uint8 [n, members, bytes]."""
+    partner_records: torch.Tensor | None = None
+    """The same of the images mixed in, where `teacher_records` are of the images alone; None where the teacher was
+    asked about the mixed images."""
     teacher_maps: Sequence[torch.Tensor] = ()
     """The feature maps that its stages end with, each [n, channels, side, side], where a student asks for them."""
 
@@ -69,41 +69,39 @@ class Batch:
         return [self._slice(slice(start, stop)) for start, stop in pairwise(edges)]
 
     def _slice(self, part: slice) -> Batch:
-        mixed, records = self.mixed, self.teacher_records
+        mixed, records, partners = self.mixed, self.teacher_records, self.partner_records
         return replace(
             self,
             images=self.images[part],
             labels=self.labels[part],
             ids=self.ids[part],
-            mixed=None if mixed is None else Mixed(*(None if each is None else each[part] for each in mixed)),  # type: ignore
+            mixed=None if mixed is None else Mixed(mixed.labels[part], mixed.weights[part]),
             teacher_records=None if records is None else records[part],
+            partner_records=None if partners is None else partners[part],
             teacher_maps=[each[part] for each in self.teacher_maps],
         )
 
     @classmethod
     def joined(cls, batches: Sequence[Batch]) -> Batch:
-        """One after another as one; they are of the same kind."""
+        """One after another as one, as a loader gives them; they are of the same kind."""
         if len(batches) == 1:
             return batches[0]
-
-        def joined(values: list[torch.Tensor | None]) -> torch.Tensor | None:
-            return None if values[0] is None else torch.cat(values)  # type: ignore[arg-type]
-
         mixed = [each.mixed for each in batches if each.mixed is not None]
+        records = [each.teacher_records for each in batches if each.teacher_records is not None]
         return cls(
             images=torch.cat([each.images for each in batches]),
             labels=torch.cat([each.labels for each in batches]),
             ids=torch.cat([each.ids for each in batches]),
             labelled=batches[0].labelled,
-            mixed=Mixed(*map(joined, zip(*mixed, strict=True))) if mixed else None,  # type: ignore[arg-type]
-            teacher_records=joined([each.teacher_records for each in batches]),
+            mixed=Mixed(*map(torch.cat, zip(*mixed, strict=True))) if mixed else None,
+            teacher_records=torch.cat(records) if records else None,
         )
 
     def unmixed(self) -> tuple[Batch, Batch]:
         """The labels and the teacher's answers of the images alone, and those of the images mixed in."""
         assert self.mixed is not None
-        own = replace(self, mixed=None)
-        return own, replace(own, labels=self.mixed.labels, teacher_records=self.mixed.records)
+        own = replace(self, mixed=None, partner_records=None)
+        return own, replace(own, labels=self.mixed.labels, teacher_records=self.partner_records)
 
     def top1(self, predictions: torch.Tensor) -> torch.Tensor:
         """Accuracy of each prediction, a class int64 [n], in percent: 100 for the label, else 0; for a mixed image the

@@ -51,8 +51,8 @@ class PairMixing:
         if self.config.pair_cutmix:
             images = torch.where(_inside(boxes, size), others, images)
         records = batch.teacher_records
-        mixed = Mixed(batch.labels[partner], weights, None if records is None else records[partner])
-        return replace(batch, images=images, mixed=mixed)
+        mixed, theirs = Mixed(batch.labels[partner], weights), None if records is None else records[partner]
+        return replace(batch, images=images, mixed=mixed, partner_records=theirs)
 
     def _draws(self, step: int, size: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """For each image of this rank the box (top, left, bottom, right) in pixels that shows its partner, int64

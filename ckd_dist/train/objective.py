@@ -45,7 +45,7 @@ class DistillationLoss:
         student, in percent. Where the teacher has answered for two images that are mixed, all is the mean over both by
         their weights: of kd the divergence from the mean of its softmaxes, but for a constant."""
         assert batch.teacher_records is not None
-        if batch.mixed is not None and batch.mixed.records is not None:
+        if batch.mixed is not None and batch.partner_records is not None:
             own, other = (self(logits, each, epoch) for each in batch.unmixed())
             return {name: torch.lerp(other[name], own[name], batch.mixed.weights) for name in own}
         config, kd = self.config, self.config.kd

@@ -32,7 +32,7 @@ def test_each_of_a_pair_is_mixed_with_the_other_by_what_its_weight_says():
     assert mixed.images.is_contiguous(memory_format=torch.channels_last)
     partner = torch.arange(48) ^ 1
     assert torch.equal(mixed.labels, batch.labels) and torch.equal(mixed.mixed.labels, batch.labels[partner])
-    assert torch.equal(mixed.mixed.records, batch.teacher_records[partner])
+    assert torch.equal(mixed.partner_records, batch.teacher_records[partner])
     assert torch.equal(mixed.teacher_records, batch.teacher_records)
     weights = mixed.mixed.weights
     assert torch.equal(weights, weights[partner]) and len(weights.unique()) > 20
@@ -77,7 +77,9 @@ def test_ranks_mix_as_one_process_does(world, repeats, monkeypatch):
         part = Batch(batch.images[own], batch.labels[own], batch.ids[own], teacher_records=records)
         mixed = PairMixing.of(options, 3)(part, 5)
         assert torch.equal(mixed.images, whole.images[own])
-        for found, wanted in zip(mixed.mixed, whole.mixed, strict=True):
+        for found, wanted in zip(
+            (*mixed.mixed, mixed.partner_records), (*whole.mixed, whole.partner_records), strict=True
+        ):
             assert torch.equal(found, wanted[own])
         seen += own.tolist()
     assert sorted(seen) == list(range(48))

@@ -107,8 +107,8 @@ def test_answers_to_both_images_count_by_their_weights(codec, loss):
     labels, others, weights = torch.arange(16), torch.arange(16).flip(0), torch.rand(16)
     records, student = codec.encode(torch.randn(16, CLASSES), labels)[:, None], torch.randn(16, CLASSES)
     function, images = DistillationLoss(config, [[codec]], [[0]], weights=[1.0]), torch.empty(16, 0)
-    both = Mixed(others, weights, records.flip(0))
-    found = function(student, Batch(images, labels, labels, mixed=both, teacher_records=records), 0)
+    both = {"teacher_records": records, "partner_records": records.flip(0)}
+    found = function(student, Batch(images, labels, labels, mixed=Mixed(others, weights), **both), 0)
     own, other = (
         function(student, Batch(images, each, labels, teacher_records=theirs), 0)
         for each, theirs in ((labels, records), (others, records.flip(0)))
@@ -122,8 +122,8 @@ def test_the_loss_of_both_answers_is_that_of_the_mean_of_their_softmaxes(tmp_pat
     config, labels, weights = load_config(DistillConfig, words), torch.arange(16), torch.rand(16)
     teacher, student = torch.randn(16, CLASSES), torch.randn(16, CLASSES, requires_grad=True)
     records = DENSE.encode(teacher, labels)[:, None]
-    mixed = Mixed(labels.flip(0), weights, records.flip(0))
-    batch = Batch(torch.empty(16, 0), labels, labels, mixed=mixed, teacher_records=records)
+    both = {"teacher_records": records, "partner_records": records.flip(0)}
+    batch = Batch(torch.empty(16, 0), labels, labels, mixed=Mixed(labels.flip(0), weights), **both)
     function = DistillationLoss(config, [[DENSE]], [[0]], weights=[1.0])
     (found,) = torch.autograd.grad(function(student, batch, 0)["loss"].sum(), student)
     softmaxes = (DENSE.decode(records[:, 0], 2.0) / 2).softmax(dim=1)
