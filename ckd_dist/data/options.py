@@ -101,8 +101,8 @@ class TrainDataConfig(ViewDataConfig):
     without (batch augmentation)."""
     pair_mixup: float = 0.0
     """Blend the images of a step in pairs, by weights from Beta(pair_mixup, pair_mixup): drawn anew in every epoch, and
-    nothing more is decoded. Of a store's answers each has its weight in the loss, an approximation of the
-    teacher's answer to the mixed image; an online teacher is asked about that."""
+    nothing more is decoded. Of a store's answers each has its weight in the loss, a rough approximation of the
+    teacher's answer to the mixed image; an online teacher is asked about that, and a store of mixup."""
     pair_cutmix: float = 0.0
     """The same by a box of each image that shows the other; with pair_mixup too, either takes half of the pairs."""
     order: Literal["random", "quasi_random"] = "random"
