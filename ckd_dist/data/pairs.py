@@ -62,7 +62,7 @@ class PairMixing:
         batch_size = config.batch_size // config.repeats
         shape = (config.repeats, batch_size // 2)  # of pairs, for each of the views
         kinds, y, x = rng.random((3, *shape))
-        cuts = np.full(shape, bool(config.pair_cutmix)) & (kinds < (0.5 if config.pair_mixup else 1))
+        cuts = kinds < (0 if not config.pair_cutmix else 0.5 if config.pair_mixup else 1)
         blended = rng.beta(config.pair_mixup, config.pair_mixup, shape) if config.pair_mixup else np.ones(shape)
         kept = rng.beta(config.pair_cutmix, config.pair_cutmix, shape) if config.pair_cutmix else np.ones(shape)
         half = 0.5 * np.sqrt(1 - np.where(cuts, kept, 1))

@@ -30,15 +30,15 @@ def order(search: Search, candidates: Sequence[Trial]) -> list[int]:
 def top1(search: Search, teachers: Sequence[Sequence[int | str]]) -> list[float]:
     """Of each teacher, some checkpoints together, the percentage of the images of data.val that it answers right; of a
     sequence of checkpoints the mean of theirs."""
-    from ckd_dist.train.calibration import open_answers
+    from ckd_dist.train.calibration import open_answers, teaching_at_once
 
     info, combine = search.images["data.val"], search.config.teacher.combine
     names = list(dict.fromkeys(name for members in teachers for name in members))
     reader = open_answers(search.config.race_prior or "", names, info, OPTION, search.teacher)
-    parts = [[[name] for name in members] if combine == "sequence" else [members] for members in teachers]
-    asked = list(dict.fromkeys(tuple(part) for each in parts for part in each))
+    parts = [teaching_at_once(members, combine) for members in teachers]
+    asked = list(dict.fromkeys(part for each in parts for part in each))
     found = dict(zip(asked, (100 * correct(reader, info, asked, combine).mean(axis=1)).tolist(), strict=True))
-    return [sum(found[tuple(part)] for part in each) / len(each) for each in parts]
+    return [sum(found[part] for part in each) / len(each) for each in parts]
 
 
 def correct(

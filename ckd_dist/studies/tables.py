@@ -62,7 +62,10 @@ def _evidence() -> dict[str, evidence.Table]:
 
 
 def _of_evidence(name: str) -> list[str]:
-    table = _evidence()[name]
+    return _with_text(_evidence()[name])
+
+
+def _with_text(table: evidence.Table) -> list[str]:
     return [*table.markdown(), "", *textwrap.wrap(table.text, 128)]
 
 
@@ -91,16 +94,11 @@ def _few_ways() -> list[str]:
     return [*table._replace(head=table.head[:3], rows=rows).markdown(), "", text]
 
 
-def _recipes() -> list[str]:
-    table = evidence.recipes(read_recipes(RESULTS / "recipes.json", "results"))
-    return [*table.markdown(), "", *textwrap.wrap(table.text, 128)]
-
-
 TABLES: dict[str, Callable[[], list[str]]] = {
     "students": lambda: page.markdown(_students()),
     "students in short": _few_columns,
     "ways in short": _few_ways,
-    "recipes": _recipes,
+    "recipes": lambda: _with_text(evidence.recipes(read_recipes(RESULTS / "recipes.json", "results"))),
     **{name: partial(_of_evidence, name) for name in ("ways", "claims", "predictors", "errors")},
 }
 """Name -> its lines."""

@@ -10,7 +10,6 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from scipy.optimize import minimize
 
 from ckd_dist.core import dist
 from ckd_dist.core.console import say
@@ -20,6 +19,7 @@ from ckd_dist.data import classes
 from ckd_dist.data.beton import require_disjoint
 from ckd_dist.data.dataset import DatasetInfo, read_info
 from ckd_dist.data.loader import read_labels
+from ckd_dist.nn.losses import ensemble_logits
 from ckd_dist.store.codecs.full import FullCodec
 from ckd_dist.store.codecs.sampled import Sampled
 from ckd_dist.store.manifest import Manifest
@@ -55,6 +55,8 @@ def fit(members: Sequence[torch.Tensor], labels: torch.Tensor) -> Fit:
     1706.04599), a = 1 / T; of several, their weights and the temperature at once. The cross entropy is convex in a. Of
     logits that answer all images right there is no best a: it grows without end, until the gradient is no more.
     """
+    from scipy.optimize import minimize  # takes half a second, which other trainings need not wait
+
     count = len(labels)
     # In units of the logits' deviations steps are of one size, whatever the scale of a checkpoint's logits.
     deviations = np.array([each.double().std(dim=1).mean().item() or 1.0 for each in members])
@@ -174,18 +176,17 @@ def factors(
     store = next((each.teacher.calibration for each in configs if each.teacher.calibration), None)
     if store is None or teacher is None:
         return [None for _ in configs]
-    # Checkpoints that teach at once are calibrated together, those of a sequence each by itself.
-    parts = [
-        [[name] for name in each.teacher.checkpoints]
-        if each.teacher.combine == "sequence"
-        else [each.teacher.checkpoints]
-        for each in configs
-        if each.teacher.checkpoints
-    ]
-    asked = list(dict.fromkeys(tuple(part) for each in parts for part in each))
+    taught = [each.teacher for each in configs if each.teacher.checkpoints]
+    parts = [teaching_at_once(each.checkpoints, each.combine) for each in taught]
+    asked = list(dict.fromkeys(part for each in parts for part in each))
     fits = dist.on_main(lambda: _fit_all(store, asked, images, teacher))
-    found = iter([[factor for part in each for factor in fits[tuple(part)].factors] for each in parts])
+    found = iter([[factor for part in each for factor in fits[part].factors] for each in parts])
     return [next(found) if each.teacher.checkpoints else None for each in configs]
+
+
+def teaching_at_once(checkpoints: Sequence[int | str], combine: str) -> list[tuple[int | str, ...]]:
+    """Those of a teacher's checkpoints that teach together: all of them, or each of a sequence by itself."""
+    return [(name,) for name in checkpoints] if combine == "sequence" else [tuple(checkpoints)]
 
 
 def _fit_all(
@@ -205,9 +206,7 @@ def _fit_all(
     return found
 
 
-def _require_told(
-    found: Fit, members: Sequence[int | str], answers: Sequence[torch.Tensor], labels: torch.Tensor
-) -> str:
+def _require_told(found: Fit, members: Sequence[int | str], answers: list[torch.Tensor], labels: torch.Tensor) -> str:
     """What was found, in a line; raises `UserError` where the labels tell nothing of the answers."""
     who = f"epoch{'s' * (len(members) > 1)} {', '.join(map(str, members))}"
     total, images = sum(found.factors), f"{len(labels):,} held-out images"
@@ -216,8 +215,7 @@ def _require_told(
         f"{OPTION}: by the labels of {images}, {who} know nothing of the classes: give the answers of a better "
         "teacher, or leave it out",
     )
-    together = sum(factor * each for factor, each in zip(found.factors, answers, strict=True))
-    assert isinstance(together, torch.Tensor)
+    together = ensemble_logits(answers, found.factors)
     require(
         not bool((together.argmax(dim=1) == labels).all()),
         f"{OPTION}: {who} answer all of {images} right, which tells no temperature: give more of them",

@@ -88,7 +88,8 @@ def compared_logits(
         return student, teacher(student.detach()), teacher().argmax(dim=1)
     (record,) = records.unbind(dim=1)
     if kd.loss in ("kd", "soft_target"):
-        shown = student if scale == 1.0 else student / scale  # as `teacher_logits` does
-        ours, theirs = codec.grouped(record, kd.temperature / scale, shown)
+        if scale == 1.0:
+            return *codec.grouped(record, kd.temperature, student), codec.top1(record)
+        ours, theirs = codec.grouped(record, kd.temperature / scale, student / scale)  # as `teacher_logits` does
         return scale * ours, scale * theirs, codec.top1(record)
     return student, teacher(student.detach()), codec.top1(record)
