@@ -20,7 +20,7 @@ from ckd_dist.data.options import LoaderConfig, TrainDataConfig
 from ckd_dist.data.order import digested_ids, part_of_order, quasi_random_ids, shuffled_ids
 from ckd_dist.data.recipe import ViewRecipe
 from ckd_dist.data.views.decoder import LabelDecoder, SampleIdDecoder, ViewDecoder
-from ckd_dist.data.views.mixing import partners
+from ckd_dist.data.views.mixing import mixes
 from ckd_dist.data.views.render import render
 
 
@@ -221,7 +221,7 @@ class BetonLoader:
         labels = weights = None
         if self._labels is not None:
             decoder = self._decoder
-            others, weights = partners(decoder.recipe, decoder.seed, view, ids, self.info.count)
+            others, weights, _ = mixes(decoder.recipe, decoder.seed, view, ids, self.info.count)
             labels = self._labels[others]
         return [labels, weights, rows(ids, view) if rows else None]
 

@@ -12,6 +12,8 @@ from ckd_dist.core.errors import require
 from ckd_dist.data.batch import Batch, Mixed
 from ckd_dist.data.options import TrainDataConfig
 from ckd_dist.data.order import rank_share
+from ckd_dist.data.recipe import ViewRecipe
+from ckd_dist.data.views.mixing import mixes
 
 
 @dataclass(frozen=True)
@@ -58,22 +60,17 @@ class PairMixing:
         """For each image of this rank the box (top, left, bottom, right) in pixels that shows its partner, int64
         [n, 4]; the weight that it is blended by, float32 [n], 1 where it has a box; its share of the result, float32
         [n]."""
-        config, rng = self.config, np.random.default_rng([self.seed, step, 2])
-        batch_size = config.batch_size // config.repeats
-        shape = (config.repeats, batch_size // 2)  # of pairs, for each of the views
-        kinds, y, x = rng.random((3, *shape))
-        cuts = kinds < (0 if not config.pair_cutmix else 0.5 if config.pair_mixup else 1)
-        blended = rng.beta(config.pair_mixup, config.pair_mixup, shape) if config.pair_mixup else np.ones(shape)
-        kept = rng.beta(config.pair_cutmix, config.pair_cutmix, shape) if config.pair_cutmix else np.ones(shape)
-        half = 0.5 * np.sqrt(1 - np.where(cuts, kept, 1))
-        edges = np.rint(np.clip([y - half, x - half, y + half, x + half], 0, 1) * size).astype(np.int64)
+        turns, batch_size = self.config.repeats, self.config.batch_size // self.config.repeats
         own = rank_share(batch_size)
-        pairs = slice(own.start // 2, own.stop // 2)
-        boxes, blended = np.moveaxis(edges, 0, -1)[:, pairs], np.where(cuts, 1, blended)[:, pairs]
-        top, left, bottom, right = np.moveaxis(boxes, -1, 0)
-        shares = blended * (1 - (bottom - top) * (right - left) / size**2)
-        weights, shares = (np.repeat(each.reshape(-1), 2).astype(np.float32) for each in (blended, shares))
-        return np.repeat(boxes.reshape(-1, 4), 2, axis=0), weights, shares
+        pairs = np.arange(turns * batch_size // 2).reshape(turns, -1)[:, own.start // 2 : own.stop // 2].reshape(-1)
+        recipe = ViewRecipe(kind="center_crop", mixup=self.config.pair_mixup, cutmix=self.config.pair_cutmix)
+        _, blended, boxes = mixes(recipe, self.seed, -1 - step, pairs, 1)  # no view has such a number
+        edges = np.floor(boxes * size + 0.5).astype(np.int64)  # as pixel_box
+        top, left, bottom, right = edges.T
+        cuts = boxes[:, 2] > boxes[:, 0]
+        blended = np.where(cuts, np.float32(1), blended)
+        shares = blended * (1 - (bottom - top) * (right - left) / size**2).astype(np.float32)
+        return np.repeat(edges, 2, axis=0), np.repeat(blended, 2), np.repeat(shares, 2)
 
 
 def _inside(boxes: torch.Tensor, size: int) -> torch.Tensor:

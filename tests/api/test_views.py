@@ -20,7 +20,7 @@ from ckd_dist.data import dataset
 from ckd_dist.data.loader import decode_view, image_digests
 from ckd_dist.data.order import shuffled_ids, train_ids
 from ckd_dist.data.recipe import ViewRecipe
-from ckd_dist.data.views.mixing import partners
+from ckd_dist.data.views.mixing import mixes
 from tests.helpers.commands import run
 from tests.helpers.photographs import write_photographs
 from tests.helpers.shared import make_once
@@ -103,7 +103,7 @@ def test_workers_give_the_same_views_and_follow_the_epochs(modes, start, workers
             assert batch["view"].tolist() == [epoch % 2] * 10
             expected = as_ffcv(modes["jpg"], recipe, 0, epoch % 2, batch["id"].numpy(), 32)
             torch.testing.assert_close(batch["image"], expected, rtol=0, atol=0)
-            others, weights = partners(recipe, 0, epoch % 2, batch["id"].numpy(), 24)
+            others, weights, _ = mixes(recipe, 0, epoch % 2, batch["id"].numpy(), 24)
             labels = views.images.labels
             assert batch["label"].tolist() == labels[batch["id"]].tolist()
             assert batch["other_label"].tolist() == labels[others].tolist()

@@ -35,7 +35,7 @@ def test_each_of_a_pair_is_mixed_with_the_other_by_what_its_weight_says():
     assert torch.equal(mixed.partner_records, batch.teacher_records[partner])
     assert torch.equal(mixed.teacher_records, batch.teacher_records)
     weights = mixed.mixed.weights
-    assert torch.equal(weights, weights[partner]) and len(weights.unique()) > 20
+    assert torch.equal(weights, weights[partner]) and len(weights.unique()) > 15
     for n in range(48):
         own, other, image, weight = batch.images[n], batch.images[partner[n]], mixed.images[n], weights[n]
         if ((image == own) | (image == other)).all():  # a box of each shows the other

@@ -18,7 +18,7 @@ from ckd_dist.data.views import magnitudes
 from ckd_dist.data.views.draws import BLUR, BLUR_DEVIATION, GRAYSCALE, SOLARIZE, stream_key, uniform
 from ckd_dist.data.views.geometry import view
 from ckd_dist.data.views.magnitudes import NAMES, REFERENCE
-from ckd_dist.data.views.mixing import partners
+from ckd_dist.data.views.mixing import mixes
 from ckd_dist.data.views.policies import drawn, operate
 from tests.helpers.views import PAD, RRC, loader
 
@@ -260,15 +260,15 @@ def test_a_view_is_made_grey_then_blurred_then_solarised():
 
 def test_a_share_of_the_images_is_mixed_and_others_are_read_once(photographs):
     recipe, ids = replace(RRC, mixup=0.4, cutmix=1.0, mix=0.3), np.arange(5000)
-    others, weights = partners(recipe, 3, 1, ids, 1000)
-    always, full = partners(replace(recipe, mix=1.0), 3, 1, ids, 1000)
+    others, weights, _ = mixes(recipe, 3, 1, ids, 1000)
+    always, full, _ = mixes(replace(recipe, mix=1.0), 3, 1, ids, 1000)
     alone = others == ids
     assert near(alone.sum(), 0.7 * len(ids), len(ids))
     assert (weights[alone] == 1).all()
     np.testing.assert_array_equal(others[~alone], always[~alone])
     np.testing.assert_array_equal(weights[~alone], full[~alone])
     few = np.arange(100)
-    others, weights = partners(recipe, 3, 1, few, 101)
+    others, weights, _ = mixes(recipe, 3, 1, few, 101)
     mixed_loader = loader(photographs, recipe, 48, seed=3, batch_size=100)
     labels = read_labels(mixed_loader.info)
     (batch,) = mixed_loader.batches(few, 1)
@@ -288,7 +288,7 @@ def test_a_share_of_the_images_is_mixed_and_others_are_read_once(photographs):
     images, mixed = Counted((image, i % 7) for i, image in enumerate(PATTERNS)), replace(PAD, cutmix=1.0, mix=0.3)
     views = ckd_dist.Views(images, mixed, seed=11, size=SIZE)
     items = [views[0, sample] for sample in range(len(images))]
-    others, weights = partners(mixed, 11, 0, np.arange(len(images)), len(images))
+    others, weights, _ = mixes(mixed, 11, 0, np.arange(len(images)), len(images))
     assert [item["other_label"] for item in items] == [other % 7 for other in others]
     assert [item["weight"] for item in items] == weights.tolist()
     twice = (others != np.arange(len(images))) | (weights < 1)
@@ -323,6 +323,6 @@ def test_crops_and_partners_of_older_recipes_are_what_they_were():
     boxes = [view(RRC, 5, view_id, sample, 375, 500) for view_id in range(3) for sample in range(200)]
     plain = repr([(tuple(map(int, box)), bool(flip)) for box, flip in boxes])
     assert hashlib.sha256(plain.encode()).hexdigest()[:32] == "77e9fed8d1fcadcb90e3e392d879c1ca"
-    others, weights = partners(replace(RRC, mixup=0.4, cutmix=1.0), 5, 2, np.arange(500), 1000)
+    others, weights, _ = mixes(replace(RRC, mixup=0.4, cutmix=1.0), 5, 2, np.arange(500), 1000)
     digest = hashlib.sha256(others.tobytes() + weights.tobytes()).hexdigest()
     assert digest[:32] == "b4243fa359b18985f40d791ce8cd157a"

@@ -22,7 +22,7 @@ from ckd_dist.data.order import shuffled_ids
 from ckd_dist.data.recipe import ViewRecipe
 from ckd_dist.data.views.draws import CONTRAST, SATURATION, beta_quantiles, stream_key, uniform
 from ckd_dist.data.views.geometry import view
-from ckd_dist.data.views.mixing import partners
+from ckd_dist.data.views.mixing import mixes
 from ckd_dist.data.views.render import render
 from tests.helpers.commands import ROOT, run
 from tests.helpers.views import EVERYTHING, PAD, RRC, digests, loader
@@ -179,7 +179,7 @@ def test_a_mixed_view_is_made_of_the_views_of_two_samples(photographs, kind, alp
     info = dataset.read_info(photographs, "")
     single = replace(RRC, color_jitter=0.4, erase=0.5)
     recipe, ids = replace(single, **{kind: alpha}), np.arange(60)
-    others, weights = partners(recipe, 3, 1, ids, info.count)
+    others, weights, _ = mixes(recipe, 3, 1, ids, info.count)
     assert len(set(others)) > 40 and others.min() >= 0 and others.max() < info.count
     own, theirs, close = decoded(photographs, single, ids), decoded(photographs, single, others), []
     for image, a, b, weight in zip(decoded(photographs, recipe, ids), own, theirs, weights, strict=True):
@@ -209,7 +209,7 @@ def test_weights_of_mixing_are_drawn_from_beta():
         at = np.linspace(0.05, 0.95, 19)
         np.testing.assert_allclose(np.quantile(quantiles, at), np.quantile(drawn.numpy(), at), atol=0.01)
     ids, both = np.arange(100_000), replace(RRC, mixup=1.0, cutmix=1.0)
-    others, weights = partners(both, 0, 0, ids, 1000)
+    others, weights, _ = mixes(both, 0, 0, ids, 1000)
     assert np.bincount(others, minlength=1000).min() > 50
     # A box of side r, its centre anywhere, covers r - r^2 / 4 of a side: the mean of its square, r^2 being uniform.
     assert abs(np.mean(weights) - (0.5 + 1 - (0.5 - 0.2 + 1 / 48)) / 2) < 0.005

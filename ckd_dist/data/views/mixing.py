@@ -23,18 +23,23 @@ from ckd_dist.data.views.geometry import pixel_box
 from ckd_dist.data.views.parameters import Parameters, parameters
 
 
-def partners(recipe: ViewRecipe, seed: int, view_id: int, ids: np.ndarray, count: int) -> tuple[np.ndarray, np.ndarray]:
-    """With what each image `ids` [n] of a view that mixes is mixed: partners among `count` samples, int64 [n], and the
-    weight of the image itself, float32 [n]; the partner has the rest."""
-    return _partners(parameters(recipe), seed, view_id, ids.astype(np.int64), count)
+def mixes(
+    recipe: ViewRecipe, seed: int, view_id: int, ids: np.ndarray, count: int
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """With what each image `ids` [n] of a view that mixes is mixed, as `draw_mix` says: partners among `count` samples,
+    int64 [n]; the weight of the image itself, float32 [n]; boxes that show the partner, float64 [n, 4]."""
+    return _mixes(parameters(recipe), seed, view_id, ids.astype(np.int64), count)
 
 
 @compiled
-def _partners(values, seed, view_id, ids, count):
+def _mixes(values, seed, view_id, ids, count):
     partners, weights = np.empty(len(ids), dtype=np.int64), np.empty(len(ids), dtype=np.float32)
+    boxes = np.empty((len(ids), 4))
     for i in range(len(ids)):
-        partners[i], weights[i], _ = draw_mix(seed, view_id, ids[i], count, values)
-    return partners, weights
+        partners[i], weights[i], box = draw_mix(seed, view_id, ids[i], count, values)
+        for edge in range(4):
+            boxes[i, edge] = box[edge]
+    return partners, weights, boxes
 
 
 @compiled

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from functools import cache
 from typing import NamedTuple
 
 import numpy as np
@@ -58,6 +59,7 @@ class Parameters(NamedTuple):
     """Empty; of two dimensions where a policy, grey, blur or solarise may be drawn, else of one: a type that tells."""
 
 
+@cache
 def parameters(recipe: ViewRecipe) -> tuple:
     """The fields of `Parameters`, as a plain tuple: numba refuses named ones in parallel loops."""
     return tuple(
