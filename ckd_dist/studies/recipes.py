@@ -51,8 +51,14 @@ RECIPES = (
     Recipe("one view only", ("--data.views", 1)),
     Recipe("a quarter of the views", lambda epochs: ("--data.views", epochs // 4)),
     Recipe("twice the epochs, from the same views", lambda epochs: ("--epochs", 2 * epochs)),
+    Recipe("four times the epochs, from the same views", lambda epochs: ("--epochs", 4 * epochs)),
+    Recipe(
+        "four times the epochs, from a quarter of the views",
+        lambda epochs: ("--epochs", 4 * epochs, "--data.views", epochs // 4),
+    ),
     Recipe("mixup of views", views=("--data.mixup", 1)),
     Recipe("mixup of pairs, with both answers", ("--data.pair_mixup", 1)),
+    Recipe("mild mixup of pairs, with both answers", ("--data.pair_mixup", 0.2)),
     Recipe("mixup of pairs, with the teacher's answer", ("--data.pair_mixup", 1), online=True),
     Recipe("CutMix of views", views=("--data.cutmix", 1)),
     Recipe("CutMix of pairs, with both answers", ("--data.pair_cutmix", 1)),
@@ -64,6 +70,7 @@ RECIPES = (
     Recipe("binary cross entropy", ("--label_loss", "binary_cross_entropy")),
     Recipe("moving average of the weights", ("--ema_decay", 0.99)),
     Recipe("calibrated teacher", calibrated=True),
+    Recipe("calibrated teacher, at T 2", ("--kd.temperature", 2), calibrated=True),
     Recipe("feature maps", ("--kd.feature_weight", 1), online=True),
 )
 
