@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -196,10 +196,8 @@ def view_options(recipe: ViewRecipe) -> dict[str, Any]:
     }
 
 
-_SAME_IN_BOTH = (
-    *("policy", "operations", "magnitude", "color_jitter", "grayscale", "blur", "solarize", "erase"),
-    *("mixup", "cutmix", "mix"),
-)
+_OPTIONS = {each.name for each in fields(ViewDataConfig)} - {"flip"}  # true or false there, a probability here
+_SAME_IN_BOTH = tuple(each.name for each in fields(ViewRecipe) if each.name in _OPTIONS)
 """Options of `ViewDataConfig` that a `ViewRecipe` has under the same name."""
 
 
