@@ -65,6 +65,11 @@ RECIPES = (
     Recipe("CutMix of pairs, with the teacher's answer", ("--data.pair_cutmix", 1), online=True),
     Recipe("CutMix of pairs, twice the epochs", lambda epochs: ("--data.pair_cutmix", 1, "--epochs", 2 * epochs)),
     Recipe("RandAugment", views=("--data.policy", "rand_augment")),
+    Recipe(
+        "RandAugment, four times the epochs",
+        lambda epochs: ("--epochs", 4 * epochs),
+        views=("--data.policy", "rand_augment"),
+    ),
     Recipe("TrivialAugment", views=("--data.policy", "trivial_augment")),
     Recipe("each image twice in a step", ("--data.repeats", 2)),
     Recipe("binary cross entropy", ("--label_loss", "binary_cross_entropy")),
@@ -157,7 +162,7 @@ def train(recipe: Recipe, setting: Setting, run: Path) -> None:
 
 def read(run_dir: Path) -> Recipes:
     """What is known of every recipe, in the trainings of which the plain student is known."""
-    runs = [path for path in sorted(run_dir.glob("*/*")) if path.parent.name in SETTINGS]
+    runs = [path for task in SETTINGS for path in sorted((run_dir / task).glob("[0-9]*"))]
     top1 = {
         recipe.name: {
             run: summary.top1

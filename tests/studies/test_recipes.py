@@ -44,7 +44,7 @@ def test_every_recipe_differs_from_the_plain_one_in_options_that_there_are(comma
     assert len(students) == len(recipes.RECIPES) - 1 and all(config != plain for config in students)
     assert len({config.run_dir for config in students}) == len(students)
     stores = {config.store for module, config in others if module == "ckd_dist.cache_logits"}
-    assert len(stores) == 4 and stores < {config.teacher.store for config in students}
+    assert len(stores) == 5 and stores < {config.teacher.store for config in students}
     assert {config.seed for config in students} == {1}
 
 
