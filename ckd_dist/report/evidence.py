@@ -143,23 +143,20 @@ def _share(count: int, of: int) -> str:
 
 def recipes(found: Recipes) -> Table:
     """What each part of a recipe is worth."""
-    tasks = list(_by_task(found.plain.cases))
-    rows = []
-    for series in (found.plain, *found.changes):
-        of, by_task = summary(series.cases), _by_task(series.cases)
-        means = {task: summary(by_task[task]).mean for task in tasks if task in by_task}
-        known = series is found.plain or of.error is None
-        verdict = "" if known else "differs" if abs(of.mean) > of.half else "within noise"
-        sign = "" if series is found.plain else "+"
-        mean = "" if series is found.plain else of.words
-        by = [f"{means[task]:{sign}.2f}" if task in means else "" for task in tasks]
-        rows.append([series.name, mean, verdict, *by, str(of.count)])
+    plain = _by_task(found.plain.cases)
+    rows = [["plain", "", "", *(f"{summary(cases).mean:.2f}" for cases in plain.values())]]
+    for change in found.changes:
+        of, by_task = summary(change.cases), _by_task(change.cases)
+        verdict = "" if of.error is None else "differs" if abs(of.mean) > of.half else "within noise"
+        by = [summary(by_task[task]).words if task in by_task else "" for task in plain]
+        rows.append([change.name, of.words, verdict, *by])
+    counts = ", ".join(f"{summary(cases).count} of {task}" for task, cases in plain.items())
     text = (
         "Held-out top-1 of the plain recipe's students in percent, and by how many points it differs where one part is "
-        "another: paired by training of the teacher and seed, mean and 95 % interval over as many trainings as the "
-        "last column says, then by tasks."
+        "another: paired by training of the teacher and seed, mean and 95 % interval over the trainings of all tasks "
+        f"({counts}), then of each."
     )
-    return Table("What each part of a recipe is worth", text, ["recipe", "points", "", *tasks, "n"], rows)
+    return Table("What each part of a recipe is worth", text, ["recipe", "points", "", *plain], rows)
 
 
 def fresh(found: Evidence) -> list[Way]:
