@@ -77,6 +77,11 @@ RECIPES = (
     Recipe("calibrated teacher", calibrated=True),
     Recipe("calibrated teacher, at T 2", ("--kd.temperature", 2), calibrated=True),
     Recipe("feature maps", ("--kd.feature_weight", 1), online=True),
+    Recipe(
+        "feature maps, four times the epochs",
+        lambda epochs: ("--kd.feature_weight", 1, "--epochs", 4 * epochs),
+        online=True,
+    ),
 )
 
 
