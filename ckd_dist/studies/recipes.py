@@ -2,12 +2,12 @@
 
   python -m ckd_dist.studies.recipes RUN_DIR [--tasks fashion,stacked,tiles,all] [--teachers 1,2,3] [--out FILE]
 
-Three tasks are those of ckd_dist.studies.trajectories, whose RUN_DIR it is: 2,000 to 3,000 images, with the last
-checkpoint of each training of a teacher there. The fourth, all, is Fashion-MNIST whole, 50,000 images to train on and
+Three tasks are those of ckd_dist.studies.trajectories, whose RUN_DIR it is: 2,000 to 3,000 images, with checkpoints of
+each training of a teacher there. The fourth, all, is Fashion-MNIST whole, 50,000 images to train on and
 10,000 held out, with teachers of its own. In the plain recipe a resnet8 learns from random crops, every epoch's views
 new. Every other one differs from it in one part, and is trained once for each training of a teacher, from the same
-seed. FILE (default RUN_DIR/recipes.json) has the differences in held-out top-1. A student takes about a minute of a CPU
-core, of the fourth task three; run again, what is complete is not repeated.
+seed. FILE (default RUN_DIR/recipes.json) has the differences in held-out top-1. A student takes half a minute of a CPU
+core, of the fourth task one to three, all of it four hours; run again, what is complete is not repeated.
 """
 
 from __future__ import annotations
@@ -44,6 +44,8 @@ class Recipe:
     """Whether the teacher's logits are, by its answers to the held-out images."""
     online: bool = False
     """Whether the teacher answers at every step, for the images as the student sees them."""
+    together: bool = False
+    """Whether the half-way checkpoint teaches beside the last one, where there is one."""
 
 
 RECIPES = (
@@ -76,6 +78,8 @@ RECIPES = (
     Recipe("moving average of the weights", ("--ema_decay", 0.99)),
     Recipe("calibrated teacher", calibrated=True),
     Recipe("calibrated teacher, at T 2", ("--kd.temperature", 2), calibrated=True),
+    Recipe("half-way and last checkpoint", together=True),
+    Recipe("half-way and last checkpoint, calibrated", together=True, calibrated=True),
     Recipe("feature maps", ("--kd.feature_weight", 1), online=True),
     Recipe(
         "feature maps, four times the epochs",
@@ -94,9 +98,11 @@ class Setting:
     """Of a plain student, and views."""
     teacher: int = trajectories.LAST
     """Epochs of a teacher; its rate falls after a half and three quarters of them."""
+    half: int | None = trajectories.HALF
+    """Where a checkpoint was kept."""
 
 
-ALL = Setting(trajectories.Task("all", "fashion_mnist", 1 / 6, 50_000, 10_000), epochs=4, teacher=12)
+ALL = Setting(trajectories.Task("all", "fashion_mnist", 1 / 6, 50_000, 10_000), epochs=4, teacher=12, half=None)
 SETTINGS = {setting.task.name: setting for setting in (*map(Setting, trajectories.TASKS), ALL)}
 
 
@@ -150,7 +156,7 @@ def cache(title: str, setting: Setting, run: Path, store: Path, *views: object) 
 def train(recipe: Recipe, setting: Setting, run: Path) -> None:
     """The student of a recipe, and the store that it needs."""
     title, student, store = f"{run.parent.name} {run.name}: {recipe.name}", folder(recipe, run), run / "store"
-    if read_summary(student):
+    if read_summary(student) or (recipe.together and setting.half is None):
         return
     if recipe.views:
         store = student.with_name(f"{student.name}_store")
@@ -158,7 +164,8 @@ def train(recipe: Recipe, setting: Setting, run: Path) -> None:
     own = recipe.student(setting.epochs) if callable(recipe.student) else recipe.student
     words = ["--data.train", run.parent / "train.beton", "--data.val", run.parent / "holdout.beton"]
     words += ["--model.name", STUDENT, "--seed", run.name, "--epochs", setting.epochs, "--data.batch_size", 64]
-    words += ["--kd.alpha", 0.1, "--kd.temperature", 4, "--teacher.checkpoints", [setting.teacher]]
+    words += ["--kd.alpha", 0.1, "--kd.temperature", 4]
+    words += ["--teacher.checkpoints", [*([setting.half] if recipe.together else []), setting.teacher]]
     teacher = ["--teacher.run", run / "teacher", "--data.views", setting.epochs, *trajectories.CROPS]
     words += [*(teacher if recipe.online else ["--teacher.store", store]), "--val_every", 1000, "--log_every", 1000]
     words += ["--teacher.calibration", run / "held_out"] if recipe.calibrated else []
