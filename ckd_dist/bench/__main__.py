@@ -76,43 +76,37 @@ def main() -> None:
             }
             if needs_files - {"loader", "order"}:
                 setup.prepare()
-        result: dict[str, Any] = {"environment": run_folder.environment(), "precision": precision.words(amp)}
+        environment = run_folder.environment()
+        del environment["command"]  # its paths: bench.json is for others too
+        result: dict[str, Any] = {"environment": environment, "precision": precision.words(amp)}
         result |= {"machine": limits, "rows": []}
         for name in names:
             console.rule(f"[bold]measuring: {name}", align="left")
             result["rows"] += [row.to_dict() for row in cases[name]()]
             (folder / "bench.json").write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
-    show(result)
+    show(folder / "bench.json")
 
 
-def show(result: dict) -> None:
-    """Print the result as a table."""
+def show(path: Path) -> None:
+    """Print bench.json as a table."""
     from rich.console import Console
     from rich.table import Table
 
-    from ckd_dist.bench.measure import format_spread
+    from ckd_dist.core.results import read_bench
+    from ckd_dist.report import speed
 
-    environment, machine = result["environment"], result["machine"]
-    versions = ", ".join(f"{name} {version}" for name, version in environment["versions"].items())
-    table = Table(
-        title=f"{environment['device']}, {environment['cores']} cores, {environment['threads']} threads; copies "
-        f"{machine['copied_bytes_per_s'] / 1e9:,.0f} GB/s, multiplies {machine['flop_per_s'] / 1e12:,.2f} "
-        f"Tflop/s in {result['precision']}\n{versions}\nmedian (least to most); ratios are of rates in the same round: "
-        "above 1 is faster",
-        title_justify="left",
-    )
-    for column in ("", "rate", "", "ratio to", "", "limit"):
+    found = read_bench(path, "RUN_DIR")
+    about = "median (least to most); ratios are of rates in the same round: above 1 is faster"
+    table = Table(title=f"{speed.machine(found)}\n{about}", title_justify="left")
+    for column in ("", "rate", "ratio", "to", "limit"):
         table.add_column(column, justify="right" if column == "rate" else "left")
     case = None
-    for row in result["rows"]:
-        if row["case"] != case:
-            case = row["case"]
+    for row in found.rows:
+        if row.case != case:
+            case = row.case
             table.add_section()
             table.add_row(f"[bold]{case}")
-        ratio = format_spread(row["ratio"]) if row["ratio"] else ""
-        rate = row["rate"]["median"]
-        shown = f"{rate:,.0f}" if rate >= 10 else f"{rate:.3g}"
-        table.add_row(f"  {row['what']}", shown, row["unit"], row["reference"] or "", ratio, row["limit"])
+        table.add_row(f"  {row.what}", *speed.cells(row))
     Console(width=200, highlight=False).print(table)
 
 

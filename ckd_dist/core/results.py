@@ -288,17 +288,38 @@ class Spread:
 
 @dataclass(frozen=True)
 class Measurement:
-    """What the report reads of a row of bench.json."""
+    """A row of bench.json."""
 
     case: str
     what: str
+    unit: str
+    rate: Spread
+    reference: str | None
     ratio: Spread | None
+    """To the reference, in the same rounds; above 1: faster."""
+    limit: str
+    """What it is held by."""
+
+
+@dataclass(frozen=True)
+class Machine:
+    """What the report reads of where it was measured."""
+
+    device: str
+    cores: int
+    threads: int
+    python: str
+    versions: dict[str, str | None]
 
 
 @dataclass(frozen=True)
 class Bench:
     """What the report reads of bench.json."""
 
+    environment: Machine
+    precision: str
+    machine: dict[str, float]
+    """Its limits: copied_bytes_per_s, flop_per_s."""
     rows: list[Measurement]
 
 

@@ -7,10 +7,12 @@ import importlib.util
 import json
 import os
 import platform
+import re
 import socket
 import subprocess
 import sys
 import threading
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
@@ -229,11 +231,20 @@ def environment() -> dict:
         "python": platform.python_version(),
         "versions": versions,
         "platform": platform.platform(),
-        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
+        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else _cpu(),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "world_size": dist.world_size(),
     }
+
+
+def _cpu() -> str:
+    """The processor's name, where Linux tells it."""
+    with suppress(OSError):
+        text = Path("/proc/cpuinfo").read_text(encoding="utf-8")
+        if found := re.search(r"^model name\s*:\s*(.+)$", text, re.MULTILINE):
+            return found[1]
+    return platform.machine()
 
 
 def _git(*arguments: str, cwd: Path) -> str | None:

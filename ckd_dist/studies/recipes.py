@@ -81,11 +81,6 @@ RECIPES = (
     Recipe("half-way and last checkpoint", together=True),
     Recipe("half-way and last checkpoint, calibrated", together=True, calibrated=True),
     Recipe("feature maps", ("--kd.feature_weight", 1), online=True),
-    Recipe(
-        "feature maps, four times the epochs",
-        lambda epochs: ("--kd.feature_weight", 1, "--epochs", 4 * epochs),
-        online=True,
-    ),
 )
 
 

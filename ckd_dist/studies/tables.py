@@ -18,8 +18,8 @@ from ckd_dist.core.errors import require
 from ckd_dist.core.evidence import read_evidence, read_recipes
 from ckd_dist.core.files import write_bytes_atomically
 from ckd_dist.core.process import run_process
-from ckd_dist.core.results import read_table
-from ckd_dist.report import evidence, page
+from ckd_dist.core.results import read_bench, read_table
+from ckd_dist.report import evidence, page, speed
 from ckd_dist.report.findings import StudentGroup, student_groups
 
 RESULTS = Path("configs/study/results")
@@ -98,6 +98,8 @@ TABLES: dict[str, Callable[[], list[str]]] = {
     "students": lambda: page.markdown(_students()),
     "students in short": _few_columns,
     "ways in short": _few_ways,
+    "speed": lambda: _with_text(speed.every(read_bench(RESULTS / "bench.json", "results"))),
+    "speed in short": lambda: _with_text(speed.in_short(read_bench(RESULTS / "bench.json", "results"))),
     "recipes": lambda: _with_text(evidence.recipes(read_recipes(RESULTS / "recipes.json", "results"))),
     **{name: partial(_of_evidence, name) for name in ("ways", "claims", "predictors", "errors")},
 }

@@ -113,11 +113,12 @@ def study(tmp_path_factory):
     write_selection(runs / "features.5", "features.5", (0.4, 0.3, 0.2), "zscore", 4)
     (runs / "features" / "cost.json").write_text(json.dumps({"seconds": 12.0, "student_seconds": 40.0, "share": 0.1}))
     spread = {"median": 1.0, "min": 0.9, "max": 1.2}
-    rows = [
-        {"case": "epoch, resnet8", "what": what, "ratio": spread if what != "plain" else None}
-        for what in ("plain", "store")
-    ]
-    (runs / "bench.json").write_text(json.dumps({"rows": rows}))
+    ratios = {"plain": None, "store": spread}
+    same = {"case": "epoch, resnet8", "unit": "images/s", "rate": spread, "limit": ""}
+    rows = [{**same, "what": what, "reference": ratio and "plain", "ratio": ratio} for what, ratio in ratios.items()]
+    where = {"device": "a CPU", "cores": 2, "threads": 2, "python": "3.11", "versions": {"torch": "2"}}
+    bench = {"environment": where, "precision": "bfloat16", "machine": {}, "rows": rows}
+    (runs / "bench.json").write_text(json.dumps(bench))
     return runs
 
 
@@ -319,7 +320,7 @@ TABLE, SELECTION, CURVE = "search/results.csv", "features/selection.json", "sear
             changed("bench.json", rows=None),
             r"bench\.json is damaged \(rows: .*: remove it, or run ckd_dist\.bench again",
         ),
-        (rewritten("bench.json", "0.9", "0.0"), r"bench\.json is damaged \(rows\.1\.ratio: .* not a rate"),
+        (rewritten("bench.json", "0.9", "0.0"), r"bench\.json is damaged \(rows\.0\.rate: .* not a rate"),
         (rewritten(CURVE, '"val", "epoch": 1', "5"), r"line 2 of .*metrics\.jsonl is damaged \(.*: remove the file"),
     ],
 )
