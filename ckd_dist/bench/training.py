@@ -53,6 +53,11 @@ class Setup:
         return self.folder / "stacked.beton"
 
     @property
+    def held_out(self) -> Path:
+        """Others of the same kind."""
+        return self.folder / "stacked_held_out.beton"
+
+    @property
     def options(self) -> list[object]:
         """Of every command on these images."""
         sizes = ["--data.image_size", self.models.image_size, "--data.batch_size", self.models.batch_size]
@@ -73,9 +78,10 @@ class Setup:
 
     def write_images(self) -> None:
         """Unless they are there."""
-        if not self.images.exists():
-            images = ["--dataset", "stacked_fashion_mnist", "--split", "train", "--subset", IMAGES]
-            run_module("images", "data_prep.write_beton", *images, "--out", self.images)
+        for path, split, count in ((self.images, "train", IMAGES), (self.held_out, "test", IMAGES // 4)):
+            if not path.exists():
+                images = ["--dataset", "stacked_fashion_mnist", "--split", split, "--subset", count]
+                run_module(f"images, {split}", "data_prep.write_beton", *images, "--out", path)
 
     def prepare(self) -> None:
         """Write images, teachers of one epoch and logits, by the commands that a user would type."""
@@ -183,7 +189,7 @@ def measure_students(setup: Setup, count: int = 4, tries: int = 3) -> list[Row]:
     """`count` students trained side by side, and by as many separate commands, in turn, start-up included; each
     student's weights must be those of its separate run."""
     runs = setup.folder / "scratch" / "students"
-    options = [*setup.options, "--data.val", setup.images, "--model.name", "resnet8", "--epochs", 2]
+    options = [*setup.options, "--data.val", setup.held_out, "--model.name", "resnet8", "--epochs", 2]
     options += ["--teacher.store", setup.store("dense")]
     alphas = [round((1 + number) / (count + 1), 2) for number in range(count)]
 

@@ -154,7 +154,7 @@ def recipes(found: Recipes) -> Table:
     text = (
         "Held-out top-1 of the plain recipe's students in percent, and by how many points it differs where one part is "
         "another: paired by training of the teacher and seed, mean and 95 % interval over the trainings of all tasks "
-        f"({counts}), then of each."
+        f"({counts}), then of each; where there is nothing, the recipe was not run."
     )
     return Table("What each part of a recipe is worth", text, ["recipe", "points", "", *plain], rows)
 

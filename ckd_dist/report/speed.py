@@ -9,11 +9,12 @@ from ckd_dist.report.evidence import Table
 
 IN_SHORT = {
     "an epoch from the store against plain training": ("epoch, ", "from the store, dense"),
-    "an epoch with ResNet-20 as an online teacher against one from the store": ("epoch, ", "online teacher, resnet20"),
-    "the same with ResNet-56": ("epoch, ", "online teacher, resnet56"),
+    "an epoch with a ResNet-56 as an online teacher against one from the store": (
+        "epoch, ",
+        "online teacher, resnet56",
+    ),
     "the loader against FFCV's stock decoder, JPEG": ("loader, JPEG", "ckd_dist"),
     "the loader with RandAugment against itself without, JPEG": ("loader, JPEG", "ckd_dist, RandAugment"),
-    "torchvision v2 with RandAugment against that": ("loader, JPEG", "torchvision v2, RandAugment"),
     "a file larger than memory, quasi-random against random order": ("file of ", "quasi_random order"),
     "four checkpoints cached on one decoding against four passes": (
         "caching, resnet18",

@@ -70,9 +70,9 @@ def _with_text(table: evidence.Table) -> list[str]:
 
 
 def _few_columns() -> list[str]:
-    """Of the comparison what is of interest to somebody who looks in: no teacher, half-way, last, ensembles."""
+    """Of the comparison what is of interest to somebody who looks in: no teacher, half-way, last, ensembles of two."""
     head, *rows = [[row[place] for place in (0, 6, 7, 8, 9)] for row in (page.HEAD, *page.comparison(_students()))]
-    rows = [row for row in rows if row[0] in ("none", "10", "20") or "+" in row[0]]
+    rows = [row for row in rows if row[0] in ("none", "10", "20") or row[0].count("+") == 1]
     return evidence.Table("", "", head, rows).markdown()
 
 
@@ -90,8 +90,7 @@ IN_SHORT = (
 def _few_ways() -> list[str]:
     table = _evidence()["ways"]
     rows = [row[:3] for row in table.rows if row[0] in IN_SHORT]
-    text = "Points of top-1 below trying all, by other students and images; mean and 95 % interval over trainings."
-    return [*table._replace(head=table.head[:3], rows=rows).markdown(), "", text]
+    return table._replace(head=table.head[:3], rows=rows).markdown()
 
 
 TABLES: dict[str, Callable[[], list[str]]] = {

@@ -96,7 +96,7 @@ def test_the_report_shows_evidence_alone(tmp_path, monkeypatch):
         report.main()
 
 
-@pytest.mark.parametrize("page", ["README.md", "docs/study.md", "docs/choosing-a-teacher.md"])
+@pytest.mark.parametrize("page", ["README.md", "docs/study.md", "docs/choosing-a-teacher.md", "docs/speed.md"])
 def test_tables_of_the_documentation_are_those_of_the_results(page, monkeypatch):
     monkeypatch.chdir(ROOT)
     text = Path(page).read_text(encoding="utf-8")
