@@ -48,11 +48,6 @@ def spread(values: Sequence[float]) -> dict[str, float]:
     return {"median": statistics.median(values), "min": min(values), "max": max(values)}
 
 
-def format_spread(values: dict[str, float]) -> str:
-    """A `spread` as text."""
-    return "{median:.2f} ({min:.2f} to {max:.2f})".format(**values)
-
-
 def synchronize() -> None:
     """Wait until the device has done what it was given."""
     if torch.cuda.is_available():

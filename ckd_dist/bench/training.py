@@ -16,10 +16,11 @@ from pathlib import Path
 
 import torch
 
-from ckd_dist.bench.measure import Row, format_spread, in_turn, spread
+from ckd_dist.bench.measure import Row, in_turn, spread
 from ckd_dist.bench.step import Models, learner, memory_batch, models_of, plain_loss, train
 from ckd_dist.core import checkpoint, precision
 from ckd_dist.core.options import load_config
+from ckd_dist.core.results import Spread
 from ckd_dist.data import dataset
 from ckd_dist.data.dataset import DatasetInfo
 from ckd_dist.data.loader import BetonLoader
@@ -139,7 +140,7 @@ def measure_epochs(setup: Setup) -> list[Row]:
             most = [1 + a / b for a, b in zip(found["student's step, data in memory"], ahead, strict=True)]
             gain = [a / b for a, b in zip(from_store.rates, row.rates, strict=True)]
             share = spread([a / b for a, b in zip(gain, most, strict=True)])
-            row.limit = f"the store gains {format_spread(share)}"
+            row.limit = f"the store gains {Spread(**share).words}"
             row.limit += f" of student and teacher over student, {statistics.median(most):.2f}"
     return rows + others
 

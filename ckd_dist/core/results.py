@@ -285,6 +285,11 @@ class Spread:
     def __post_init__(self) -> None:
         require(0 < self.min <= self.median <= self.max, "not a rate's least, median and most")
 
+    @property
+    def words(self) -> str:
+        """The three of them."""
+        return f"{self.median:.2f} ({self.min:.2f} to {self.max:.2f})"
+
 
 @dataclass(frozen=True)
 class Measurement:

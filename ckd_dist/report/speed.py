@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from ckd_dist.core.console import format_rate
 from ckd_dist.core.errors import require
-from ckd_dist.core.results import Bench, Measurement, Spread
+from ckd_dist.core.results import Bench, Measurement
 from ckd_dist.report.evidence import Table
 
 IN_SHORT = {
@@ -33,15 +33,10 @@ def cells(row: Measurement) -> list[str]:
     """The rate, the ratio, to what, and the limit."""
     return [
         f"{format_rate(row.rate.median)} {row.unit}",
-        words(row.ratio) if row.ratio else "",
+        row.ratio.words if row.ratio else "",
         row.reference or "",
         row.limit,
     ]
-
-
-def words(ratio: Spread) -> str:
-    """Median, least and most."""
-    return f"{ratio.median:.2f} ({ratio.min:.2f} to {ratio.max:.2f})"
 
 
 def machine(bench: Bench) -> str:
@@ -73,7 +68,7 @@ def in_short(bench: Bench) -> Table:
     for said, (case, what) in IN_SHORT.items():
         found = [row.ratio for row in bench.rows if row.case.startswith(case) and row.what == what and row.ratio]
         require(bool(found), f"bench.json: {what!r} of {case!r} was not measured: run ckd_dist.bench with all cases")
-        rows.append([said, words(found[0])])
+        rows.append([said, found[0].words])
     of = bench.environment
     text = f"Rates compared in turn on {of.cores} cores of an {of.device}: median, least and most; above 1 is faster."
     return Table("How fast", text, ["", "ratio of rates"], rows)
